@@ -1,0 +1,35 @@
+# Every verb makes .venv and installs what it needs on first use. PYTHON may name another interpreter (3.10 or later).
+PYTHON ?= python3
+RUN := .venv/bin/python
+
+.PHONY: demo test test-gpu lint bench clean
+
+demo: .venv/runtime  ## both stages on the embedded teacher, about 5 minutes on two CPU cores; the result is in out/demo
+	rm -rf out/demo
+	$(RUN) train.py
+
+test: .venv/dev  ## everything that needs no GPU
+	$(RUN) -m pytest -m "not gpu"
+
+test-gpu: .venv/dev  ## the kernel against its reference on the GPU at hand
+	$(RUN) -m pytest -m gpu
+
+lint: .venv/dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: .venv/runtime  ## speed and memory of the loss, side by side with what one would use instead
+	$(RUN) bench.py kernel
+	$(RUN) bench.py memory
+
+clean:
+	rm -rf .venv out .pytest_cache .ruff_cache
+
+.venv/runtime: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/dev: .venv/runtime requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,306 @@
+"""Bytes on disk: Hugging Face directories in and out, strictly, atomically, and with nothing ever executed.
+
+What.  A checkpoint is a directory: config.json, one model.safetensors or several shards with an index, and the
+tokenizer's files. A safetensors file is an 8-byte little-endian length, that many bytes of JSON that give each tensor
+a dtype, a shape and a byte range, then the bytes. It can be mapped into memory and holds no code.
+
+Reading.  The headers alone are read first and compared with the shapes that config.json implies, so that a wrong
+checkpoint is refused in milliseconds and before any allocation. Then each tensor is mapped, checked to be finite and
+put in its place. What is distrusted: shard names that leave the directory, headers longer than their file, byte
+ranges that overlap or do not fit the shape, JSON that is huge or deep, and index and shards that disagree.
+
+Writing.  Into a temporary neighbour, synced, then renamed: a kill at any moment leaves the old state or the new.
+Before `save_pretrained` reports success it reads its own output back and compares the logits.
+
+Limits.  safetensors only. A pytorch_model.bin or Meta's consolidated.*.pth is a pickle, which can run code: refused,
+with the remedy named.
+
+Source.  The safetensors format description; the layout of transformers 4.57 and 5.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_DTYPES = {"F64": (torch.float64, 8), "F32": (torch.float32, 4), "F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2)}
+_MAX_JSON = 128 << 20  # bytes; the longest real header seen, of a 405B model, is under 1 MiB
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises ValueError in one sentence for everything that can be wrong with it."""
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; a model directory holds config.json, safetensors and a tokenizer")
+    if path.stat().st_size > _MAX_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; no {path.name} is that large")
+    return _parse(path.read_bytes(), str(path))
+
+
+def _parse(data: bytes, name: str) -> dict:
+    def once(pairs: list) -> dict:  # json would silently keep the last of two equal keys
+        out = dict(pairs)
+        if len(out) != len(pairs):
+            raise ValueError("a key stands twice in one object")
+        return out
+
+    try:
+        value = json.loads(data, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError(f"{name} is nested too deeply to be real") from None
+    except ValueError as e:  # includes JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"{name} is not valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """{tensor name: (dtype, shape)} of one safetensors file, from its header alone, all of it checked."""
+    size = path.stat().st_size
+    with path.open("rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_JSON):
+            raise ValueError(f"{path} is truncated or not safetensors: {size} bytes, a header of {length}")
+        header = _parse(f.read(length), f"the header of {path}")
+    header.pop("__metadata__", None)
+    ranges, out = [], {}
+    for name, entry in header.items():
+        try:
+            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
+                raise ValueError
+        except (TypeError, KeyError, ValueError):
+            raise ValueError(f"{path}: tensor {name!r} has a malformed header entry") from None
+        if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype][1]:
+            raise ValueError(f"{path}: tensor {name!r} has {end - start} bytes, but {dtype} {list(shape)} needs others")
+        ranges.append((start, end, name))
+        out[name] = (dtype, shape)
+    position = 0
+    for start, end, name in sorted(ranges):
+        if start != position or end < start:
+            raise ValueError(f"{path}: tensor {name!r} overlaps another or leaves a gap")
+        position = end
+    if position != size - 8 - length:
+        raise ValueError(f"{path} is truncated: {position} bytes of tensors promised, {size - 8 - length} there")
+    return out
+
+
+def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
+    """{tensor name: (file, dtype, shape)} of a model directory, single-file or sharded; headers only."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ValueError(f"{index} has no weight_map from tensor names to file names")
+        files = sorted(set(weight_map.values()))
+    elif single.is_file():
+        weight_map, files = None, [single.name]
+    else:
+        raise ValueError(_no_weights(path))
+    found = {}
+    for name in files:
+        file = _inside(path, name)
+        for tensor, (dtype, shape) in read_header(file).items():
+            if tensor in found:
+                raise ValueError(f"tensor {tensor!r} stands in both {found[tensor][0].name} and {name}")
+            if weight_map is not None and weight_map.get(tensor) != name:
+                raise ValueError(f"tensor {tensor!r} is in {name}, but the index says {weight_map.get(tensor)!r}")
+            found[tensor] = (file, dtype, shape)
+    absent = sorted(set(weight_map or ()) - set(found))
+    if absent:
+        raise ValueError(f"the index names {_some(absent)}, which the shards do not hold")
+    return found
+
+
+def _inside(path: Path, name: str) -> Path:
+    """The shard's file, refused if it is not this directory's own (or, in the hub's cache, that cache's blob)."""
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise ValueError(f"the index names the shard {name!r}; shards must be .safetensors files in {path}")
+    file = (path / name).resolve()
+    allowed = [path.resolve()]
+    if path.resolve().parent.name == "snapshots":  # the hub's cache links snapshots/<revision>/x to blobs/<hash>
+        allowed.append(path.resolve().parent.parent / "blobs")
+    if file.parent not in allowed:
+        raise ValueError(f"{path / name} is a link to {file}, outside the model's directory; copy the file there")
+    if not file.is_file():
+        raise ValueError(f"{path / name} is missing; download the directory again")
+    return file
+
+
+def _no_weights(path: Path) -> str:
+    if any(path.glob("pytorch_model*.bin")):
+        return (
+            f"{path} has only pytorch_model.bin, a pickle, which can run code and is never opened; "
+            "download the model's safetensors, or convert it once with transformers' save_pretrained"
+        )
+    if any(path.glob("consolidated*")):
+        return f"{path} is in Meta's own format; use the repository's Hugging Face version (its name ends in -hf)"
+    return f"{path} holds no model.safetensors and no model.safetensors.index.json"
+
+
+def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
+    """Fills a model built on `meta`, strictly: every missing, extra or mis-shaped tensor is named."""
+    found = find_tensors(path)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head appears once
+    if getattr(model.config, "tied", False):
+        found.pop("lm_head.weight", None)  # some writers store the tied copy too
+    found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}  # buffers of old LLaMA files
+    wrong = [f"{n} is {list(found[n][2])}, not {list(s)}" for n, s in wanted.items() if n in found and found[n][2] != s]
+    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    wrong += [f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES]
+    if missing or extra or wrong:
+        said = [f"missing: {_some(missing)}"] * bool(missing) + [f"not in the model: {_some(extra)}"] * bool(extra)
+        said += [f"of another shape or dtype: {_some(wrong)}"] * bool(wrong)
+        raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(said)}")
+    tied = getattr(model.config, "tied", False)
+    for file in sorted({f for f, _, _ in found.values()}):
+        try:
+            with safe_open(file, framework="pt", device="cpu") as f:
+                for name in (n for n in wanted if found[n][0] == file):
+                    _place(model, name, f.get_tensor(name), dtype, device)
+        except SafetensorError as e:
+            raise ValueError(f"{file} cannot be read: {e}") from None
+    if tied:
+        model.lm_head.weight = model.model.embed_tokens.weight
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: str) -> None:
+    low, high = torch.aminmax(tensor)  # NaN goes through both; no copy of the tensor is made
+    if not (torch.isfinite(low) and torch.isfinite(high)):
+        raise ValueError(f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged")
+    owner, _, leaf = name.rpartition(".")
+    moved = tensor.to(device=device, dtype=dtype or tensor.dtype)
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(moved, requires_grad=False))
+
+
+def _some(names: list[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+@contextlib.contextmanager
+def atomic_directory(path: Path):
+    """Yields a temporary neighbour of `path` to write into; on success it is synced and takes the name `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    try:
+        yield work
+        for file in sorted(work.rglob("*")):
+            if file.is_file():
+                with file.open("rb") as f:
+                    os.fsync(f.fileno())
+        shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
+            path.rename(old)
+        work.rename(path)
+        _sync_directory(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """One file, written beside its name, synced and renamed."""
+    work = path.with_name(f".{path.name}.writing")
+    work.write_bytes(data.encode() if isinstance(data, str) else data)
+    with work.open("rb") as f:
+        os.fsync(f.fileno())
+    work.replace(path)
+
+
+def save_pretrained(
+    model,
+    path: str | Path,
+    *,
+    tokenizer_from: Path | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+    card: str | None = None,
+) -> None:
+    """Writes a Hugging Face directory, atomically, reads it back and compares logits before it returns.
+
+    dtype None keeps each tensor's own; tokenizer_from: a directory whose tokenizer files are copied byte for byte.
+    Raises RuntimeError if what is on disk does not give the same logits.
+    """
+    path = Path(path)
+    tensors = {n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()}
+    config = model.config.to_hf()
+    config.pop("dtype", None)
+    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+    config["torch_dtype"] = names[tensors["model.embed_tokens.weight"].dtype]  # every transformers reads this key
+    with atomic_directory(path) as work:
+        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _write_shards(tensors, work, shard_bytes)
+        for name in TOKENIZER_FILES if tokenizer_from else ():
+            if (tokenizer_from / name).is_file():
+                shutil.copyfile(tokenizer_from / name, work / name)
+        if card:
+            (work / "README.md").write_text(card)
+        _check_written(model, work, tensors)
+
+
+def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> None:
+    shards, room = [{}], shard_bytes
+    for name, tensor in tensors.items():
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    if len(shards) == 1:
+        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, work / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
+    """The directory must load, hold exactly these bytes, and give the logits of the model in memory."""
+    device = model.model.embed_tokens.weight.device
+    again = type(model).from_pretrained(work, device=str(device))
+    for name, p in again.named_parameters():
+        if not torch.equal(p.cpu(), tensors[name]):
+            raise RuntimeError(f"the export in {work} does not hold {name} as it was written; the disk may be failing")
+    ids = torch.arange(8, device=device)[None] % model.config.vocab_size
+    with torch.no_grad():
+        compute = again.model.embed_tokens.weight.dtype
+        ours = model.lm_head(model.hidden(ids, compute)).float()
+        theirs = again(ids).float()
+    if not torch.allclose(ours, theirs, rtol=2e-2 if compute != torch.float32 else 1e-4, atol=1e-2 * ours.std().item()):
+        raise RuntimeError(f"the export in {work} gives other logits than the model: {(ours - theirs).abs().max()}")
+
+
+def stored_dtype(path: Path) -> torch.dtype:
+    """The dtype of the embedding on disk, which an export keeps."""
+    return _DTYPES[find_tensors(path)["model.embed_tokens.weight"][1]][0]

@@ -1,0 +1,69 @@
+"""Look-up documents: a value is set early and asked for later, so that recall over a distance can be measured.
+
+    ...ordinary text...
+    # remember harbour engine          the key `harbour` has the value `engine`
+    ...ordinary text...
+    # recall harbour                   the next token should be ` engine`
+
+How it is built.  In tokens, over any tokenizer: keys and values are single tokens that read as a space and a short
+lower-case word, the rest is ordinary text given as ids. `spread` says how far a value is from its question: "anywhere"
+(for training) or "far" (for measuring: set in the first eighth, asked for in the last).
+
+Limits.  This is recall of what stands in the text, not reasoning; ruler.py has the harder tasks.
+"""
+
+import re
+
+import numpy as np
+
+from tokenizer import Tokenizer
+
+PAIRS = 8
+_WORD = re.compile(r" [a-z]{4,9}")
+
+
+class Lookups:
+    """Makes look-up documents for one tokenizer out of one stream of filler ids."""
+
+    def __init__(self, tokenizer: Tokenizer, filler: np.ndarray):
+        words = [i for i in range(tokenizer.size) if _WORD.fullmatch(tokenizer.decode([i]))]
+        if len(words) < 64:
+            raise ValueError(f"the vocabulary has only {len(words)} tokens that are words; recall needs 64")
+        picks = np.linspace(0, len(words) - 1, min(512, len(words))).astype(int)
+        self.words = np.asarray(words, dtype=np.int64)[picks]
+        self.set, self.ask = tokenizer.encode("\n# remember"), tokenizer.encode("\n# recall")
+        self.filler = filler
+
+    def document(self, rng: np.random.Generator, T: int, spread: str) -> tuple[np.ndarray, np.ndarray]:
+        """(ids [T + 1], where [n]): the token at where + 1 is the value that the token at `where` asks for."""
+        set_at, ask_at = self._places(rng, T, spread)
+        words = rng.choice(self.words, size=(2, PAIRS), replace=False)
+        start = int(rng.integers(0, len(self.filler) - T - 1))
+        ids = np.asarray(self.filler[start : start + T + 1], dtype=np.int64).copy()
+        where = []
+        for first, pair in set_at:
+            ids[first : first + len(self.set) + 2] = [*self.set, *words[:, pair]]
+        for first, pair in ask_at:
+            ids[first : first + len(self.ask) + 2] = [*self.ask, *words[:, pair]]
+            where.append(first + len(self.ask))
+        return ids, np.asarray(where)
+
+    def _places(self, rng: np.random.Generator, T: int, spread: str) -> tuple[list, list]:
+        """Where each line begins: disjoint slots of one line's length, every question after its value."""
+        line = max(len(self.set), len(self.ask)) + 2
+        slots = (T + 1) // line
+        asks = PAIRS if spread == "far" else 3 * PAIRS
+        if spread == "far":  # at T = 512 the lines themselves fill an eighth
+            near = max(PAIRS, slots // 8)
+            early = rng.choice(near, PAIRS, replace=False)
+            late = slots - 1 - rng.choice(near, PAIRS, replace=False)
+            pairs = rng.permutation(PAIRS)
+        else:
+            taken = rng.choice(slots, PAIRS + asks, replace=False)
+            early, late = np.sort(taken[:PAIRS]), taken[PAIRS:]
+            pairs = rng.integers(0, PAIRS, asks)
+        if slots < 2 * PAIRS:
+            raise ValueError(f"a look-up document of {T} tokens cannot hold {2 * PAIRS} lines of {line} tokens")
+        set_at = [(int(s) * line, p) for p, s in enumerate(early)]
+        ask_at = [(int(s) * line, int(p)) for s, p in zip(late, pairs, strict=True) if s > early[p]]
+        return set_at, sorted(ask_at)

@@ -1,0 +1,75 @@
+"""Small real inputs: a random LLaMA on disk with the demo's tokenizer, and a folder of text."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+from model import Llama, LlamaConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+TEACHER = ROOT / "demo" / "teacher"
+
+
+def tiny_config(**changes) -> dict:
+    return {
+        "model_type": "llama",
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 4095,
+    } | changes
+
+
+def random_model(seed: int = 0, **changes) -> Llama:
+    """A model whose outputs depend on every weight: norms away from 1, biases away from 0."""
+    torch.manual_seed(seed)
+    model = Llama(LlamaConfig.from_hf(tiny_config(**changes)))
+    for name, p in model.named_parameters():
+        if p.dim() == 2:
+            p.data.normal_(std=2.0 / p.shape[1] ** 0.5 if "embed" not in name else 1.0)
+        else:
+            p.data.normal_(mean=1.0 if "norm" in name else 0.0, std=0.2)
+    return model.requires_grad_(False).eval()
+
+
+def write_model(path: Path, seed: int = 0, **changes) -> Path:
+    model = random_model(seed, **changes)
+    checkpoint.save_pretrained(model, path, tokenizer_from=TEACHER)
+    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": 4095}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def model_copy(tiny_dir, tmp_path) -> Path:
+    """A directory that a test may damage."""
+    return Path(shutil.copytree(tiny_dir, tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def text_dir(tmp_path_factory) -> Path:
+    """About 60 small documents of real words."""
+    folder = tmp_path_factory.mktemp("text")
+    source = (ROOT / "train.py").read_text() + (ROOT / "model.py").read_text() + (ROOT / "data.py").read_text()
+    size = len(source) // 60
+    for i in range(60):
+        (folder / f"part{i:02d}.txt").write_text(source[i * size : (i + 1) * size])
+    return folder
