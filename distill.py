@@ -9,8 +9,8 @@ Only what `make_student` copies learns (the q, k and v projections); every other
 teacher's.
 
 How it is computed.  Both models advance together, so that q, k and v of one layer of each are all that is alive at
-a time. With `checkpointing`, a layer keeps its two inputs [B, T, C] and is recomputed in the backward, teacher included.
-The last layer ends at its q, k and v: what would come after takes no part in the loss.
+a time. With `checkpointing`, a layer keeps its two inputs [B, T, C] and is recomputed in the backward, teacher
+included. The last layer ends at its q, k and v: what would come after takes no part in the loss.
 
 YaRN multiplies cos and sin, and with them q and k, by a temperature f. The comparison divides the scores by f^2, so
 that the student is not taught to undo it.

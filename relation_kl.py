@@ -22,9 +22,10 @@ S_ij = a x_i.x_j holds x twice, as row i and as column j. Token i collects its r
 How it is computed.  S and U are [T, T]: 4 GiB a head at T = 32 768 in float32. Three implementations:
 
     dense    the definition, with autograd; memory T^2. Every other one is tested against it in float64.
-    tiled    strips of BT rows. Pass 1 keeps three numbers a row: lse(S), lse(U), KL (1). The backward recomputes each
-             strip from them, forms G (2) and adds both halves of (3). Memory O(BT T): linear. CPU and GPU.
-    triton   the same two passes as fused GPU kernels: kernel_triton.py.
+    tiled    strips of BT whole rows. Pass 1 keeps the row's KL (1) alone; the backward makes each strip again, forms
+             G (2) and adds both halves of (3). Memory O(BT T): linear. CPU and GPU.
+    triton   the same two passes as fused GPU kernels, kernel_triton.py. A tile there holds part of a row, so pass 1
+             also keeps lse(S) and lse(U), from which pass 2 rebuilds P and Q anywhere.
 
 Limits.  The teacher takes no gradient. First derivatives only. Rows at or past `lengths` give 0 and take no gradient.
 
@@ -135,33 +136,33 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx, x, y, scale, teacher_scale, causal, lengths):
         B, H, T, D = x.shape
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        kl, lse_s, lse_u = (torch.empty(B, H, T, dtype=wide, device=x.device) for _ in range(3))
+        kl = torch.empty(B, H, T, dtype=wide, device=x.device)
         for rows, s, u, seen in _strips(x, y, scale, teacher_scale, causal, lengths):
-            r = slice(rows.start, rows.stop)
-            lse_s[..., r], lse_u[..., r] = s.logsumexp(-1), u.logsumexp(-1)
-            q = (u - lse_u[..., r, None]).exp_()
-            # u - s is -inf + inf where unseen: q is 0 there, and so is the term
-            kl[..., r] = u.sub_(s).masked_fill_(~seen, 0.0).mul_(q).sum(-1) - lse_u[..., r] + lse_s[..., r]
+            # (1) with the log-sum-exps inside the sum, as log Q - log P: outside, large numbers would cancel
+            log_p, log_q = s.log_softmax(-1), u.log_softmax(-1)
+            q = log_q.exp()
+            terms = log_q.sub_(log_p).masked_fill_(~seen, 0.0).mul_(q)  # unseen: -inf + inf, dropped
+            kl[..., rows.start : rows.stop] = terms.sum(-1)
         if lengths is not None:
             kl.masked_fill_(torch.arange(T, device=x.device) >= lengths.to(x.device)[:, None, None], 0.0)
-        ctx.save_for_backward(x, y, lse_s, lse_u, lengths)
+        ctx.save_for_backward(x, y, lengths)
         ctx.arguments = (scale, teacher_scale, causal)
         return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, w):
-        x, y, lse_s, lse_u, lengths = ctx.saved_tensors
+        x, y, lengths = ctx.saved_tensors
         scale, teacher_scale, causal = ctx.arguments
-        wide = lse_s.dtype
+        wide = w.dtype
         dx = torch.zeros(x.shape, dtype=wide, device=x.device)
         xw = x.to(wide)
         with torch.autocast(x.device.type, enabled=False):
             for rows, s, u, seen in _strips(x, y, scale, teacher_scale, causal, lengths):
                 r = slice(rows.start, rows.stop)
                 n = s.shape[-1]
-                g = s.sub_(lse_s[..., r, None]).exp_() - u.sub_(lse_u[..., r, None]).exp_()
-                if lengths is not None:  # rows that see nothing: exp(-inf - -inf) is NaN
+                g = s.softmax(-1).sub_(u.softmax(-1))
+                if lengths is not None:  # the softmax of a row that sees nothing is NaN
                     g = torch.where(seen, g, 0.0)
                 g.mul_((scale * w[..., r, None]).to(wide))  # [B, H, BT, n]: equation (2), times a
                 dx[..., r, :] += g @ xw[..., :n, :]  # row i of G

@@ -37,7 +37,7 @@ def table(columns: dict[str, dict[str, float]], shares: dict[str, float]) -> str
         + " |"
         for r in rows
     ]
-    rule = "|-" + "-|-".join("-" * (w - (i > 0)) + ":" * (i > 0) for i, w in enumerate(widths)) + "-|"
+    rule = "|" + "|".join("-" * (w + 1) + (":" if i else "-") for i, w in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 

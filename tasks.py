@@ -69,7 +69,7 @@ def _item(row: dict) -> Item:
 def likelihoods(
     model: Llama, tokenizer: Tokenizer, pairs: list[tuple[str, str]], dtype: torch.dtype, tokens: int = 8192
 ):
-    """[(sum of log-probabilities of the continuation in nats, whether it is greedy)] for (context, continuation) pairs."""
+    """[(sum of the continuation's log-probabilities in nats, is it greedy)] of (context, continuation) pairs."""
     device = model.model.embed_tokens.weight.device
     longest = model.config.rope.length
     requests = []

@@ -24,7 +24,10 @@ from pathlib import Path
 import checkpoint
 
 # LLaMA-3's split of text into words, used when tokenizer_config.json gives no `pat_str` of its own
-LLAMA3_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
 _LONG_RUN = re.compile(r"\S{25000}|\s{25000}")
 
 
@@ -150,7 +153,8 @@ def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
         from sentencepiece import SentencePieceProcessor
     except ImportError:
         raise ValueError(
-            f"{file} is a sentencepiece vocabulary; put the model's tokenizer.json beside it, or pip install sentencepiece"
+            f"{file} is a sentencepiece model; put the tokenizer.json of its Hugging Face version beside it, "
+            "or pip install sentencepiece"
         ) from None
     try:
         sp = SentencePieceProcessor(model_file=str(file))

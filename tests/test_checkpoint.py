@@ -1,0 +1,248 @@
+"""Directories in and out: round trips, every kind of damage, and a fuzz over a few hundred mutations."""
+
+import json
+import random
+import shutil
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_model, write_model
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+from model import Llama, LlamaConfig
+
+IDS = torch.randint(0, 4096, (1, 20), generator=torch.Generator().manual_seed(0))
+
+
+def edit_config(path: Path, **changes) -> None:
+    config = json.loads((path / "config.json").read_text()) | changes
+    (path / "config.json").write_text(json.dumps(config))
+
+
+def edit_header(file: Path, change) -> None:
+    data = file.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    new = json.dumps(change(header)).encode()
+    file.write_bytes(struct.pack("<Q", len(new)) + new + data[8 + length :])
+
+
+def rewrite(path: Path, change) -> None:
+    """Saves the weights again after `change` edited the dict of tensors."""
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_single_and_sharded_round_trips_keep_every_bit(tmp_path, dtype):
+    model = random_model(tie_word_embeddings=False).to(dtype)
+    for name, size in (("single", 10**9), ("sharded", 200_000)):
+        checkpoint.save_pretrained(model, tmp_path / name, shard_bytes=size)
+        again = Llama.from_pretrained(tmp_path / name)
+        for (n, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+            assert torch.equal(a, b) and a.dtype == b.dtype, n
+    index = json.loads((tmp_path / "sharded" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in model.parameters())
+
+
+def test_old_inv_freq_buffers_and_a_stored_tied_head_are_skipped(model_copy):
+    expected = Llama.from_pretrained(model_copy)(IDS)
+
+    def add(tensors):
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(model_copy, add)
+    assert torch.equal(Llama.from_pretrained(model_copy)(IDS), expected)
+
+
+def damage(name: str, path: Path) -> None:
+    weights = path / "model.safetensors"
+    data = weights.read_bytes()
+    index = path / "model.safetensors.index.json"
+    norm = "model.norm.weight"
+    match name:
+        case "no config":
+            (path / "config.json").unlink()
+        case "config is a list":
+            (path / "config.json").write_text("[]")
+        case "config is deep":
+            (path / "config.json").write_text('{"a":' * 100_000 + "1" + "}" * 100_000)
+        case "config repeats a key":
+            (path / "config.json").write_text('{"model_type": "llama", "model_type": "qwen2"}')
+        case "config is binary":
+            (path / "config.json").write_bytes(b"\xff\xfe\x00")
+        case "truncated":
+            weights.write_bytes(data[: len(data) // 2])
+        case "seven bytes":
+            weights.write_bytes(data[:7])
+        case "header longer than the file":
+            weights.write_bytes(struct.pack("<Q", 1 << 40) + data[8:])
+        case "missing":
+            weights.unlink()
+        case "renamed":
+            weights.rename(path / "weights.safetensors")
+        case "pickle only":
+            weights.rename(path / "pytorch_model.bin")
+        case "meta's format":
+            weights.rename(path / "consolidated.00.pth")
+        case "a tensor is missing":
+            rewrite(path, lambda t: t.pop(norm))
+        case "a tensor too many":
+            rewrite(path, lambda t: t.update(surprise=torch.ones(1)))
+        case "another shape":
+            rewrite(path, lambda t: t.update({norm: torch.ones(31)}))
+        case "integers":
+            rewrite(path, lambda t: t.update({norm: torch.ones(32, dtype=torch.int64)}))
+        case "NaN":
+            rewrite(path, lambda t: t[norm].__setitem__(3, float("nan")))
+        case "infinity":
+            rewrite(path, lambda t: t[norm].__setitem__(3, float("-inf")))
+        case "another vocabulary":
+            edit_config(path, vocab_size=5000)
+        case "absurd vocabulary":
+            edit_config(path, vocab_size=10**12)
+        case "overlap":
+            edit_header(weights, lambda h: h | {norm: h[norm] | {"data_offsets": [0, 128]}})
+        case "negative offsets":
+            edit_header(weights, lambda h: h | {norm: h[norm] | {"data_offsets": [-128, 0]}})
+        case "absurd shape":
+            edit_header(weights, lambda h: h | {norm: h[norm] | {"shape": [10**12]}})
+        case "shard outside":
+            index.write_text(json.dumps({"weight_map": {norm: "../other.safetensors"}}))
+        case "absolute shard":
+            index.write_text(json.dumps({"weight_map": {norm: "/etc/passwd"}}))
+        case "link out":
+            shutil.move(weights, path.parent / "elsewhere.safetensors")
+            weights.symlink_to(path.parent / "elsewhere.safetensors")
+        case "index disagrees":
+            index.write_text(json.dumps({"weight_map": {norm: "model.safetensors"}}))
+        case "index names what is not there":
+            names = dict.fromkeys([*load_file(weights), "ghost"], "model.safetensors")
+            index.write_text(json.dumps({"weight_map": names}))
+        case "index without map":
+            index.write_text("{}")
+        case _:
+            raise AssertionError(name)
+
+
+DAMAGE = {
+    "no config": "config.json does not exist",
+    "config is a list": "must hold a JSON object",
+    "config is deep": "nested too deeply",
+    "config repeats a key": "stands twice",
+    "config is binary": "not valid JSON",
+    "truncated": "truncated",
+    "seven bytes": "truncated or not safetensors",
+    "header longer than the file": "truncated or not safetensors",
+    "missing": "no model.safetensors",
+    "renamed": "no model.safetensors",
+    "pickle only": "pickle, which can run code",
+    "meta's format": "Meta's own format",
+    "a tensor is missing": "missing: model.norm.weight",
+    "a tensor too many": "not in the model: surprise",
+    "another shape": r"model.norm.weight is \[31\], not \[32\]",
+    "integers": "model.norm.weight has dtype I64",
+    "NaN": "model.norm.weight holds NaN",
+    "infinity": "model.norm.weight holds NaN or infinity",
+    "another vocabulary": r"embed_tokens.weight is \[4096, 32\], not \[5000, 32\]",
+    "absurd vocabulary": "vocab_size = 1000000000000",
+    "overlap": "overlaps another or leaves a gap",
+    "negative offsets": "malformed header",
+    "absurd shape": "needs others",
+    "shard outside": r"\.\./other",
+    "absolute shard": "/etc/passwd",
+    "link out": "link to .* outside",
+    "index disagrees": "the index says None",
+    "index names what is not there": "ghost",
+    "index without map": "no weight_map",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damage_is_refused_in_one_sentence(name, model_copy):
+    damage(name, model_copy)
+    with pytest.raises(ValueError, match=DAMAGE[name]) as e:
+        Llama.from_pretrained(model_copy)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+def test_links_inside_the_hubs_cache_are_followed(tiny_dir, tmp_path):
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in tiny_dir.iterdir():
+        shutil.copy(file, blobs / f"hash-{file.name}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / f"hash-{file.name}")
+    assert torch.equal(Llama.from_pretrained(snapshot)(IDS), Llama.from_pretrained(tiny_dir)(IDS))
+
+
+def mutate(path: Path, rng: random.Random) -> None:
+    """One random change to one file: bits, lengths, or a value inside its JSON."""
+    file = rng.choice([f for f in sorted(path.iterdir()) if f.name in ("config.json", "model.safetensors")])
+    data = bytearray(file.read_bytes())
+    kind = rng.choice(["bit", "cut", "grow", "zero", "value"])
+    # half of the changes fall in the header, which is where the structure is
+    where = rng.randrange(min(len(data), 3000) if rng.random() < 0.8 else len(data))
+    if kind == "value" and file.name == "config.json":
+        config = json.loads(bytes(data))
+        config[rng.choice(sorted(config))] = rng.choice([None, -1, 0, 1e308, "x", [], {}, True, 10**15, [1], 0.5])
+        data = bytearray(json.dumps(config).encode())
+    elif kind == "cut":
+        del data[where:]
+    elif kind == "grow":
+        data[where:where] = rng.randbytes(rng.randrange(1, 40))
+    elif kind == "zero":
+        data[where : where + 8] = bytes(8)
+    else:
+        data[where] ^= 1 << rng.randrange(8)
+    file.write_bytes(data)
+
+
+def test_fuzz_no_traceback_no_hang_and_no_wrong_model(tiny_dir, tmp_path):
+    """A mutated directory is refused with a ValueError, or loads as what its config and bytes say."""
+    rng, refused = random.Random(0), 0
+    for n in range(400):
+        path = Path(shutil.copytree(tiny_dir, tmp_path / str(n)))
+        mutate(path, rng)
+        began = time.monotonic()
+        try:
+            model = Llama.from_pretrained(path)
+        except ValueError as e:
+            assert str(e)
+            refused += 1
+        else:
+            tensors = load_file(path / "model.safetensors")
+            assert all(torch.equal(p, tensors[k]) for k, p in model.named_parameters())
+            assert model.config == LlamaConfig.from_hf(json.loads((path / "config.json").read_text()))
+        assert time.monotonic() - began < 5
+        shutil.rmtree(path)
+    assert 100 < refused < 400, "a fuzz that refuses nothing or everything shows nothing"
+
+
+def test_a_failed_write_leaves_the_old_directory(tmp_path):
+    target = write_model(tmp_path / "model", seed=1)
+    before = {f.name: f.read_bytes() for f in target.iterdir()}
+    with pytest.raises(KeyboardInterrupt), checkpoint.atomic_directory(target) as work:
+        (work / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert {f.name: f.read_bytes() for f in target.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_export_is_checked_by_reading_it_back(tmp_path, monkeypatch):
+    real = checkpoint.save_file
+
+    def lossy(tensors, *rest, **more):
+        real({k: v + 0.1 if k == "model.norm.weight" else v for k, v in tensors.items()}, *rest, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", lossy)
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
+        checkpoint.save_pretrained(random_model(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()

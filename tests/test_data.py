@@ -1,0 +1,170 @@
+"""Text to blocks: sources, order, held-out text, tokenizers, look-up documents, and what bad input gets."""
+
+import gzip
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEACHER
+
+import data
+from recall import PAIRS, Lookups
+from tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_dir):
+    return load_tokenizer(tiny_dir)
+
+
+def corpus_of(paths, tokenizer, tmp_path):
+    return data.load_corpus(paths, tokenizer, tmp_path / "cache", quiet=True)
+
+
+def test_every_kind_of_source_and_the_end_token(tokenizer, tmp_path):
+    texts = {"a.txt": "one two", "b.md": "three", "c.py": "four()", "d.jsonl": "five", "e.jsonl.gz": "six"}
+    for name, text in texts.items():
+        row = json.dumps({"text": text}) + "\n"
+        if name.endswith(".gz"):
+            (tmp_path / name).write_bytes(gzip.compress(row.encode()))
+        else:
+            (tmp_path / name).write_text(row if "jsonl" in name else text)
+    np.save(tmp_path / "f.npy", np.array([7, 8, 9]))
+    corpus = corpus_of([tmp_path], tokenizer, tmp_path)
+    stream = np.concatenate([corpus.train, corpus.held_out]).tolist()
+    for text in texts.values():
+        ids = [*tokenizer.encode(text), tokenizer.eos_id]
+        assert any(stream[i : i + len(ids)] == ids for i in range(len(stream))), text
+    assert len(stream) == sum(len(tokenizer.encode(t)) + 1 for t in texts.values()) + 3
+
+
+def test_the_order_is_a_function_of_seed_and_step(tokenizer, text_dir, tmp_path):
+    corpus = corpus_of([text_dir], tokenizer, tmp_path)
+    n = corpus.blocks(32)
+    one = corpus.batch(0, 0, 2 * n, 32)
+    assert torch.equal(one[5:9], corpus.batch(0, 5, 4, 32)), "any slice of a run is the same blocks"
+    assert not torch.equal(one, corpus.batch(1, 0, 2 * n, 32))
+    for epoch in (one[:n], one[n:]):
+        assert len({tuple(row.tolist()) for row in epoch}) >= 0.95 * n, "an epoch visits every block once"
+    assert not torch.equal(one[:n], one[n:]), "epochs differ"
+    assert torch.equal(one[0, 1:], torch.from_numpy(np.asarray(one[0, 1:])))
+
+
+def test_held_out_text_never_trains(tokenizer, text_dir, tmp_path):
+    files = data.find_files([text_dir])
+    kept = [(n, np.full(100, i)) for i, (n, _) in enumerate(files)]
+    train, held = data.split(kept)
+    assert len(held) and not set(train) & set(held) and len(train) + len(held) == 100 * len(kept)
+
+
+def test_one_long_document_holds_out_its_end():
+    train, held = data.split([("book.txt", np.arange(1000))])
+    assert held.tolist() == list(range(950, 1000)) and len(train) == 950
+
+
+def test_tokenised_once(tokenizer, text_dir, tmp_path, monkeypatch):
+    first = corpus_of([text_dir], tokenizer, tmp_path)
+    monkeypatch.setattr(data, "_tokenise", lambda *a: pytest.fail("the cache was not used"))
+    again = corpus_of([text_dir], tokenizer, tmp_path)
+    assert np.array_equal(first.train, again.train) and isinstance(again.train, np.memmap)
+
+
+def test_the_default_is_the_standard_library_without_tests_and_packages():
+    names = [n for n, _ in data.find_files([])]
+    assert "argparse.py" in names and len(names) > 300
+    assert not any("site-packages" in n or n.startswith("test/") for n in names)
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("x.txt", b"", "the text is empty"),
+        ("x.txt", b"\xff\xfe\x00bad", "not UTF-8"),
+        ("x.jsonl", b'{"text": "a"}\nnot json\n', "line 2: not JSON"),
+        ("x.jsonl", b'{"txt": "a"}\n', "line 1: no string field `text`"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "damaged"),
+        ("x.pdf", b"x", "unknown kind of file"),
+    ],
+)
+def test_bad_text_is_named(tokenizer, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said) as e:
+        corpus_of([tmp_path / name], tokenizer, tmp_path)
+    assert name.split(".")[0] in str(e.value)
+
+
+def test_missing_empty_and_foreign_sources_are_named(tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="does not exist"):
+        corpus_of([tmp_path / "nothing"], tokenizer, tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no text in"):
+        corpus_of([tmp_path / "empty"], tokenizer, tmp_path)
+    np.save(tmp_path / "x.npy", np.array([5, 5000]))
+    with pytest.raises(ValueError, match="holds the id 5000"):
+        corpus_of([tmp_path / "x.npy"], tokenizer, tmp_path)
+    np.save(tmp_path / "y.npy", np.zeros((2, 2)))
+    with pytest.raises(ValueError, match="one row of integer ids"):
+        corpus_of([tmp_path / "y.npy"], tokenizer, tmp_path)
+
+
+def test_a_block_longer_than_the_text_is_refused(tokenizer, tmp_path):
+    (tmp_path / "x.txt").write_text("a few words only " * 20)
+    corpus = corpus_of([tmp_path / "x.txt"], tokenizer, tmp_path)
+    with pytest.raises(ValueError, match="longer than all the text"):
+        corpus.blocks(4096)
+    with pytest.raises(ValueError, match="held-out text has"):
+        corpus.held_out_blocks(4096, 1)
+
+
+def test_lookups_ask_after_they_tell(tokenizer):
+    filler = np.full(9000, 5, dtype=np.uint16)
+    lookups = Lookups(tokenizer, filler)
+    for T, spread in ((512, "far"), (4096, "far"), (512, "anywhere")):
+        ids, where = lookups.document(np.random.default_rng(0), T, spread)
+        assert len(ids) == T + 1 and len(where) >= PAIRS
+        for w in where:
+            key, value = ids[w], ids[w + 1]
+            told = [i for i in range(w - 1) if ids[i] == key and ids[i + 1] == value]
+            assert told, "the value stands beside its key before the question"
+            assert spread != "far" or w - told[0] > 0.6 * T
+
+
+def test_tiktoken_and_tokenizers_agree_on_the_demos_vocabulary():
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast.from_file(str(TEACHER / "tokenizer.json"))
+    ours = load_tokenizer(TEACHER)
+    assert ours.kind == "tiktoken" and ours.size == 4096
+    text = (data.standard_library() / "argparse.py").read_text() + " naïve ünïcode 12345 \t\r\n  ☃"
+    assert ours.encode(text) == fast.encode(text).ids
+    assert ours.decode(ours.encode(text)) == text
+
+
+def test_long_runs_without_spaces_do_not_hang(tokenizer):
+    began = time.monotonic()
+    for text in ("a" * 300_000, " " * 300_000, "ab1!" * 75_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.monotonic() - began < 60
+
+
+def test_special_tokens_in_a_text_are_ordinary_characters(tokenizer):
+    assert tokenizer.eos_id not in tokenizer.encode("a <|end|> b")
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("tokenizer.json", "{}", "not a tokenizer"),
+        ("tokenizer.json", "{", "not valid JSON"),
+        ("tokenizer.model", "YQ== 0\n", "lacks one of the 256"),
+        ("tokenizer.model", "\x0a\x0bsentencepiece", "sentencepiece"),
+        ("vocab.txt", "a", "no tokenizer.json"),
+    ],
+)
+def test_bad_tokenizers_are_named(tmp_path, name, content, said):
+    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,240 @@
+"""The Triton kernels on a real GPU, by the rule and with the inputs of test_kernel.py: `make test-gpu`.
+
+LINEARARD_AUTHORS=PATH (a clone of gracefulning/LinearARD) adds the comparison with the authors' kernels;
+compute-sanitizer, where installed, the search for races and for reads out of bounds.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_kernel import agree, bf16, both, fp16, fp32, inputs
+
+import bench
+import kernel_triton
+from relation_kl import choose, relation_kl
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or kernel_triton.INTERPRETED, reason="needs a CUDA GPU"),
+]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Uninitialised memory holds NaN: an output that the kernel forgets to write shows."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def equal(a, b):
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["", "lengths"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("D", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32], ids=str)
+def test_agrees_with_the_definition(dtype, D, causal, padded):
+    for T in (1, 15, 127, 128, 129, 1000):
+        x, y, w = inputs(3, 2, T, D, dtype, "BTHD", "cuda")
+        lengths = torch.tensor([0, (T + 1) // 2, T], device="cuda") if padded else None
+        first = agree(x, y, w, causal=causal, lengths=lengths)
+        assert equal(first, agree(x, y, w, causal=causal, lengths=lengths))  # bit for bit
+        assert first[1].stride() == x.stride()
+
+
+@pytest.mark.parametrize(
+    "H, T, D, dtype",
+    [
+        pytest.param(9, 4096, 64, bf16, id="9-query-heads"),
+        pytest.param(3, 4096, 64, bf16, id="3-key-heads"),
+        pytest.param(4, 4096, 128, fp16, id="fp16"),
+        pytest.param(1, 32768, 128, bf16, id="32K"),
+    ],
+)
+def test_long(H, T, D, dtype):
+    x, y, w = inputs(1, H, T, D, dtype, device="cuda")
+    first = agree(x, y, w, impl="tiled")  # linear memory, tested against the definition in test_relation_kl.py
+    assert equal(first, agree(x, y, w, impl="tiled"))
+
+
+@pytest.mark.parametrize("dtype", [bf16, fp16, fp32], ids=str)
+def test_huge_norms(dtype):
+    x, y, w = inputs(1, 2, 500, 64, fp32, device="cuda")
+    x, y = (100 * z / z.norm(dim=-1, keepdim=True) for z in (x, y))
+    x[:, :, 1::2] = x[:, :, ::2] + 0.001 * x[:, :, 1::2]
+    kl, dx = agree(x.to(dtype), y.to(dtype), w)
+    assert kl.isfinite().all() and dx.isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_student_equal_to_teacher_costs_exactly_nothing(causal):
+    x, _, w = inputs(1, 2, 700, 128, bf16, device="cuda")
+    kl, dx = both(lambda x, y: relation_kl(x, y, causal=causal, impl="triton"), x, x.clone(), w)
+    assert (kl == 0).all() and (dx == 0).all()
+
+
+def test_teacher_scale_layouts_and_padding():
+    for layout in ("BHTD", "BTHD", "qkv"):
+        x, y, w = inputs(2, 3, 300, 96, bf16, layout, "cuda")
+        agree(x, y, w, scale=0.1, teacher_scale=0.3)
+    lengths = torch.tensor([100, 250], device="cuda")
+    clean = both(lambda x, y: relation_kl(x, y, lengths=lengths, impl="triton"), x, y, w)
+    for z in (x, y, w):
+        for b, n in enumerate(lengths.tolist()):
+            z[b, :, n:] = float("nan")
+    assert equal(clean, both(lambda x, y: relation_kl(x, y, lengths=lengths, impl="triton"), x, y, w))
+
+
+def test_offsets_past_2_to_the_31():
+    """Heads 2^31 elements apart: a fault or a wrong answer where an offset is 32 bits wide."""
+    if torch.cuda.mem_get_info()[0] < 12 * 2**30:
+        pytest.skip("needs 12 GiB of free GPU memory")
+    packed, y, w = inputs(1, 2, 300, 64, bf16, device="cuda")
+    x = torch.zeros(2**31 + 300 * 64, dtype=bf16, device="cuda").as_strided((1, 2, 300, 64), (0, 2**31, 64, 1))
+    x.copy_(packed)
+    near = kernel_triton._forward(packed, y, 0.1, 0.1, True, None)
+    assert equal(near, kernel_triton._forward(x, y, 0.1, 0.1, True, None))
+    dx = (kernel_triton._backward(w, *near[1:], z, y, 0.1, 0.1, True, None) for z in (x, packed))
+    assert torch.equal(*dx)
+
+
+def test_tf32_when_asked(monkeypatch):
+    x, y, w = inputs(1, 1, 300, 64, fp32, device="cuda")
+    exact = both(lambda x, y: relation_kl(x, y, impl="triton"), x, y, w)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    fast = both(lambda x, y: relation_kl(x, y, impl="triton"), x, y, w)
+    error = (fast[1] - exact[1]).norm() / exact[1].norm()
+    assert 0 < error < 1e-2
+
+
+# ---- what surrounds it
+
+
+def loss(x, y):
+    return relation_kl(2 * x, y)  # "auto": also that the choice is the kernel
+
+
+def test_auto_is_triton():
+    assert choose(torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16))[0] == "triton"
+
+
+def test_under_compile_without_a_graph_break():
+    x, y, w = inputs(2, 2, 200, 64, bf16, "BTHD", "cuda")
+    assert equal(both(torch.compile(loss, fullgraph=True), x, y, w), both(loss, x, y, w))
+
+
+def test_under_checkpoint():
+    x, y, w = inputs(2, 2, 200, 64, bf16, device="cuda")
+    again = both(lambda x, y: torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=False), x, y, w)
+    assert equal(again, both(loss, x, y, w))
+
+
+def test_under_autocast():
+    x, y, w = inputs(2, 2, 200, 64, fp32, device="cuda")
+    with torch.autocast("cuda", dtype=bf16):
+        inside = both(loss, x, y, w)
+    assert equal(inside, both(loss, x, y, w))
+
+
+def test_in_a_cuda_graph():
+    """Recorded once, replayed on other numbers: nothing waits for the GPU, nothing depends on a value."""
+    torch.use_deterministic_algorithms(False)  # filling fresh memory is no part of what is recorded
+    lengths = torch.tensor([150, 200], device="cuda")
+    for dtype in (bf16, fp16):
+        x, y, w = inputs(2, 2, 200, 64, dtype, device="cuda")
+        x.requires_grad_()
+
+        def step(x=x, y=y, w=w):
+            kl = relation_kl(x, y, lengths=lengths, impl="triton")
+            return kl.detach(), torch.autograd.grad(kl, x, w)[0]
+
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = step()
+        with torch.no_grad():
+            x.copy_(3 * x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert equal(recorded, step())
+
+
+def test_no_host_sync():
+    x, y, w = inputs(2, 2, 200, 64, fp16, device="cuda")
+    lengths = torch.tensor([150, 200], device="cuda")
+    call = lambda: both(lambda x, y: relation_kl(x, y, lengths=lengths, impl="triton"), x, y, w)  # noqa: E731
+    call()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_extra_memory_is_the_gradient_and_a_few_numbers_a_row():
+    torch.use_deterministic_algorithms(False)
+    H, T, D = 8, 8192, 128
+    x, y, w = inputs(1, H, T, D, bf16, device="cuda")
+    x.requires_grad_()
+    peak = bench.peak_bytes(lambda x, y: relation_kl(x, y, impl="triton"), x, y)
+    assert peak <= 2 * H * T * D + 6 * 4 * H * T + 2**20
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_second_gpu():
+    agree(*(z.to("cuda:1") for z in inputs(1, 2, 200, 64, bf16)))
+
+
+# ---- other judges
+
+
+@pytest.mark.skipif("LINEARARD_AUTHORS" not in os.environ, reason="LINEARARD_AUTHORS names no clone")
+def test_agrees_with_the_authors_kernels():
+    """In value and gradient, causal and unpadded, where theirs is right. Theirs sums over rows."""
+    theirs = bench.authors(Path(os.environ["LINEARARD_AUTHORS"]))
+    torch.use_deterministic_algorithms(False)
+    for T, D in ((128, 64), (1000, 128)):
+        x, y, w = inputs(1, 4, T, D, bf16, device="cuda")
+        ones = torch.ones_like(w)
+        kl, dx = both(lambda x, y: relation_kl(x, y, impl="triton"), x, y, ones)
+        total, their_dx = both(theirs, x, y, ones.new_ones(()))
+        torch.testing.assert_close(total.float(), kl.sum(), rtol=1e-2, atol=0.0)
+        assert (their_dx.float() - dx.float()).norm() <= 1e-2 * dx.float().norm()
+
+
+SMALL_CASE = """
+import torch
+from relation_kl import relation_kl
+for D, causal in ((64, True), (80, False)):
+    x, y = (torch.randn(2, 2, 200, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    lengths = torch.tensor([77, 200], device="cuda")
+    relation_kl(x.requires_grad_(), y, causal=causal, lengths=lengths, impl="triton").sum().backward()
+torch.cuda.synchronize()
+"""
+
+
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL_CASE]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]

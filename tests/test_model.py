@@ -1,0 +1,146 @@
+"""The network against transformers' own, and the student's sharing with its teacher."""
+
+import pytest
+import torch
+import transformers
+from conftest import random_model, tiny_config
+
+import checkpoint
+import distill
+from model import Llama, LlamaConfig, next_token_loss
+
+IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
+NETWORKS = {
+    "tied": {},
+    "untied": {"tie_word_embeddings": False},
+    "as many key heads as query heads": {"num_key_value_heads": 4},
+    "one key head": {"num_key_value_heads": 1},
+    "a head_dim of its own": {"head_dim": 16},
+    "linear x8": {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 8.0}},
+    "yarn x4": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "llama3": {
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 16,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        }
+    },
+    "dynamic, beyond its length": {"max_position_embeddings": 20, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "biases everywhere": {"attention_bias": True, "mlp_bias": True},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "mistral with a window of 20": {"model_type": "mistral", "sliding_window": 20},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": False},
+    "qwen3": {"model_type": "qwen3"},
+}
+
+
+def transformers_model(path, **options):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_equal_those_of_transformers_reading_our_export(name, tmp_path):
+    """float32 rounding: no more than 1e-4 of the logits' spread, at positions inside and beyond the native window."""
+    model = random_model(**NETWORKS[name])
+    checkpoint.save_pretrained(model, tmp_path / "x")
+    theirs = transformers_model(tmp_path / "x", attn_implementation="eager")
+    with torch.no_grad():
+        ours, expected = model(IDS), theirs(IDS).logits
+    assert (ours - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_directory_written_by_transformers_loads(name, tmp_path):
+    changes = NETWORKS[name]
+    config = tiny_config(**changes)
+    family = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
+    torch.manual_seed(1)
+    theirs = transformers.AutoModelForCausalLM.from_config(family).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = Llama.from_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+        assert (ours(IDS) - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_the_student_shares_every_frozen_tensor():
+    teacher = random_model()
+    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
+    theirs = dict(teacher.named_parameters())
+    for name, p in student.named_parameters():
+        if any(part in name for part in distill.TRAINED):
+            assert p.requires_grad and p.dtype == torch.float32 and p.data_ptr() != theirs[name].data_ptr()
+            assert torch.equal(p, theirs[name].float())
+        else:
+            assert p is theirs[name] and not p.requires_grad
+    assert student.lm_head.weight is teacher.model.embed_tokens.weight
+
+
+def test_chunked_loss_and_gradient_equal_the_plain_ones():
+    model = random_model().double()
+    h = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
+    plain = torch.nn.functional.cross_entropy(model.lm_head(h).float().flatten(0, 1), IDS.flatten())
+    (expected,) = torch.autograd.grad(plain, h)
+    for chunk in (7, 100, 1000):
+        loss = next_token_loss(model, h, IDS, chunk)
+        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(torch.autograd.grad(loss, h)[0], expected, rtol=1e-4, atol=1e-8)
+    assert next_token_loss(model, h, IDS, reduction="none").shape == IDS.shape
+
+
+def test_checkpointing_changes_nothing_but_memory():
+    teacher = random_model()
+    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
+
+    def gradients(checkpointing: bool):
+        loss, parts = distill.relation_loss(teacher, student, IDS, torch.float32, checkpointing=checkpointing)
+        loss.backward()
+        out = [p.grad.clone() for p in distill.trainable(student).values()]
+        for p in distill.trainable(student).values():
+            p.grad = None
+        return [loss.detach(), parts, *out]
+
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
+    teacher = random_model()
+    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
+    _, parts = distill.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
+    _, dense = distill.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
+    torch.testing.assert_close(parts, dense)
+    loss, _ = distill.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
+    weights = torch.tensor([1.0, 0.5, 0.5])  # Hkv / H = 2 / 4
+    torch.testing.assert_close(loss.detach(), (parts * weights).sum(-1).mean())
+
+
+def test_unscaled_student_has_no_relation_loss():
+    teacher = random_model()
+    same = distill.make_student(teacher, teacher.config)
+    loss, _ = distill.relation_loss(teacher, same, IDS, torch.float32)
+    assert loss.item() == 0
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": None}, "model_type None"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"no_rope_layers": [1, 0]}, "no_rope_layers"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"vocab_size": 10**12}, "vocab_size = 1000000000000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"hidden_size": "32"}, "hidden_size = '32'"),
+        ({"hidden_size": True}, "hidden_size = True"),
+        ({"num_key_value_heads": 3}, "not a multiple"),
+        ({"head_dim": 7}, "head_dim is 7"),
+    ],
+)
+def test_refusals_name_the_key_and_value(change, said):
+    with pytest.raises(ValueError, match=said):
+        LlamaConfig.from_hf(tiny_config(**change))

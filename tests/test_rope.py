@@ -1,0 +1,161 @@
+"""Frequencies against golden values and transformers' own functions; both dialects of config.json."""
+
+import pytest
+import torch
+from transformers import LlamaConfig as TheirConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from rope import RopeConfig, frequencies, rotate, rotation
+
+INDEX = [0, 1, 16, 20, 24, 32, 40, 45, 48, 63]
+LONG = [1.0 + 0.25 * i for i in range(64)]
+# (config keys, seq_len, values at INDEX, sum over 64, attention factor), from transformers 4.57.6 and 5.23.0
+# fmt: off
+GOLDEN = {
+    "default": ({}, None, [1, .865964353, .100000001, .0562341288, .0316227786, .00999999978, .00316227786,
+                           .00153992651, .00100000005, .000115478193], 7.4599542, 1),
+    "linear": ({"rope_type": "linear", "factor": 8.0}, None,
+               [.125, .108245544, .0125000002, .0070292661, .00395284733, .00124999997, .000395284733, .000192490814,
+                .000125000006, 1.44347741e-05], .932494275, 1),
+    "dynamic": ({"rope_type": "dynamic", "factor": 8.0}, 32768,
+                [1, .812136412, .0358148813, .0155804297, .0067779026, .00128270581, .000242749782, 8.57637351e-05,
+                 4.59399562e-05, 2.02593333e-06], 5.32300192, 1),
+    "yarn": ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}, None,
+             [1, .865964353, .100000001, .0562341288, .0273658652, .00596153876, .00103382161, .000244315306,
+              .000125000006, 1.44347741e-05], 7.3715494, 1.20794415),
+    "yarn, not truncated": ({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096,
+                             "truncate": False}, None,
+                            [1, .865964353, .100000001, .0562341288, .0281120818, .00598313287, .000972857641,
+                             .000193994769, .000125000006, 1.44347741e-05], 7.37727735, 1.20794415),
+    "llama3": ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0}, None,
+               [1, .814617217, .0376060307, .0165604409, .00729266508, .000524846022, 3.42810235e-05, 1.22976389e-05,
+                6.64786967e-06, 3.06892588e-07], 5.38605826, 1),
+}
+# fmt: on
+BASE = {"max_position_embeddings": 4096, "rope_theta": 10000.0, "head_dim": 128, "num_attention_heads": 1}
+
+
+def keys(name: str) -> dict:
+    base = dict(BASE, rope_theta=5e5, max_position_embeddings=65536) if name == "llama3" else BASE
+    return dict(base, rope_scaling=GOLDEN[name][0] or None)
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(name):
+    _, seq_len, values, total, factor = GOLDEN[name]
+    w, attention = frequencies(RopeConfig.from_hf(keys(name)), 128, seq_len)
+    torch.testing.assert_close(w[INDEX], torch.tensor(values), rtol=2e-6, atol=0)
+    assert w.double().sum().item() == pytest.approx(total, rel=1e-6) and attention == pytest.approx(factor, rel=1e-6)
+
+
+TABLES = {name: dict(keys(name)["rope_scaling"] or {"rope_type": "default"}) for name in GOLDEN} | {
+    "yarn, mscale": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "mscale": 0.7,
+                     "mscale_all_dim": 1.0, "beta_fast": 16.0, "beta_slow": 2.0},
+    "longrope": {"rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 1024,
+                 "short_factor": [1.0] * 64, "long_factor": LONG},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("dialect", ["v4", "v5"])
+@pytest.mark.parametrize("seq_len", [512, 30000])
+def test_equal_to_transformers(name, dialect, seq_len):
+    table = TABLES[name]
+    theirs = TheirConfig(hidden_size=256, num_attention_heads=2, head_dim=128, max_position_embeddings=4096,
+                         rope_parameters={**table, "rope_theta": 10000.0})  # fmt: skip
+    config = {"max_position_embeddings": 4096, "head_dim": 128, "num_attention_heads": 2}
+    if dialect == "v4":
+        config |= {"rope_theta": 10000.0, "rope_scaling": table}
+    else:
+        config |= {"rope_parameters": {**table, "rope_theta": 10000.0}}
+    ours, attention = frequencies(RopeConfig.from_hf(config), 128, seq_len)
+    if name == "default":
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        expected, factor = LlamaRotaryEmbedding(theirs).inv_freq, 1.0
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[table["rope_type"]](theirs, "cpu", seq_len=seq_len)
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=0)
+    assert attention == pytest.approx(factor, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_round_trip_through_either_dialect_alone_changes_nothing(name):
+    rope = RopeConfig.from_hf(dict(BASE, rope_scaling=TABLES[name]))
+    written = rope.to_hf() | {"head_dim": 128, "num_attention_heads": 1}
+    without_v5 = {k: v for k, v in written.items() if k != "rope_parameters"}
+    without_v4 = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta")}
+    for config in (written, without_v5, without_v4):
+        again = RopeConfig.from_hf(config)
+        for seq_len in (100, 9000):
+            assert torch.equal(frequencies(again, 128, seq_len)[0], frequencies(rope, 128, seq_len)[0])
+        assert again.length == rope.length
+
+
+def test_the_linear_file_is_the_one_that_every_reader_understands():
+    written = RopeConfig(max_position=4096).scaled("linear", 8).to_hf()
+    assert written == {
+        "max_position_embeddings": 32768,
+        "rope_theta": 10000.0,
+        "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 8.0},
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+    }
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic", "yarn", "llama3"])
+def test_scaled_multiplies_the_length_and_slows_the_slowest_pair(kind):
+    rope = RopeConfig(max_position=4096, head_dim=128)
+    longer = rope.scaled(kind, 8)
+    assert longer.length == 32768
+    w, s = frequencies(rope, 128)[0], frequencies(longer, 128, 32768)[0]
+    assert s[-1] <= w[-1] / 7.9 and (kind == "linear" or s[0] == w[0])
+
+
+def test_ntk_is_a_plain_theta():
+    longer = RopeConfig(max_position=4096, head_dim=128).scaled("ntk", 8)
+    assert longer.kind == "default" and longer.to_hf()["rope_scaling"] is None
+    assert longer.theta == pytest.approx(10000.0 * 8 ** (128 / 126))
+    assert frequencies(longer, 128)[0][-1].item() == pytest.approx(10000.0 ** (-126 / 128) / 8, rel=1e-5)
+
+
+def test_a_scaled_teacher_is_scaled_by_its_own_kind_or_refused():
+    llama31 = RopeConfig.from_hf(keys("llama3"))
+    assert llama31.scaled("llama3", 4).factor == 32 and llama31.scaled("llama3", 4).original == 8192
+    with pytest.raises(ValueError, match=r"already scaled.*llama3.*--rope llama3"):
+        llama31.scaled("linear", 8)
+    with pytest.raises(ValueError, match="plain RoPE"):
+        RopeConfig.from_hf(keys("dynamic")).scaled("linear", 8)
+
+
+@pytest.mark.parametrize(
+    "config, said",
+    [
+        ({"rope_scaling": {"rope_type": "mrope"}}, "'mrope'"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": {"type": "linear", "factor": "8"}}, "'8'"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "0.5"),
+        ({"rope_scaling": [1]}, "object"),
+        ({"rope_theta": -1}, "rope_theta"),
+        ({"rope_theta": float("nan")}, "rope_theta"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings"),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0, "long_factor": [1.0]}}, "short_factor"),
+    ],
+)
+def test_refusals_name_the_key(config, said):
+    with pytest.raises(ValueError, match=said):
+        RopeConfig.from_hf(config)
+
+
+@pytest.mark.parametrize("scale", [0, 1, -2, float("nan"), float("inf"), "8"])
+def test_a_scale_that_is_not_above_one_is_refused(scale):
+    with pytest.raises(ValueError, match="scale"):
+        RopeConfig().scaled("linear", scale)
+
+
+def test_rotation_depends_on_distance_alone():
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=g)
+    turn = [t.double() for t in rotation(RopeConfig(), 16, torch.arange(100), 100, torch.float32)]
+    score = lambda i, j: (rotate(q, turn[0][i], turn[1][i]) * rotate(k, turn[0][j], turn[1][j])).sum().item()  # noqa: E731
+    assert score(17, 5) == pytest.approx(score(90, 78), abs=1e-4)

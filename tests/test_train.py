@@ -1,0 +1,246 @@
+"""The whole run at a tiny size: both stages, export, table; repeatable and resumable to the bit; bad input refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, TEACHER, write_model
+from safetensors.torch import load_file
+
+import plan
+import resume
+import train
+
+STEPS1, STEPS2 = 6, 3
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A teacher with room for look-up documents, so that the table has every row."""
+    return write_model(tmp_path_factory.mktemp("models") / "small", max_position_embeddings=128)
+
+
+def arguments(small: Path, text_dir: Path, out: Path, *more: str) -> list[str]:
+    sizes = ["--tokens1", str(STEPS1 * 4 * 128), "--tokens2", str(STEPS2 * 512), "--batch1", "4", "--batch2", "1"]
+    sizes += ["--lr1", "0.01", "--lr2", "0.003", "--scale", "4", "--eval-blocks", "1"]
+    places = ["--teacher", str(small), "--data", str(text_dir), "--out", str(out), "--cache", str(out.parent / "cache")]
+    return [*places, *sizes, "--device", "cpu", *more]
+
+
+def shell(args: list[str], **more) -> subprocess.Popen:
+    environment = dict(os.environ, OMP_NUM_THREADS="1", **more.pop("env", {}))
+    command = [sys.executable, str(ROOT / "train.py"), *args]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
+
+
+@pytest.fixture(scope="module")
+def whole(small, text_dir, tmp_path_factory) -> Path:
+    """One uninterrupted run, in a process of its own."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run = shell(arguments(small, text_dir, out))
+    said, errors = run.communicate()
+    assert run.returncode == 0, errors
+    (out / "said.txt").write_text(said)
+    return out
+
+
+def losses(out: Path) -> list[tuple]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [(r["total"], r["stage"], r["step"], r["loss"], r["grad_norm"], r["lr"]) for r in rows]
+
+
+def same_result(one: Path, two: Path) -> None:
+    assert losses(one) == losses(two)
+    a, b = (load_file(p / "student" / "model.safetensors") for p in (one, two))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_leaves_everything_it_promises(whole, small):
+    rows = losses(whole)
+    assert [r[0] for r in rows] == list(range(STEPS1 + STEPS2))
+    assert all(r[5] > 0 for r in rows), "warm-up never starts at 0"
+    report = json.loads((whole / "report.json").read_text())
+    assert report["columns"] == ["teacher", "untrained", "stage1", "stage2"]
+    assert set(report["recovered"]) == {"stage1", "stage2"}
+    assert {"loss at 1x", "loss at 4x", "perplexity at 1x", "next-token accuracy", "recall at 4x"} <= set(
+        report["rows"]
+    )
+    figures = {c: report["rows"]["loss at 1x"][c] for c in report["columns"]}
+    share = (figures["untrained"] - figures["stage2"]) / (figures["untrained"] - figures["teacher"])
+    assert report["recovered"]["stage2"] == pytest.approx(share)
+    assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
+    run = json.loads((whole / "run.json").read_text())
+    assert run["arguments"]["seed"] == 0 and run["versions"]["torch"] == torch.__version__
+    said = (whole / "said.txt").read_text()
+    assert "lost loss recovered" in said and "python eval.py --model" in said and "linear" in said
+    config = json.loads((whole / "student" / "config.json").read_text())
+    assert config["max_position_embeddings"] == 512 and config["rope_parameters"]["factor"] == 4.0
+    assert (whole / "student" / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
+    trained = [k for k, v in load_file(whole / "student" / "model.safetensors").items()
+               if not torch.equal(v, load_file(small / "model.safetensors")[k])]  # fmt: skip
+    assert len(trained) == 6 and all(k.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for k in trained)
+
+
+def test_transformers_loads_the_export_with_the_same_logits(whole):
+    import transformers
+
+    from model import Llama
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole / "student", dtype=torch.float32).eval()
+    ours = Llama.from_pretrained(whole / "student")
+    ids = torch.randint(0, 4096, (1, 500), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert (ours(ids) - expected).abs().max() <= 1e-4 * expected.std()
+
+
+def test_same_seed_same_bits(whole, small, text_dir, tmp_path):
+    run = shell(arguments(small, text_dir, tmp_path / "again"))
+    run.communicate()
+    same_result(whole, tmp_path / "again")
+
+
+def test_stop_and_resume_gives_the_same_bits(whole, small, text_dir, tmp_path):
+    out = tmp_path / "stopped"
+    run = shell(arguments(small, text_dir, out))
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    said, errors = run.communicate()
+    assert run.returncode == resume.STOPPED, errors
+    assert "--resume" in said and resume.latest(out / "state")
+    again = shell(arguments(small, text_dir, out, "--resume"))
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    same_result(whole, out)
+
+
+def test_killed_at_random_moments_and_resumed(whole, small, text_dir, tmp_path):
+    """SIGKILL at ten random moments, with the state written after every step, so that some hit the writing itself."""
+    out, rng = tmp_path / "killed", random.Random(0)
+    for _ in range(10):
+        run = shell(arguments(small, text_dir, out, "--resume", "--save-minutes", "0"))
+        log, seen = out / "metrics.jsonl", rng.randrange(1, 4)
+        start = log.read_text().count("\n") if log.exists() else 0
+        while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= start + seen):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        run.kill()
+        run.communicate()
+        for state in (out / "state").glob("step-*"):
+            assert resume.load_info(state)["total"] == int(state.name.split("-")[1])
+            load_file(state / "state.safetensors")
+        if run.returncode == 0:
+            break
+    last = shell(arguments(small, text_dir, out, "--resume", "--save-minutes", "0"))
+    _, errors = last.communicate()
+    assert last.returncode == 0, errors
+    assert len(list((out / "state").glob("step-*"))) == 2, "the last two states are kept"
+    same_result(whole, out)
+
+
+def refused(argv: list[str], capsys=None) -> str:
+    with pytest.raises((ValueError, SystemExit)) as e:
+        train.main(argv)
+    if isinstance(e.value, SystemExit):
+        assert e.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+    return str(e.value)
+
+
+@pytest.mark.parametrize("scale", ["0", "1", "-3", "nan", "inf", "eight"])
+def test_a_bad_scale_is_refused(small, text_dir, tmp_path, capsys, scale):
+    out = tmp_path / "out"
+    said = refused([*arguments(small, text_dir, out), "--scale", scale], capsys)
+    assert scale in said and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--tokens1", "0"], "--tokens1 is 0"),
+        (["--length1", "100000"], "longer than all the text"),
+        (["--data", "/nonexistent"], "does not exist"),
+        (["--teacher", "/nonexistent"], "config.json does not exist"),
+        (["--length1", "40000000", "--micro", "1", "--batch1", "1"], "lower --length1"),
+    ],
+)
+def test_bad_arguments_are_refused_with_nothing_written(small, text_dir, tmp_path, more, said):
+    out = tmp_path / "out"
+    assert said in refused([*arguments(small, text_dir, out), *more])
+    assert not out.exists()
+
+
+def test_the_command_ends_with_one_sentence_and_code_2(small, text_dir, tmp_path):
+    run = shell([*arguments(small, text_dir, tmp_path / "out"), "--teacher", str(tmp_path)])
+    _, errors = run.communicate()
+    assert run.returncode == 2 and "Traceback" not in errors
+    assert errors.startswith("train.py: ") and errors.count("\n") == 1
+
+
+def test_another_run_in_out_is_refused(whole, small, text_dir):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    assert "--resume" in refused(arguments(small, text_dir, whole))
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
+
+
+def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_dir, tmp_path):
+    copy = Path(shutil.copytree(whole, tmp_path / "copy"))
+    said = refused([*arguments(small, text_dir, copy), "--resume", "--lr1", "0.02"])
+    assert "lr1 was 0.01 and is 0.02" in said
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, monkeypatch, tmp_path):
+    copy = Path(shutil.copytree(whole / "state", tmp_path / "state"))
+    before = {p.name for p in copy.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(resume, "save_file", full)
+    with pytest.raises(OSError) as e:
+        resume.save(copy, {}, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), {"total": 99})
+    assert "No space left" in resume.disk_sentence(e.value, copy)
+    assert {p.name for p in copy.iterdir()} == before
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(small, text_dir, tmp_path, capsys):
+    train.main([*arguments(small, text_dir, tmp_path / "out"), "--dry-run"])
+    said = capsys.readouterr().out
+    assert "stage1" in said and "stage2" in said and "4,096 trained" in said and "GiB" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_little_memory_says_how_much_and_which_flag(small, text_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "free_memory", lambda device: 1 << 20)
+    said = refused(arguments(small, text_dir, tmp_path / "out"))
+    assert "GiB are free" in said and "--length" in said and not (tmp_path / "out").exists()
+
+
+def test_parameter_count_is_the_models():
+    from model import Llama, LlamaConfig
+
+    config = json.loads((TEACHER / "config.json").read_text())
+    for change in ({}, {"tie_word_embeddings": False}, {"model_type": "qwen2"}, {"model_type": "qwen3"}):
+        c = LlamaConfig.from_hf(config | change)
+        with torch.device("meta"):
+            model = Llama(c)
+        qkv = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj"))
+        assert plan.parameters(c) == (sum(p.numel() for p in model.parameters()), qkv)
+
+
+def test_learning_rate_never_starts_or_ends_at_zero():
+    for steps in (1, 2, 20, 1000):
+        stage = plan.Stage("stage1", "relation", 8, 1, steps, 1.0)
+        rates = [plan.learning_rate(stage, s) for s in range(steps)]
+        assert min(rates) > 0 and max(rates) <= 1
