@@ -60,6 +60,13 @@ def parameters(c: LlamaConfig) -> tuple[int, int]:
     return c.n_layer * (qkv + rest + biases) + heads, c.n_layer * qkv
 
 
+def trained_parameters(c: LlamaConfig, rank: int | None) -> int:
+    """How many numbers learn: the q, k and v projections, or adapters of `rank` beside them."""
+    if not rank:
+        return parameters(c)[1]
+    return c.n_layer * rank * (3 * c.width + c.head_dim * (c.n_head + 2 * c.n_kv_head))
+
+
 def memory(
     c: LlamaConfig, stage: Stage, dtype: torch.dtype, micro: int, checkpointing: bool, trained: int
 ) -> dict[str, int]:

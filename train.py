@@ -28,6 +28,7 @@ import checkpoint
 import data
 import distill
 import eval as evaluation
+import lora
 import plan as planning
 import report
 import resume
@@ -39,7 +40,17 @@ HERE = Path(__file__).resolve().parent
 # Flags that stand for a whole recipe, applied before the defaults of the parser
 PRESETS = {
     "demo": {"tokens1": 200_000, "tokens2": 180_000, "batch1": 4, "batch2": 1},
-    "default": {"tokens1": 2_100_000, "tokens2": 2_100_000},
+    "default": {"tokens1": 2_100_000, "tokens2": 2_100_000, "lora_dropout": 0.0},
+    # The paper's own: adapters, 144 steps of 4 x 4096 tokens
+    "authors": {
+        "lora_rank": 1024,
+        "lora_alpha": 2048.0,
+        "lora_dropout": 0.05,
+        "lr1": 2e-5,
+        "length1": 4096,
+        "batch1": 4,
+        "tokens1": 144 * 4 * 4096,
+    },
 }
 
 
@@ -58,6 +69,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         how.add_argument(f"--length{n}", type=int, help=f"tokens a block of {name}")
         how.add_argument(f"--batch{n}", type=int, help=f"blocks a step of {name}")
         how.add_argument(f"--lr{n}", type=float, help=f"peak learning rate of {name}")
+    how.add_argument("--lora-rank", type=int, help="train adapters of this rank instead of full projections")
+    how.add_argument("--lora-alpha", type=float, help="their weight is alpha / rank (default: twice the rank)")
+    how.add_argument("--lora-dropout", type=float, help="on the adapters' input (default: 0)")
+    how.add_argument("--preset", choices=("authors",), help="authors: the paper's adapters and stage 1")
     how.add_argument("--micro", type=int, help="blocks at a time (default: as many as fill 8192 tokens)")
     how.add_argument(
         "--impl", choices=("auto", "dense", "tiled", "triton"), default="auto", help="of the relation loss"
@@ -71,12 +86,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--cache", type=Path, default=Path("out/cache"), help="folder for tokenised text")
     args = p.parse_args(argv)
-    for key, value in PRESETS["default" if args.teacher else "demo"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    for preset in (args.preset, None if args.teacher else "demo", "default"):
+        for key, value in PRESETS.get(preset, {}).items():
+            if getattr(args, key) is None:
+                setattr(args, key, value)
+    if args.lora_rank and args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
     args.out = args.out or Path("out") / (f"{args.teacher.name}-x{args.scale:g}" if args.teacher else "demo")
     args.teacher = args.teacher or HERE / "demo" / "teacher"
-    for key in ("tokens1", "tokens2", "length1", "length2", "batch1", "batch2", "lr1", "lr2", "micro"):
+    for key in ("tokens1", "tokens2", "length1", "length2", "batch1", "batch2", "lr1", "lr2", "micro", "lora_rank"):
         if getattr(args, key) is not None and not getattr(args, key) > 0:
             raise ValueError(f"--{key} is {getattr(args, key)}; it must be above 0")
     return args
@@ -91,20 +109,8 @@ def number(text: str) -> float:
 
 def matters(args: argparse.Namespace) -> dict:
     """The arguments that decide the result: a resumed run must have the same."""
-    keys = (
-        "scale",
-        "rope",
-        "stage",
-        "tokens1",
-        "tokens2",
-        "length1",
-        "length2",
-        "batch1",
-        "batch2",
-        "lr1",
-        "lr2",
-        "seed",
-    )
+    keys = ["scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout"]
+    keys += [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
     return {k: getattr(args, k) for k in keys} | paths
 
@@ -265,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
             f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is {teacher_config.vocab_size}"
         )
     checkpoint.find_tensors(args.teacher)
-    _, trained = planning.parameters(teacher_config)
+    trained = planning.trained_parameters(teacher_config, args.lora_rank)
     free, parts = planning.free_memory(device), []
     for stage in plan:
         micro = min(args.micro or max(1, 8192 // stage.T), stage.batch)
@@ -283,7 +289,10 @@ def main(argv: list[str] | None = None) -> None:
     for stage in plan:
         corpus.blocks(stage.T)
     teacher = Llama.from_pretrained(args.teacher, dtype=dtype, device=args.device)
-    student = distill.make_student(teacher, student_config)
+    student = distill.make_student(teacher, student_config, trained=() if args.lora_rank else distill.TRAINED)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        lora.adapt(student, distill.TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
     native = teacher_config.rope.length
     if args.eval_blocks:
         corpus.held_out_blocks(round(native * args.scale), args.eval_blocks)
@@ -322,7 +331,9 @@ def main(argv: list[str] | None = None) -> None:
     shares = report.recovered(run.columns, "loss at 1x") if args.eval_blocks else {}
     text = report.write(args.out, run.columns, shares, about) if args.eval_blocks else ""
     stored = checkpoint.stored_dtype(args.teacher)
-    checkpoint.save_pretrained(student, args.out / "student", tokenizer_from=args.teacher, dtype=stored)
+    if args.lora_rank:
+        lora.save_adapter(student, args.out / "adapter", str(args.teacher), distill.TRAINED)
+    checkpoint.save_pretrained(lora.merge(student), args.out / "student", tokenizer_from=args.teacher, dtype=stored)
     print(f"\n{text}\n\nexported to {args.out / 'student'} ({student_config.rope.length:,} tokens of context); next:")
     print(f"  python eval.py --model {args.out / 'student'} --against {args.teacher}")
 

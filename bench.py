@@ -1,0 +1,336 @@
+"""Speed and memory of the relation KL, side by side with what one would use instead.
+
+    python bench.py kernel [--authors PATH] [--shapes 32x4096x128 ...]   times, TFLOP/s and memory, a table
+    python bench.py memory [--authors PATH] [--lengths 1024 ...]         peak memory against T, a figure
+
+PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from there, nothing is copied.
+Every row also goes to out/kernel.jsonl or out/memory.jsonl with the device, the versions and the commit. On a GPU the
+tensors are bfloat16 and the shapes those of LLaMA layers; without one, float32 and small, dense and tiled only.
+
+How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls to warm up; the
+second-level cache is overwritten before each call; median and 20 and 80 % quantiles. What Python does before a launch
+is inside: at short T it shows, and the row "triton graph" (the same work replayed as one CUDA graph) says what share.
+TFLOP/s: 12 D H T^2 / 2 flops for forward and backward, a third of it for the forward, whatever an implementation really
+does (relation_kl.py: 6 products over a triangle). Attention is another computation, here for scale only: by its own
+count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the rate of an 8192^3 bfloat16 product in the same run.
+Memory: peak of torch's allocator above what the inputs hold; on a CPU, growth of a fresh process's resident peak
+(ru_maxrss), since torch counts no CPU memory. That is coarse: a few MiB fit into what the process already had, and show
+as 0, which the figure leaves out.
+"""
+
+import argparse
+import concurrent.futures
+import importlib
+import importlib.metadata
+import json
+import multiprocessing
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from relation_kl import choose, relation_kl
+
+# (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and last are the goals'.
+GPU_SHAPES = ("32x512x128", "9x8192x64", "32x4096x128", "32x8192x128", "8x32768x128", "32x32768x128")
+CPU_SHAPES = ("4x256x64", "4x1024x64")
+GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
+CPU_LENGTHS = (1024, 2048, 4096)
+PATIENCE = 20.0  # seconds: `memory` tries no longer T on an implementation whose last call took more
+
+
+# ---- the implementations: each takes (x, y) and gives a tensor to differentiate
+
+
+def eager(x: Tensor, y: Tensor) -> Tensor:
+    """The loss as one writes it in PyTorch, in the dtype of the input."""
+    T, D = x.shape[-2:]
+    unseen = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    log_p = (x @ x.mT * D**-0.5).masked_fill(unseen, float("-inf")).log_softmax(-1)
+    log_q = (y @ y.mT * D**-0.5).masked_fill(unseen, float("-inf")).log_softmax(-1)
+    return (log_q.exp() * (log_q - log_p)).masked_fill(unseen, 0).sum(-1)
+
+
+def ours(impl: str):
+    return lambda x, y: relation_kl(x, y, impl=impl)
+
+
+def attention(backend: str):
+    """torch's own attention of x with itself: three gradients, and the two sums that make them one."""
+
+    def run(x, y):
+        with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+
+    return run
+
+
+def authors(path: Path):
+    """The authors' kernels, imported from a clone. They give the sum over rows; it takes x as query and as key."""
+    if not (path / "kernels/attention_KL/integration.py").is_file():
+        raise SystemExit(f"--authors {path} holds no kernels/attention_KL/integration.py: give a clone of LinearARD")
+    sys.path.insert(0, str(path))
+    kernel = importlib.import_module("kernels.attention_KL.integration").attn_kl_align
+    return lambda x, y: kernel(x, x, y, y, None, True, x.shape[-1] ** -0.5, x.shape[-1] ** -0.5)
+
+
+def implementations(device: str, authors_path: Path | None) -> dict:
+    """Name to function. On a CPU says why the rest is left out."""
+    if device == "cpu":
+        print(f"Left out: triton ({choose(torch.zeros(1, 1, 1, 64))[1]}), attention and the authors' (GPU only).")
+        return {"dense": ours("dense"), "tiled": ours("tiled")}
+    table = {"triton": ours("triton"), "eager": eager, "eager, compiled": torch.compile(eager, dynamic=False)}
+    table |= {"flash attention": attention("FLASH_ATTENTION"), "cuDNN attention": attention("CUDNN_ATTENTION")}
+    return table | ({"authors": authors(authors_path)} if authors_path else {})
+
+
+# ---- measuring
+
+
+def inputs(H: int, T: int, D: int, device: str) -> tuple[Tensor, Tensor]:
+    g = torch.Generator(device).manual_seed(0)
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    x, y = (torch.randn(1, H, T, D, generator=g, device=device).to(dtype) for _ in range(2))
+    return x.requires_grad_(), y
+
+
+def milliseconds(f, device: str, seconds: float = 1.0) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile of f's time over about `seconds`, between 5 and 200 calls."""
+    cold = torch.empty(256 * 2**20 if device == "cuda" else 1, dtype=torch.int8, device=device)
+    for _ in range(2):
+        start = time.perf_counter()
+        f()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        once = time.perf_counter() - start
+    taken = []
+    for _ in range(max(5, min(200, int(seconds / once)))):
+        cold.zero_()
+        if device == "cuda":
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            f()
+            after.record()
+            after.synchronize()
+            taken.append(before.elapsed_time(after))
+        else:
+            start = time.perf_counter()
+            f()
+            taken.append(1e3 * (time.perf_counter() - start))
+    return tuple(torch.tensor(taken).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist())
+
+
+def both(f, x: Tensor, y: Tensor) -> Tensor:
+    out = f(x, y)
+    return torch.autograd.grad(out, x, torch.ones_like(out))[0]
+
+
+def graphed(f, x: Tensor, y: Tensor):
+    """Forward and backward recorded once: the returned call replays them, with one launch for all."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        both(f, x, y)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        both(f, x, y)
+    return graph.replay
+
+
+def peak_bytes(f, x: Tensor, y: Tensor) -> int:
+    """What forward and backward need at most, above what is held before them. On a CPU only in a fresh process."""
+    if x.is_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        both(f, x, y)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - held
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    both(f, x, y)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * unit
+
+
+def _cpu_peak(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
+    small = inputs(1, 64, shape[2], "cpu")
+    both(ours(impl), *small)  # what the first call loads is no part of the answer
+    x, y = inputs(*shape, "cpu")
+    start = time.perf_counter()
+    return peak_bytes(ours(impl), x, y), time.perf_counter() - start
+
+
+def peak_in_fresh_process(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
+    """Bytes and seconds. A process's resident peak never falls, so every CPU figure takes a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_cpu_peak, impl, shape).result()
+
+
+def conditions(device: str) -> dict:
+    """What a figure means nothing without."""
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here)]
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "triton": versions.get("triton"),
+        "commit": (commit.stdout.strip() or "none") + ("+changes" if changed.stdout.strip() else ""),
+    }
+
+
+def matmul_rate() -> float:
+    """flop/s of an 8192^3 bfloat16 product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / (1e-3 * milliseconds(lambda: a @ b, "cuda")[0])
+
+
+# ---- subcommands
+
+
+def row(name: str, mode: str, f, shape: tuple[int, int, int], device: str) -> dict:
+    H, T, D = shape
+    backward = 5 if "attention" in name else 4
+    products = {"forward": 2, "backward": backward, "both": 2 + backward}[mode]
+    median, low, high = milliseconds(f, device)
+    flops = products * 2 * D * H * T**2 / 2
+    return {"ms": median, "ms_20": low, "ms_80": high, "tflops": flops / median / 1e9}
+
+
+def rows(name: str, f, shape: tuple[int, int, int], device: str):
+    """The rows of one implementation at one shape; {"does_not_fit": True} where the GPU's memory ends."""
+    try:
+        x, y = inputs(*shape, device)
+        peak = peak_bytes(f, x, y) if device == "cuda" else peak_in_fresh_process(name, shape)[0]
+        out = f(x, y)
+        ones = torch.ones_like(out)
+        modes = {
+            "forward": lambda: f(x, y),
+            "backward": lambda: torch.autograd.grad(out, x, ones, retain_graph=True),
+            "both": lambda: both(f, x, y),
+        }
+        for mode, call in modes.items():
+            timed = {"mode": mode, **row(name, mode, call, shape, device), "peak_bytes": peak}
+            yield timed
+        if name == "triton":
+            graph = {"mode": "graph", **row(name, "both", graphed(f, x, y), shape, device), "peak_bytes": peak}
+            yield graph | {"launches": 1 - graph["ms"] / timed["ms"]}
+    except torch.OutOfMemoryError:
+        yield {"mode": "both", "does_not_fit": True}
+
+
+def bench_kernel(arguments) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fixed = conditions(device)
+    table = implementations(device, arguments.authors)
+    rate = matmul_rate() if device == "cuda" else None
+    print(", ".join(f"{k} {v}" for k, v in fixed.items()))
+    print(f"8192^3 bfloat16 product: {rate / 1e12:.0f} TFLOP/s" if rate else "No share of peak: that is a GPU figure.")
+    print(f"{'H, T, D':16}{'':18}{'':9}{'ms':>10}{'20 %':>10}{'80 %':>10}{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}")
+    with _lines(arguments.out, "kernel.jsonl") as file:
+        for text in arguments.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
+            shape = tuple(int(n) for n in text.split("x"))
+            for name, f in table.items():
+                for r in rows(name, f, shape, device):
+                    r["share"] = r["tflops"] * 1e12 / rate if rate and "tflops" in r else None
+                    print(json.dumps({"shape": shape, "impl": name, **r, **fixed}), file=file, flush=True)
+                    print(f"{', '.join(map(str, shape)):16}{name:18}{r['mode']:9}{_cells(r)}", flush=True)
+
+
+def _cells(r: dict) -> str:
+    if "does_not_fit" in r:
+        return "  does not fit"
+    share = f"{r['share']:7.1%}" if r["share"] else f"{'':7}"
+    times = "".join(f"{r[k]:10.3f}" for k in ("ms", "ms_20", "ms_80"))
+    launches = f"  launches: {r['launches']:.0%} of both" if "launches" in r else ""
+    return f"{times}{r['tflops']:9.3g}{share}{r['peak_bytes'] / 2**20:10.1f}{launches}"
+
+
+def _lines(out: Path, name: str):
+    out.mkdir(parents=True, exist_ok=True)
+    return open(out / name, "w")
+
+
+def bench_memory(arguments) -> None:
+    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    fixed = conditions(device)
+    table = implementations(device, arguments.authors)
+    if device == "cuda":
+        kernels = {name: table[name] for name in ("triton", "authors") if name in table}
+        table = {"dense": ours("dense"), "tiled": ours("tiled")} | kernels
+    H, D = (32, 128) if device == "cuda" else (2, 64)
+    points = {name: [] for name in table}
+    with _lines(arguments.out, "memory.jsonl") as file:
+        for name, f in table.items():
+            for T in arguments.lengths or (GPU_LENGTHS if device == "cuda" else CPU_LENGTHS):
+                peak, seconds = _memory_point(name, f, (H, T, D), device)
+                record = {"impl": name, "H": H, "T": T, "D": D, "peak_bytes": peak, "seconds": seconds, **fixed}
+                print(json.dumps(record), file=file, flush=True)
+                size = "does not fit" if peak is None else f"{peak / 2**20:10.1f} MiB"
+                print(f"{name:8} T {T:7} {size}", flush=True)
+                if peak is None or seconds > PATIENCE:
+                    break
+                points[name].append((T, peak))
+    title = f"Peak extra memory, forward + backward, {H} heads of {D}\n{fixed['device']}, torch {fixed['torch']}"
+    draw(points, title, arguments.out / "memory.png")
+    print(f"Drawn: {arguments.out / 'memory.png'}")
+
+
+def _memory_point(name: str, f, shape: tuple[int, int, int], device: str) -> tuple[int | None, float]:
+    if device == "cpu":
+        return peak_in_fresh_process(name, shape)
+    try:
+        x, y = inputs(*shape, device)
+        start = time.perf_counter()
+        return peak_bytes(f, x, y), time.perf_counter() - start
+    except torch.OutOfMemoryError:
+        return None, 0.0
+
+
+def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for name, line in points.items():
+        seen = [(T, peak / 2**30) for T, peak in line if peak > 0]
+        axes.plot([T for T, _ in seen], [gib for _, gib in seen], marker="o", label=name)
+    axes.set(yscale="log", xlabel="tokens T", ylabel="GiB", title=title)
+    axes.set_xscale("log", base=2)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+COMMANDS = {"kernel": bench_kernel, "memory": bench_memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    kernel = commands.add_parser("kernel", help="times, TFLOP/s and peak memory at a list of shapes")
+    kernel.add_argument("--shapes", nargs="+", metavar="HxTxD", help="instead of the default list")
+    memory = commands.add_parser("memory", help="peak memory against T, as a figure")
+    memory.add_argument("--lengths", nargs="+", type=int, metavar="T", help="instead of the default list")
+    for command in (kernel, memory):
+        command.add_argument("--authors", type=Path, metavar="PATH", help="a clone of gracefulning/LinearARD (GPU)")
+        command.add_argument("--out", type=Path, default=Path("out"), help="folder of JSON lines and figure [out]")
+    arguments = parser.parse_args()
+    COMMANDS[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()

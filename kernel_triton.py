@@ -1,0 +1,449 @@
+"""The loss of relation_kl.py as two Triton kernels: exact, and linear in memory.
+
+What.  relation_kl.py derives the formulas; its numbers (1), (2) and (3) are used below. In one line each:
+
+    KL_i    = sum_j Q_ij (U_ij - S_ij) - lse_i(U) + lse_i(S)                                            (1)
+    G_ij    = w_i (P_ij - Q_ij),  P_ij = exp(S_ij - lse_i(S)),  Q_ij = exp(U_ij - lse_i(U))             (2)
+    dL/dx_i = a sum_j (G_ij + G_ji) x_j                                                                 (3)
+
+Forward.  One program owns BT rows and visits the columns up to its diagonal, BS at a time. It never holds more than two
+[BT, BS] score tiles, which it folds into five numbers a row: pivot and sum of exponentials, for S and for U, and the
+sum of (1) (an online softmax, done twice at once). It leaves KL and both lse; the backward needs no more.
+
+Backward.  S is symmetric, S_ij = S_ji, and so is U. One recomputed tile of row block i and column block j therefore
+gives both halves of (3): G_ij with the statistics of row i, and G_ji, the element on the other side of the diagonal,
+with the statistics of row j:
+
+    columns left of the diagonal block     row i sees column j          G_ij   (row statistics)
+    columns right of it                    row j sees column i          G_ji   (column statistics)
+    the diagonal block; not causal: all    both, each under its mask    G_ij + G_ji
+
+A program walks all columns, keeps its own dL/dx_i in registers and writes it once: no atomics, so two runs give the
+same bits. The price is 3 products over T^2 pairs where a walk over the triangle would need 4 over T^2 / 2.
+
+Numerics.  Products accumulate in float32. Exponentials are base 2: scores carry a factor log2(e). Scores enter (1)
+relative to their rows' pivots, so that large logits cancel before they are summed. The pivot starts at NOTHING, a
+finite number: -inf minus -inf never arises. A row that sees nothing has lse = +inf: its P, Q and G are 0.
+
+Run.  `python kernel_triton.py` checks the kernels against the dense definition on the machine at hand: on its GPU, or
+under Triton's interpreter without one. tests/test_kernel.py needs no GPU; tests/test_gpu.py needs one.
+
+Limits.  First derivatives, no teacher gradient. float16, bfloat16, float32; D from 16 to 256; NVIDIA GPUs from compute
+capability 8.0. Other tensors are refused in a sentence. A D that is not a power of two costs as much as the next one.
+
+Sources.  LinearARD (arXiv 2604.00004); online softmax: arXiv 1805.02867; tiles: FlashAttention (arXiv 2205.14135).
+"""
+
+import contextlib
+import itertools
+import math
+import os
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__" and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton's decorator reads it: set before the import
+
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret
+LOG2E = math.log2(math.e)
+LN2: tl.constexpr = tl.constexpr(math.log(2))
+NOTHING: tl.constexpr = tl.constexpr(-1e30)  # score of an unseen pair: exp2 gives 0, and differences stay finite
+# Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200 has 50 MB), not timed.
+GROUP_BYTES = 32 * 2**20
+
+
+class Tile(NamedTuple):
+    """BT rows by BS columns, with the launch's warps and pipeline stages."""
+
+    BT: int
+    BS: int
+    num_warps: int
+    num_stages: int
+
+
+@triton.jit
+def _place(T, H, HEADS, lengths, BT: tl.constexpr):
+    """Which (batch, head) and first row this program owns, and how many tokens of that sequence are real.
+
+    Within a group of HEADS heads the programs start with the lowest rows, which see the most columns: the last ones
+    to start are the short ones, and the multiprocessors finish together.
+    """
+    NT = tl.cdiv(T, BT)
+    i_group = tl.program_id(0) // (HEADS * NT)
+    i_rest = tl.program_id(0) % (HEADS * NT)
+    heads = tl.minimum(HEADS, tl.num_programs(0) // NT - i_group * HEADS)  # the last group may be smaller
+    i_bh = i_group * HEADS + i_rest % heads
+    i_t = (NT - 1 - i_rest // heads) * BT
+    if lengths is None:
+        n = T
+    else:
+        n = tl.minimum(tl.maximum(tl.load(lengths + i_bh // H).to(tl.int32), 0), T)
+    # int64: an offset into B H T D elements may pass 2^31
+    return (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64), i_bh.to(tl.int64) * T, i_t, n
+
+
+@triton.jit
+def _load(p_x, o_t, o_d, stride_t, n, D: tl.constexpr, MASK: tl.constexpr):
+    """Rows o_t of one head; zeros from row n on (MASK) and from feature D on (D no power of two)."""
+    # [len(o_t), BD]
+    p = p_x + o_t[:, None] * stride_t + o_d[None, :]
+    PAD: tl.constexpr = o_d.shape[0] != D
+    if MASK and PAD:
+        b = tl.load(p, mask=(o_t < n)[:, None] & (o_d < D)[None, :], other=0.0)
+    elif MASK:
+        b = tl.load(p, mask=(o_t < n)[:, None], other=0.0)
+    elif PAD:
+        b = tl.load(p, mask=(o_d < D)[None, :], other=0.0)
+    else:
+        b = tl.load(p)
+    return b
+
+
+@triton.jit
+def _scores(
+    c, x, y, b_xi, b_yi, s_scale, t_scale, s_stride_t, t_stride_t, n,
+    D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """S and U of the program's rows against columns c .. c + BS, times log2(e), and those columns' x."""
+    o_s = tl.arange(0, BS)
+    o_d = tl.arange(0, BD)
+    # [BS, BD]
+    b_xj = _load(x + c * tl.cast(s_stride_t, tl.int64), o_s, o_d, s_stride_t, n - c, D, MASK)
+    b_yj = _load(y + c * tl.cast(t_stride_t, tl.int64), o_s, o_d, t_stride_t, n - c, D, MASK)
+    # [BT, BD] @ [BD, BS] -> [BT, BS]
+    b_s = tl.dot(b_xi, tl.trans(b_xj), input_precision=PRECISION) * s_scale
+    b_u = tl.dot(b_yi, tl.trans(b_yj), input_precision=PRECISION) * t_scale
+    return b_s, b_u, b_xj
+
+
+@triton.jit(do_not_specialize=["T", "H", "HEADS"])
+def _forward_kernel(
+    x, y, kl, s_lse, t_lse, lengths, s_scale, t_scale,
+    s_stride_b, s_stride_h, s_stride_t, t_stride_b, t_stride_h, t_stride_t, T, H, HEADS,
+    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows i_t .. i_t + BT of one head: KL (1) in nats, lse(S) and lse(U) in base 2."""
+    i_b, i_h, o_bh, i_t, n = _place(T, H, HEADS, lengths, BT)
+    x += i_b * s_stride_b + i_h * s_stride_h
+    y += i_b * t_stride_b + i_h * t_stride_h
+    o_t = tl.arange(0, BT)
+    o_d = tl.arange(0, BD)
+    o_i = i_t + o_t
+    # [BT, BD]
+    b_xi = _load(x + i_t * tl.cast(s_stride_t, tl.int64), o_t, o_d, s_stride_t, n - i_t, D, True)
+    b_yi = _load(y + i_t * tl.cast(t_stride_t, tl.int64), o_t, o_d, t_stride_t, n - i_t, D, True)
+    # [BT], the five numbers of a row
+    s_max = tl.full([BT], NOTHING, tl.float32)
+    t_max = tl.full([BT], NOTHING, tl.float32)
+    s_sum = tl.zeros([BT], tl.float32)
+    t_sum = tl.zeros([BT], tl.float32)
+    b_kl = tl.zeros([BT], tl.float32)
+    # Columns [0, full) are seen by every row and need no mask; [full, end) by some. A tile of padding sees none.
+    end = tl.minimum(i_t + BT, n) if CAUSAL else n
+    end = tl.where(i_t < n, end, 0)
+    full = (tl.minimum(i_t, end) if CAUSAL else end) // BS * BS
+    for MASK in tl.static_range(2):
+        for c in range(full if MASK else 0, end if MASK else full, BS):
+            # [BT, BS]
+            b_s, b_u, _ = _scores(
+                c, x, y, b_xi, b_yi, s_scale, t_scale, s_stride_t, t_stride_t, n, D, BD, BS, MASK, PRECISION
+            )
+            if MASK:
+                o_j = c + tl.arange(0, BS)
+                m_ij = (o_j < n)[None, :]
+                if CAUSAL:
+                    m_ij = m_ij & (o_j[None, :] <= o_i[:, None])
+                b_s = tl.where(m_ij, b_s, NOTHING)
+                b_u = tl.where(m_ij, b_u, NOTHING)
+            s_new = tl.maximum(s_max, tl.max(b_s, 1))
+            t_new = tl.maximum(t_max, tl.max(b_u, 1))
+            b_s -= s_new[:, None]
+            b_u -= t_new[:, None]
+            b_q = tl.exp2(b_u)
+            shrink = tl.exp2(t_max - t_new)
+            # The sum in (1), of unnormalised Q. Its old terms were relative to the old pivots: each changes by one
+            # number, in total by that number times their weight t_sum. (At first 0 times a finite number.)
+            moved = (s_new - s_max) - (t_new - t_max)
+            b_kl = shrink * (b_kl + t_sum * moved) + tl.sum(b_q * (b_u - b_s), 1)
+            t_sum = shrink * t_sum + tl.sum(b_q, 1)
+            s_sum = tl.exp2(s_max - s_new) * s_sum + tl.sum(tl.exp2(b_s), 1)
+            s_max = s_new
+            t_max = t_new
+    # Equation (1): the pivots that the sum lacks are those that the two lse would add.
+    m_i = o_i < n
+    s_log = tl.log2(tl.where(m_i, s_sum, 1.0))
+    t_log = tl.log2(tl.where(m_i, t_sum, 1.0))
+    b_kl = (b_kl / tl.where(m_i, t_sum, 1.0) + s_log - t_log) * LN2
+    tl.store(kl + o_bh + o_i, tl.where(m_i, b_kl, 0.0), mask=o_i < T)
+    tl.store(s_lse + o_bh + o_i, tl.where(m_i, s_max + s_log, float("inf")), mask=o_i < T)
+    tl.store(t_lse + o_bh + o_i, tl.where(m_i, t_max + t_log, float("inf")), mask=o_i < T)
+
+
+@triton.jit(do_not_specialize=["T", "H", "HEADS"])
+def _backward_kernel(
+    x, y, s_lse, t_lse, w, w_max, dx, lengths, s_scale, t_scale, x_scale,
+    s_stride_b, s_stride_h, s_stride_t, t_stride_b, t_stride_h, t_stride_t, d_stride_b, d_stride_h, d_stride_t,
+    T, H, HEADS, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr,
+    CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows i_t .. i_t + BT of one head's dL/dx (3), from all columns."""
+    i_b, i_h, o_bh, i_t, n = _place(T, H, HEADS, lengths, BT)
+    x += i_b * s_stride_b + i_h * s_stride_h
+    y += i_b * t_stride_b + i_h * t_stride_h
+    o_t = tl.arange(0, BT)
+    o_d = tl.arange(0, BD)
+    o_i = i_t + o_t
+    # [BT, BD]
+    b_xi = _load(x + i_t * tl.cast(s_stride_t, tl.int64), o_t, o_d, s_stride_t, n - i_t, D, True)
+    b_yi = _load(y + i_t * tl.cast(t_stride_t, tl.int64), o_t, o_d, t_stride_t, n - i_t, D, True)
+    # [BT]; rows past n say "sees nothing"
+    s_lse_i = tl.load(s_lse + o_bh + o_i, mask=o_i < n, other=float("inf"))
+    t_lse_i = tl.load(t_lse + o_bh + o_i, mask=o_i < n, other=float("inf"))
+    w_i = tl.load(w + o_bh + o_i, mask=o_i < n, other=0.0)
+    b_dx = tl.zeros([BT, BD], tl.float32)
+    # Ranges of columns. Causal: 0 left of the diagonal, 1 across it, 2 right of it. Not causal: 0 whole tiles, 1 rest.
+    end = tl.where(i_t < n, n, 0)
+    left = (tl.minimum(i_t, end) if CAUSAL else end) // BS * BS
+    right = tl.minimum(tl.cdiv(i_t + BT, BS) * BS, end) if CAUSAL else end
+    for PART in tl.static_range(3 if CAUSAL else 2):
+        start = 0 if PART == 0 else (left if PART == 1 else right)
+        stop = left if PART == 0 else (right if PART == 1 else end)
+        for c in range(start, stop, BS):
+            o_j = c + tl.arange(0, BS)
+            # [BT, BS], the same scores as in the forward
+            b_s, b_u, b_xj = _scores(
+                c, x, y, b_xi, b_yi, s_scale, t_scale, s_stride_t, t_stride_t, n, D, BD, BS, PART > 0, PRECISION
+            )
+            b_g = tl.zeros([BT, BS], tl.float32)
+            if PART < 2:  # G_ij, equation (2)
+                b_g = w_i[:, None] * (tl.exp2(b_s - s_lse_i[:, None]) - tl.exp2(b_u - t_lse_i[:, None]))
+                if PART == 1:
+                    m_ij = (o_j < n)[None, :]
+                    if CAUSAL:
+                        m_ij = m_ij & (o_j[None, :] <= o_i[:, None])
+                    b_g = tl.where(m_ij, b_g, 0.0)
+            if PART > 0 or not CAUSAL:  # G_ji; past n the statistics make it 0
+                # [BS]
+                s_lse_j = tl.load(s_lse + o_bh + o_j, mask=o_j < n, other=float("inf"))
+                t_lse_j = tl.load(t_lse + o_bh + o_j, mask=o_j < n, other=float("inf"))
+                w_j = tl.load(w + o_bh + o_j, mask=o_j < n, other=0.0)
+                # [BT, BS]
+                b_h = w_j[None, :] * (tl.exp2(b_s - s_lse_j[None, :]) - tl.exp2(b_u - t_lse_j[None, :]))
+                if CAUSAL and PART == 1:
+                    b_h = tl.where(o_i[:, None] <= o_j[None, :], b_h, 0.0)
+                b_g += b_h
+            # [BT, BS] @ [BS, BD] -> [BT, BD], equation (3)
+            b_dx = tl.dot(b_g.to(b_xj.dtype), b_xj, b_dx, input_precision=PRECISION)
+    b_dx *= x_scale
+    if w_max is not None:
+        b_dx *= tl.load(w_max)
+    b_dx = tl.where((o_i < n)[:, None], b_dx, 0.0).to(dx.dtype.element_ty)
+    dx += i_b * d_stride_b + i_h * d_stride_h + i_t * tl.cast(d_stride_t, tl.int64)
+    tl.store(dx + o_t[:, None] * d_stride_t + o_d[None, :], b_dx, mask=(o_i < T)[:, None] & (o_d < D)[None, :])
+
+
+# Chips by what a block may use, in the order they are tried: name, compute capability majors, bytes of shared memory.
+CHIPS = (("h100", (9, 10), 232448), ("a100", (8, 9, 10, 11, 12), 166912), ("small", (8, 9, 10, 11, 12), 101376))
+# (largest D, tile). The marked two were measured with a prototype on an H200, torch 2.11, Triton 3.6, bf16, D 128:
+# forward 128 x 128, 340 TFLOP/s; backward 128 x 64, 491 TFLOP/s of work done. The others were chosen by what the
+# compiler reports (they fit, and spill nothing or a few bytes: tests/test_kernel.py prints it); no one has timed them.
+TILES = {
+    ("h100", "forward"): ((128, Tile(128, 128, 8, 2)), (256, Tile(128, 32, 8, 2))),  # 128: measured
+    ("h100", "backward"): ((128, Tile(128, 64, 8, 3)), (256, Tile(128, 32, 8, 2))),  # 128: measured
+    ("a100", "forward"): ((128, Tile(128, 64, 8, 2)), (256, Tile(64, 64, 8, 2))),  # 128 x 128 spills 88 bytes
+    ("a100", "backward"): ((128, Tile(128, 64, 8, 3)), (256, Tile(64, 32, 8, 2))),
+    ("small", "forward"): ((128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 4, 2))),
+    ("small", "backward"): ((128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1))),
+}
+# IEEE float32 products run on the ordinary cores, with whole rows of the operands in registers: few results a thread.
+FLOAT_TILES = ((64, Tile(64, 32, 8, 2)), (128, Tile(32, 32, 16, 1)), (256, Tile(16, 16, 8, 1)))
+
+
+def tile(direction: str, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int) -> Tile:
+    """The tile for "forward" or "backward" on a chip of this compute capability with `shared` bytes for a block."""
+    chips = [name for name, majors, needed in CHIPS if capability[0] in majors and shared >= needed]
+    if not chips:
+        raise ValueError(f"no tile for compute capability {capability} with {shared} bytes of shared memory a block")
+    rows = FLOAT_TILES if dtype == torch.float32 else TILES[chips[0], direction]
+    return next(tile for largest, tile in rows if largest >= D)
+
+
+@torch.compiler.assume_constant_result
+def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and bytes of shared memory a block can have; the interpreter plays an H200."""
+    if device.type != "cuda":
+        return (9, 0), 232448
+    return torch.cuda.get_device_capability(device), torch.cuda.get_device_properties(
+        device
+    ).shared_memory_per_block_optin
+
+
+def unsupported(x: Tensor) -> str | None:
+    """Why this tensor cannot go to the kernel, in a sentence, or None if it can."""
+    D = x.shape[-1]
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernel takes float16, bfloat16 or float32, not {x.dtype}"
+    if not 16 <= D <= 256:
+        return f"the Triton kernel takes a head dimension D from 16 to 256, not {D}"
+    if not x.is_cuda and not INTERPRETED:
+        return f"the Triton kernel needs a GPU, and the tensors are on {x.device} (TRITON_INTERPRET=1 emulates one)"
+    if x.is_cuda and torch.version.hip:
+        return "the Triton kernel is proven on NVIDIA GPUs only, and this one is AMD's"
+    capability, shared = _chip(x.device)
+    if capability < (8, 0) or shared < CHIPS[-1][2]:
+        return (
+            f"the Triton kernel needs compute capability 8.0 and 99 KiB of shared memory; {x.device} has {capability}"
+        )
+    return None
+
+
+def _strides(prefix: str, x: Tensor) -> dict[str, int]:
+    return {f"{prefix}_stride_{axis}": x.stride(i) for i, axis in enumerate("bht")}
+
+
+def _launch(kernel, direction: str, dtype: torch.dtype, x: Tensor, y: Tensor, causal: bool, **arguments) -> None:
+    """One program for each row tile of each head. Nothing here waits for the GPU."""
+    B, H, T, D = x.shape
+    BT, BS, num_warps, num_stages = tile(direction, D, dtype, *_chip(x.device))
+    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # torch's own switch
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+        kernel[(triton.cdiv(T, BT) * B * H,)](
+            x=x, y=y, **_strides("s", x), **_strides("t", y), **arguments,
+            T=T, H=H, HEADS=max(1, min(B * H, GROUP_BYTES // (2 * T * D * x.element_size()))),
+            D=D, BD=triton.next_power_of_2(D), BT=BT, BS=BS, CAUSAL=causal, PRECISION="tf32" if tf32 else "ieee",
+            num_warps=num_warps, num_stages=num_stages,
+        )  # fmt: skip
+
+
+def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Triton's interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584): float32 there."""
+    return tuple(t.float() if INTERPRETED and t.dtype == torch.bfloat16 else t for t in tensors)
+
+
+SCHEMA = "Tensor x, Tensor y, float s_scale, float t_scale, bool causal, Tensor? lengths"
+
+
+@torch.library.custom_op("linear_ard::relation_kl", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)")
+def _forward(x, y, s_scale, t_scale, causal, lengths):
+    """KL in nats, lse(S) and lse(U) in base 2: three [B, H, T] float32."""
+    kl, s_lse, t_lse = (torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3))
+    _launch(
+        _forward_kernel, "forward", x.dtype, *_widened(x, y), causal, lengths=lengths,
+        kl=kl, s_lse=s_lse, t_lse=t_lse, s_scale=s_scale * LOG2E, t_scale=t_scale * LOG2E,
+    )  # fmt: skip
+    return kl, s_lse, t_lse
+
+
+@_forward.register_fake
+def _(x, y, s_scale, t_scale, causal, lengths):
+    return tuple(torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3))
+
+
+@torch.library.custom_op(
+    "linear_ard::relation_kl_backward",
+    mutates_args=(),
+    schema=f"(Tensor w, Tensor s_lse, Tensor t_lse, {SCHEMA}) -> Tensor",
+)
+def _backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
+    """dL/dx [B, H, T, D], in x's own layout where x is dense."""
+    w_max = None
+    if x.dtype == torch.float16:
+        # A mean over many rows makes w ~ 1e-6, and G would underflow float16: the kernel gets w / max |w|, and max |w|.
+        w = torch.where(s_lse.isfinite(), w, 0.0)
+        w_max = w.abs().amax()
+        w = w / torch.where(w_max > 0, w_max, 1.0)
+    wide_x, wide_y = _widened(x, y)
+    dx = torch.empty_like(wide_x)
+    _launch(
+        _backward_kernel, "backward", x.dtype, wide_x, wide_y, causal, lengths=lengths,
+        s_lse=s_lse, t_lse=t_lse, w=w.contiguous(), w_max=w_max, dx=dx, **_strides("d", dx),
+        s_scale=s_scale * LOG2E, t_scale=t_scale * LOG2E, x_scale=s_scale,
+    )  # fmt: skip
+    return dx.to(x.dtype)
+
+
+@_backward.register_fake
+def _(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
+    return torch.empty_like(x)
+
+
+def _save(ctx, inputs, output):
+    x, y, *ctx.scalars, lengths = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, y, *output[1:], lengths)
+
+
+def _gradient(ctx, w, *_):
+    x, y, s_lse, t_lse, lengths = ctx.saved_tensors
+    return _backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths), None, None, None, None, None
+
+
+_forward.register_autograd(_gradient, setup_context=_save)
+
+
+def relation_kl_triton(
+    student: Tensor, teacher: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
+) -> Tensor:
+    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks. [B, H, T] float32.
+
+    Any strides are read in place as long as D is contiguous; otherwise a contiguous copy is made.
+    """
+    if reason := unsupported(student):
+        raise ValueError(reason)
+    # A tile's own offsets are 32 bits wide: 256 rows of less than 2^23 elements.
+    student, teacher = (x if x.stride(-1) == 1 and x.stride(-2) < 2**23 else x.contiguous() for x in (student, teacher))
+    if lengths is not None:
+        lengths = lengths.to(student.device).contiguous()
+    return _forward(student, teacher, scale, teacher_scale, causal, lengths)[0]
+
+
+# Relative error of the gradient that the check allows. float32: scores of about 10, off by 2^-24 of themselves, grown
+# by the cancellation in P - Q: 3e-5 under the interpreter. The others round G once and dL/dx once; measured with a
+# prototype on an H200, torch 2.11, Triton 3.6: 2.5e-3 in bfloat16.
+ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+
+def _check(dtype: torch.dtype, shape: tuple[int, ...], causal: bool, padded: bool, device: str) -> bool:
+    """Prints the errors against the float64 definition and the time of one call; False if an error is too large."""
+    from relation_kl import relation_kl
+
+    B, H, T, D = shape
+    lengths = torch.arange(B, device=device) * T // B if padded else None
+    x, y = (torch.randn(shape, device=device).to(dtype).requires_grad_(k == 0) for k in range(2))
+    w = torch.rand(B, H, T, device=device)
+    for _ in range(2 if x.is_cuda else 1):  # on a GPU the first call compiles
+        start = time.perf_counter()
+        kl = relation_kl_triton(x, y, D**-0.5, D**-0.5, causal, lengths)
+        (dx,) = torch.autograd.grad(kl, x, w)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        ms = 1e3 * (time.perf_counter() - start)
+    wide = x.detach().double().requires_grad_()
+    true = relation_kl(wide, y.double(), causal=causal, lengths=lengths, impl="dense")
+    (true_dx,) = torch.autograd.grad(true, wide, w.double())
+    loss = ((kl - true).abs().max() / true.abs().max().clamp(min=1)).item()
+    gradient = ((dx - true_dx).norm() / true_dx.norm().clamp(min=1e-3)).item()
+    ok = loss <= 1e-5 and gradient <= ALLOWED[dtype]  # False for NaN too
+    case = f"{str(dtype)[6:]:9}{shape!s:18}{'causal' if causal else 'full':8}{'padded' if padded else '':8}"
+    print(f"{case}{loss:10.1e}{gradient:10.1e}{ALLOWED[dtype]:10.1e}{ms:10.2f}{'' if ok else '  FAILED'}", flush=True)
+    return ok
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    print(f"Triton {triton.__version__} on {'its interpreter' if INTERPRETED else torch.cuda.get_device_name()}")
+    print(f"{'dtype':9}{'B, H, T, D':18}{'mask':16}{'loss err':>10}{'grad err':>10}{'allowed':>10}{'ms':>10}")
+    shapes = [(1, 1, 1, 16), (2, 2, 63, 80), (1, 2, 257, 64)]
+    if not INTERPRETED:
+        shapes += [(2, 3, 1000, 96), (1, 2, 2048, 128), (1, 1, 4096, 256)]
+    cases = itertools.product(ALLOWED, shapes, (True, False), (False, True))
+    good = [_check(*case, device="cpu" if INTERPRETED else "cuda") for case in cases]
+    sys.exit(0 if all(good) else 1)

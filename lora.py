@@ -1,0 +1,107 @@
+"""Low-rank adapters: train two thin matrices beside each frozen projection instead of a copy of it.
+
+    y = W x + b + (alpha / r) B A dropout(x)          A [r, in], B [out, r], B = 0 at the start
+
+A and B are float32 and the only tensors that learn; W stays the teacher's. `merge` folds them into plain weights for
+the export, and `save_adapter` writes them as PEFT does (adapter_config.json, adapter_model.safetensors), so that PEFT
+can put them on the original model. PEFT restores weights only: whoever does that must also set the RoPE scaling in
+the base model's config.json; the README beside the adapter says to what.
+
+Source.  LoRA, arXiv 2106.09685; PEFT's file format.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import checkpoint
+from model import Linear, Llama
+
+
+class LoraLinear(Linear):
+    """A frozen Linear that borrows another one's tensors, plus the trainable product B A."""
+
+    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.scale, self.dropout = alpha / rank, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.dropout(x, self.dropout, training=torch.is_grad_enabled())  # scoring runs without grad
+        added = F.linear(F.linear(inner, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+        return super().forward(x) + added * self.scale
+
+    def merged(self) -> Tensor:
+        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+
+
+def adapt(student: Llama, trained: tuple[str, ...], rank: int, alpha: float, dropout: float) -> Llama:
+    """Puts adapters on every projection of `student` whose name is in `trained`, in place."""
+    smallest = min(student.config.width, student.config.n_kv_head * student.config.head_dim)
+    if not 0 < rank <= student.config.width:
+        raise ValueError(f"--lora-rank is {rank}; it must be from 1 to the model's width, {student.config.width}")
+    if rank > smallest:
+        print(
+            f"--lora-rank {rank} is above {smallest}, the smaller side of k_proj: more numbers than full training has"
+        )
+    for layer in student.model.layers:
+        for name in trained:
+            setattr(layer.self_attn, name, LoraLinear(getattr(layer.self_attn, name), rank, alpha, dropout))
+    return student
+
+
+def merge(student: Llama) -> Llama:
+    """A plain Llama with W + (alpha / r) B A in float32; everything else is shared. Without adapters: `student`."""
+    if not any(isinstance(m, LoraLinear) for m in student.modules()):
+        return student
+    with torch.device("meta"):
+        plain = Llama(student.config)
+    for name in [n for n, _ in plain.named_parameters()]:
+        owner, _, leaf = name.rpartition(".")
+        source = student.get_submodule(owner)
+        value = source.merged() if isinstance(source, LoraLinear) and leaf == "weight" else getattr(source, leaf)
+        setattr(plain.get_submodule(owner), leaf, nn.Parameter(value.detach(), requires_grad=False))
+    if student.config.tied:
+        plain.lm_head.weight = plain.model.embed_tokens.weight
+    return plain.eval()
+
+
+def save_adapter(student: Llama, path: Path, base: str, trained: tuple[str, ...]) -> None:
+    """adapter_config.json and adapter_model.safetensors in PEFT's names, atomically."""
+    tensors, last = {}, None
+    for name, m in student.named_modules():
+        if isinstance(m, LoraLinear):
+            last = m
+            tensors[f"base_model.model.{name}.lora_A.weight"] = m.lora_A.detach().cpu().contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = m.lora_B.detach().cpu().contiguous()
+    assert last is not None, "save_adapter needs a student with adapters"
+    rank = last.lora_A.shape[0]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": last.scale * rank,
+        "lora_dropout": last.dropout,
+        "target_modules": list(trained),
+        "bias": "none",
+        "inference_mode": True,
+    }
+    readme = (
+        "A LoRA adapter in PEFT's format. It was trained under stretched positions: set these keys in the base\n"
+        f"model's config.json before loading it.\n\n```json\n{json.dumps(student.config.rope.to_hf(), indent=1)}\n```\n"
+    )
+    with checkpoint.atomic_directory(path) as work:
+        save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
+        (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+        (work / "README.md").write_text(readme)

@@ -1,0 +1,120 @@
+"""Adapters: exact merge, PEFT reads them. Generation: the cache changes nothing."""
+
+import json
+
+import peft
+import pytest
+import torch
+import transformers
+from conftest import random_model, tiny_config
+
+import checkpoint
+import distill
+import generate
+import lora
+
+IDS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def adapted(dropout: float = 0.0, **changes):
+    teacher = random_model(**changes)
+    student = distill.make_student(teacher, teacher.config.extended("linear", 8), trained=())
+    return teacher, lora.adapt(student, distill.TRAINED, 4, 8.0, dropout)
+
+
+def train_a_little(student) -> None:
+    g = torch.Generator().manual_seed(3)
+    for p in distill.trainable(student).values():
+        p.data += 0.1 * torch.randn(p.shape, generator=g)
+
+
+def test_fresh_adapters_change_nothing_and_alone_learn():
+    teacher, student = adapted()
+    plain = distill.make_student(teacher, student.config, trained=())
+    with torch.no_grad():
+        assert torch.equal(student(IDS), plain(IDS))
+    assert all("lora_" in name for name in distill.trainable(student)) and len(distill.trainable(student)) == 12
+    loss, _ = distill.relation_loss(teacher, student, IDS, torch.float32)
+    loss.backward()
+    assert any(p.grad.abs().max() > 0 for p in distill.trainable(student).values())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_merging_gives_the_same_logits(family):
+    _, student = adapted(model_type=family)
+    train_a_little(student)
+    with torch.no_grad():
+        a, b = student(IDS), lora.merge(student)(IDS)
+    assert (a - b).abs().max() < 1e-4 * a.std()
+
+
+def test_dropout_acts_in_training_alone():
+    _, student = adapted(dropout=0.5)
+    train_a_little(student)
+    with torch.no_grad():
+        assert torch.equal(student(IDS), student(IDS))
+    assert not torch.equal(student(IDS), student(IDS))
+
+
+def test_peft_loads_the_adapter_onto_the_scaled_base_with_the_same_logits(tmp_path):
+    teacher, student = adapted()
+    train_a_little(student)
+    checkpoint.save_pretrained(teacher, tmp_path / "base")
+    lora.save_adapter(student, tmp_path / "adapter", str(tmp_path / "base"), distill.TRAINED)
+    readme = (tmp_path / "adapter" / "README.md").read_text()
+    keys = json.loads(readme.split("```json\n")[1].split("```")[0])
+    config = json.loads((tmp_path / "base" / "config.json").read_text()) | keys
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+        assert (student(IDS) - expected).abs().max() <= 1e-4 * expected.std()
+
+
+@pytest.mark.parametrize("rank", [-1, 33])
+def test_a_rank_that_cannot_be_is_refused(rank):
+    student = distill.make_student(random_model(), random_model().config, trained=())
+    with pytest.raises(ValueError, match=f"--lora-rank is {rank}"):
+        lora.adapt(student, distill.TRAINED, rank, 8.0, 0.0)
+
+
+KINDS = {
+    "default": {},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "window": {"model_type": "mistral", "sliding_window": 12},
+    "qwen3": {"model_type": "qwen3"},
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_cache_and_no_cache_give_the_same_tokens(name):
+    model = random_model(**KINDS[name])
+    prompts = [IDS[0, :7].tolist(), IDS[1].tolist(), IDS[0, :1].tolist()]
+    batched = generate.generate(model, prompts, 16, torch.float32)
+    for prompt, got in zip(prompts, batched, strict=True):
+        ids = list(prompt)
+        for _ in range(16):
+            with torch.no_grad():
+                ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        assert got == ids[len(prompt) :]
+
+
+def test_generation_stops_at_the_end_token():
+    model = random_model()
+    free = generate.generate(model, [IDS[0].tolist()], 8, torch.float32)[0]
+    cut = generate.generate(model, [IDS[0].tolist()], 8, torch.float32, eos=free[3])[0]
+    assert cut == free[: free.index(free[3])]
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="prompt is empty"):
+        generate.generate(random_model(), [[]], 4, torch.float32)
+
+
+def test_generate_prints_text(tiny_dir, capsys):
+    generate.main(["--model", str(tiny_dir), "--prompt", "def main(", "--tokens", "5", "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "tokens/s" in said.err and tiny_config()["vocab_size"] == 4096
