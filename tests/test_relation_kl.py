@@ -165,6 +165,8 @@ def test_auto_says_what_it_chose_and_why():
         ({"teacher": torch.zeros(2, 2, 15, 8, dtype=torch.bfloat16)}, "floating dtype"),
         ({"teacher": torch.zeros(2, 2, 15, 8, requires_grad=True)}, "detach"),
         ({"lengths": torch.tensor([3])}, "lengths must be"),
+        ({"lengths": torch.tensor([True, False])}, "lengths must be"),
+        ({"lengths": torch.tensor([3.0, 4.0])}, "lengths must be"),
         ({"impl": "magic"}, "'magic'"),
     ],
 )
