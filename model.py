@@ -65,7 +65,7 @@ class LlamaConfig:
     def from_hf(config: dict) -> "LlamaConfig":
         """Reads config.json. Raises ValueError naming the key, the value and what is supported."""
         family = config.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ValueError(f"model_type {family!r} is not supported; the known ones are {', '.join(FAMILIES)}")
         for key, allowed in _FIXED.items():
             if config.get(key) not in (None, [], {}, *allowed):
@@ -77,11 +77,13 @@ class LlamaConfig:
             raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         if head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; rotary positions need an even one")
-        bias = bool(config.get("attention_bias", False))
-        windowed = family == "mistral" or config.get("use_sliding_window", False)
+        bias = _flag(config, "attention_bias")
+        windowed = family == "mistral" or _flag(config, "use_sliding_window")
         window = config.get("sliding_window") if windowed else None
-        if window and "sliding_attention" in (config.get("layer_types") or []) and len(set(config["layer_types"])) > 1:
-            raise ValueError("layer_types mixes full and sliding attention, which this model lacks")
+        if window and family != "mistral" and config.get("max_window_layers") != 0:
+            raise ValueError(
+                "use_sliding_window is true for some layers only (max_window_layers), which this model lacks"
+            )
         return LlamaConfig(
             vocab_size=_size(config, "vocab_size"),
             width=width,
@@ -91,11 +93,11 @@ class LlamaConfig:
             n_kv_head=kv_heads,
             head_dim=head_dim,
             rope=replace(RopeConfig.from_hf(config), head_dim=head_dim),
-            norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            norm_eps=_epsilon(config),
+            tied=_flag(config, "tie_word_embeddings"),
             qkv_bias=bias or family == "qwen2",
             out_bias=bias and family != "qwen2",
-            mlp_bias=bool(config.get("mlp_bias", False)),
+            mlp_bias=_flag(config, "mlp_bias"),
             qk_norm=family == "qwen3",
             window=_size(config, "sliding_window") if window else None,
             family=family,
@@ -129,6 +131,20 @@ class LlamaConfig:
     def extended(self, kind: str, factor: float) -> "LlamaConfig":
         """The student's: positions stretched, and no sliding window, which would hide the longer context."""
         return replace(self, rope=self.rope.scaled(kind, factor), window=None)
+
+
+def _flag(config: dict, key: str) -> bool:
+    value = config.get(key)
+    if not (value is None or isinstance(value, bool)):
+        raise ValueError(f"config.json has {key} = {value!r}; it must be true or false")
+    return bool(value)
+
+
+def _epsilon(config: dict) -> float:
+    value = config.get("rms_norm_eps", 1e-6)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+        raise ValueError(f"config.json has rms_norm_eps = {value!r}; it must be a number from 0 up to 1, such as 1e-5")
+    return float(value)
 
 
 def _size(config: dict, key: str, default: int | None = None, most: int = 10_000_000) -> int:

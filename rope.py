@@ -73,13 +73,13 @@ class RopeConfig:
         scaling, parameters = _table(config, "rope_scaling"), _table(config, "rope_parameters")
         table = scaling or parameters
         kind = table.get("rope_type", table.get("type", "default"))
-        if kind not in KINDS:
+        if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"rope_type {kind!r} is not supported; the known ones are {', '.join(KINDS)}")
         theta = table.get("rope_theta", config.get("rope_theta", parameters.get("rope_theta", 10000.0)))
         theta = _positive("rope_theta", 10000.0 if theta is None else theta)
         max_position = int(_positive("max_position_embeddings", config.get("max_position_embeddings", 2048)))
-        heads = config.get("num_attention_heads") or 1
-        head_dim = config.get("head_dim") or (config.get("hidden_size") or 128) // heads
+        heads, width = config.get("num_attention_heads") or 1, config.get("hidden_size") or 128
+        head_dim = config.get("head_dim") or width // heads
         original = None
         if kind in _ORIGINAL:
             # transformers 5: the top level overrides the nested key for these kinds

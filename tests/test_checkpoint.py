@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from model import Llama, LlamaConfig
+from tokenizer import load_tokenizer
 
 IDS = torch.randint(0, 4096, (1, 20), generator=torch.Generator().manual_seed(0))
 
@@ -224,6 +225,57 @@ def test_fuzz_no_traceback_no_hang_and_no_wrong_model(tiny_dir, tmp_path):
         assert time.monotonic() - began < 5
         shutil.rmtree(path)
     assert 100 < refused < 400, "a fuzz that refuses nothing or everything shows nothing"
+
+
+VALUES = [None, True, False, -1, 0, 1, 7, 10**15, 0.5, -0.5, 1e308, float("nan"), "x", "", [], [1], {}, {"a": 1}]
+TABLE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 32.0,
+    "truncate": True,
+}
+
+
+def test_every_key_of_the_config_with_every_kind_of_value_is_taken_or_refused(tiny_dir):
+    """Never an exception other than ValueError, whatever stands in config.json or in its rope table."""
+    config = json.loads((tiny_dir / "config.json").read_text()) | {"sliding_window": 4, "max_window_layers": 0}
+    taken = refused = 0
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        base = config | {"model_type": family}
+        cases = [base | {key: value} for key in base for value in VALUES]
+        cases += [base | {"rope_scaling": TABLE | {key: value}} for key in TABLE for value in VALUES]
+        for case in cases:
+            try:
+                LlamaConfig.from_hf(case).to_hf()
+                taken += 1
+            except ValueError as e:
+                assert "\n" not in str(e)
+                refused += 1
+    assert taken > 500 and refused > 500
+
+
+def test_a_damaged_tokenizer_is_refused_or_read(tiny_dir, tmp_path):
+    """Bits flipped and pieces cut out anywhere in the file: a ValueError or a tokenizer, nothing else."""
+    rng, refused = random.Random(1), 0
+    (tmp_path / "config.json").write_text('{"eos_token_id": 4095}')
+    for name in ("tokenizer.json", "tokenizer.tiktoken"):
+        data = (tiny_dir / name).read_bytes()
+        for _ in range(40):
+            for file in tmp_path.glob("tokenizer*"):
+                file.unlink()
+            broken, where = bytearray(data), rng.randrange(len(data))
+            if rng.random() < 0.5:
+                broken[where] ^= 1 << rng.randrange(8)
+            else:
+                del broken[where : where + rng.randrange(1, 2000)]
+            (tmp_path / name).write_bytes(broken)
+            try:
+                load_tokenizer(tmp_path).encode("def main(): return 1")
+            except ValueError as e:
+                assert str(e)
+                refused += 1
+    assert refused > 20
 
 
 def test_a_failed_write_leaves_the_old_directory(tmp_path):
