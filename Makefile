@@ -9,7 +9,7 @@ demo: .venv/runtime  ## both stages on the embedded teacher, about 5 minutes on 
 	$(RUN) train.py
 
 test: .venv/dev  ## everything that needs no GPU
-	$(RUN) -m pytest -m "not gpu"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu"
 
 test-gpu: .venv/dev  ## the kernel against its reference on the GPU at hand
 	$(RUN) -m pytest -m gpu

@@ -196,7 +196,7 @@ def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     out = [zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0 for name, _ in kept]
     whole = sum(len(ids) for _, ids in kept)
     held = sum(len(ids) for (_, ids), o in zip(kept, out, strict=True) if o)
-    if whole // 100 <= held < whole // 2:
+    if max(1, whole // 100) <= held < whole // 2:
         pick = lambda want: [ids for (_, ids), o in zip(kept, out, strict=True) if o == want]  # noqa: E731
         return np.concatenate(pick(False)), np.concatenate(pick(True))
     stream = np.concatenate([ids for _, ids in kept])

@@ -291,19 +291,22 @@ class Llama(nn.Module):
         return model.requires_grad_(False).eval()
 
 
+def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:
+    """part(*slices of `chunk` rows), concatenated. More than one chunk: each is recomputed in the backward."""
+    pieces = list(zip(*(t.split(chunk) for t in tensors), strict=True))
+    if len(pieces) == 1 or not torch.is_grad_enabled():  # nothing to save: one chunk is alive at a time anyway
+        return torch.cat([part(*piece) for piece in pieces])
+    return torch.cat([recompute(part, *piece, use_reentrant=False) for piece in pieces])
+
+
 def next_token_loss(model: Llama, h: Tensor, targets: Tensor, chunk: int = 4096, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats of h [B, T, C] against targets [B, T], with at most [chunk, V] logits alive at once.
 
-    Each chunk's logits are recomputed in the backward. reduction: "mean", or "none" for [B, T].
+    reduction: "mean", or "none" for [B, T].
     """
-    flat, goal = h.reshape(-1, h.shape[-1]), targets.reshape(-1)
 
     def part(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
 
-    pieces = [
-        recompute(part, x, y, use_reentrant=False) if torch.is_grad_enabled() else part(x, y)
-        for x, y in zip(flat.split(chunk), goal.split(chunk), strict=True)
-    ]
-    losses = torch.cat(pieces)
+    losses = by_chunks(part, chunk, h.flatten(0, 1), targets.flatten())
     return losses.mean() if reduction == "mean" else losses.view(targets.shape)

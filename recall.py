@@ -9,12 +9,16 @@ How it is built.  In tokens, over any tokenizer: keys and values are single toke
 lower-case word, the rest is ordinary text given as ids. `spread` says how far a value is from its question: "anywhere"
 (for training) or "far" (for measuring: set in the first eighth, asked for in the last).
 
+Mixed into training text, look-up documents teach recall over the length of a block; the demo does that.
+
 Limits.  This is recall of what stands in the text, not reasoning; ruler.py has the harder tasks.
 """
 
 import re
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from tokenizer import Tokenizer
 
@@ -47,6 +51,14 @@ class Lookups:
             ids[first : first + len(self.ask) + 2] = [*self.ask, *words[:, pair]]
             where.append(first + len(self.ask))
         return ids, np.asarray(where)
+
+    def mix(self, batch: Tensor, seed: int, first: int, share: float) -> Tensor:
+        """The blocks first .. of a run [n, T + 1] with about `share` of them replaced: a function of seed and number."""
+        for row in range(len(batch) if share else 0):
+            rng = np.random.default_rng([seed, first + row])
+            if rng.random() < share:
+                batch[row] = torch.from_numpy(self.document(rng, batch.shape[1] - 1, "anywhere")[0])
+        return batch
 
     def _places(self, rng: np.random.Generator, T: int, spread: str) -> tuple[list, list]:
         """Where each line begins: disjoint slots of one line's length, every question after its value."""

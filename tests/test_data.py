@@ -168,3 +168,14 @@ def test_bad_tokenizers_are_named(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=said):
         load_tokenizer(tmp_path)
+
+
+def test_mixed_lookups_are_a_function_of_seed_and_number(tokenizer):
+    lookups = Lookups(tokenizer, np.full(9000, 5, dtype=np.uint16))
+    plain = torch.full((40, 513), 7)
+    mixed = lookups.mix(plain.clone(), 3, 0, 0.25)
+    replaced = [(row != 7).any().item() for row in mixed]
+    assert 3 <= sum(replaced) <= 20
+    assert torch.equal(mixed[10:20], lookups.mix(plain[10:20].clone(), 3, 10, 0.25))
+    assert torch.equal(plain, lookups.mix(plain.clone(), 3, 0, 0.0))
+    assert not torch.equal(mixed, lookups.mix(plain.clone(), 4, 0, 0.25))
