@@ -26,10 +26,9 @@ without BOS: count one more if your model is given one and has no position beyon
 letter case ignored, control characters read as newlines, rounded to two decimals. RULER's own figure is the mean of
 the 13 scores, each of 500 samples at seed 42.
 
-Data.  vt, fwe and niah_multikey_3 need none. The rest reads `data_dir`, under the names in FILES, which says where
-each comes from. Without these files the word tasks use OWN_WORDS and the essay tasks noise, and `Sample.variant` says
-"not RULER's"; qa_1 and qa_2 cannot be made (`missing` says what to get). RULER splits the essays into sentences with
-nltk, whose answer changes with its version, so the split is a file too: FILES has the command that writes it.
+Data.  vt, fwe and niah_multikey_3 need none. The rest reads `data_dir`, under the names in ruler_data.FILES, which says
+where each comes from. Without these files the word tasks use a short list of their own and the essay tasks noise, and
+`Sample.variant` says "not RULER's"; qa_1 and qa_2 cannot be made (`missing` says what to get).
 
 Two known variants of RULER; `Sample.variant` names the one used.
     vt   until 4a216f4 (2025-05-13) the answer prefix said "assgined"; figures published before, and lm-eval's, have
@@ -46,13 +45,11 @@ attention, arXiv 2305.16300, as in PI, arXiv 2306.15595 (a length is reached at 
 """
 
 import itertools
-import json
 import math
 import random
 import re
 import string
 import uuid
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -61,40 +58,13 @@ from pathlib import Path
 
 import numpy as np
 
+from ruler_data import FILES, Pairs, english_of, essays_of, folder_of, hotpotqa, squad, words_of
+
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 DEPTHS = [round(float(depth)) for depth in np.linspace(0, 100, num=40)]  # percent of an essay's sentences
 TRIES = 500  # draws of a sample at the smallest haystack until one fits: RULER draws for ever
 HOPELESS = 50  # of them while all are over by an eighth
-
-SENTENCES = "PaulGrahamEssays.sentences.json"
-RULER_JSON = "scripts/data/synthetic/json of github.com/NVIDIA/RULER"
-WONDERWORDS = "the folder wonderwords/assets of the Python package wonderwords (one word a line)"
-FILES = {
-    "nounlist.txt": WONDERWORDS,
-    "adjectivelist.txt": WONDERWORDS,
-    "verblist.txt": WONDERWORDS,
-    "english_words.json": f"{RULER_JSON}, fetched with git-lfs (cwe at great lengths only)",
-    "PaulGrahamEssays.json": f"running download_paulgraham_essay.py in {RULER_JSON}",
-    SENTENCES: 'running, beside the essays, python -c "import json, re, nltk; '
-    "t = json.load(open('PaulGrahamEssays.json'))['text']; "
-    f"json.dump(nltk.sent_tokenize(re.sub(r'\\s+', ' ', t).strip()), open('{SENTENCES}', 'w'))\"",
-    "squad.json": "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json, renamed",
-    "hotpotqa.json": "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/"
-    "7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json, renamed",
-}
-OWN_WORDS = {  # the stand-ins where the word lists are absent
-    "adjectivelist.txt": """amber ancient bitter brave brief bright broken calm careful cheap clever cold common crisp
-        crooked damp dark deep distant dry dusty early empty faint fair famous fierce flat fresh gentle golden grand
-        green heavy hidden hollow humble icy idle keen late lean little lonely loud lucky mild narrow noble odd pale
-        patient plain proud quick quiet rare rough sharp silver slow steep tidy warm""",
-    "nounlist.txt": """anchor apple arrow basket bell boat bottle branch bridge bucket button candle canyon castle chair
-        circle cloud coin compass copper corner desert door drum engine falcon feather fence field flame forest garden
-        glove hammer harbor helmet hill island jacket kettle ladder lantern letter meadow mirror mountain needle orchard
-        paper pencil pillow planet quarry ribbon river saddle shadow spoon station table tiger valley window""",
-    "verblist.txt": """answer borrow build carry choose climb count dance draw enter follow gather guess hold invite
-        join knock learn listen mend notice open paint plant promise read repair sing travel visit wander write""",
-}
 
 
 @dataclass(frozen=True)
@@ -222,7 +192,7 @@ def generate(
         raise ValueError(f"tokenizer_len counts {tokenizer_len(NOISE)} tokens in {NOISE!r}")
     if why := missing(task, data_dir):
         raise FileNotFoundError(why)
-    world = _World(length, samples, tokenizer_len, seed, _folder(data_dir))
+    world = _World(length, samples, tokenizer_len, seed, folder_of(data_dir))
     try:
         if row.kind == "fwe":
             made = _fwe(row, world)
@@ -230,7 +200,7 @@ def generate(
             recipe = RECIPES[row.kind](row, world)
             made = _sized(recipe, world.count, length, samples, row.max_new_tokens)
     except _TooShort as short:
-        raise ValueError(
+        raise TooShort(
             f"length {length} cannot hold {task}: with this tokenizer the least that works is {short}"
         ) from None
     variant = f"not RULER's: {', '.join(world.notes)}" if world.notes else row.version
@@ -242,7 +212,7 @@ def generate(
 
 def missing(task: str, data_dir: str | Path | None = None) -> str | None:
     """Why `task` cannot be made: the file it lacks and where to get it. None if it can."""
-    row, folder = _row(task), _folder(data_dir)
+    row, folder = _row(task), folder_of(data_dir)
     if row.kind != "qa" or (folder and (folder / row.haystack).is_file()):
         return None
     place = f"data_dir {folder}" if folder else "a data_dir"
@@ -316,6 +286,10 @@ class _TooShort(Exception):
     """Carries the least length that works."""
 
 
+class TooShort(ValueError):
+    """No prompt of the task fits the length that was asked for."""
+
+
 def _sized(recipe: _Recipe, count: Callable, length: int, samples: int, budget: int) -> list[tuple]:
     """[(tokens, prompt, prefix, references, depth)]: search for the haystack size, then draw, shrunk on overflow."""
     size = _largest(recipe, count, length, budget)
@@ -362,14 +336,14 @@ def _largest(recipe: _Recipe, count: Callable, length: int, budget: int) -> int:
 def _niah(row: Task, world: _World) -> _Recipe:
     rng, words = world.rng, ()
     if "words" in (row.key, row.value):
-        nouns, adjectives = _words(world, "nounlist.txt", "adjectivelist.txt")
-        words = _Pairs(adjectives, nouns)
+        nouns, adjectives = words_of(world.folder, world.notes, "nounlist.txt", "adjectivelist.txt")
+        words = Pairs(adjectives, nouns)
     draw = {
         "words": lambda: rng.choice(words),
         "numbers": lambda: str(rng.randint(10**6, 10**7 - 1)),
         "uuids": lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
     }
-    essay = _essay(world) if row.haystack == "essay" else None
+    essay = essays_of(world.folder, world.notes) if row.haystack == "essay" else None
     one = row.queries * row.values == 1
     template, prefix = (_singular(t) if one else t for t in (row.template, row.answer_prefix))
     kind = row.value[:-1] if one else row.value
@@ -462,9 +436,9 @@ def _vt(row: Task, world: _World, hops: int = 4) -> _Recipe:
 
 
 def _cwe(row: Task, world: _World, common: int = 10) -> _Recipe:
-    lists = _words(world, "nounlist.txt", "adjectivelist.txt", "verblist.txt")
+    lists = words_of(world.folder, world.notes, "nounlist.txt", "adjectivelist.txt", "verblist.txt")
     words = world.shuffled(sorted({word for one in lists for word in one}))
-    english = cache(lambda: _english(world, lists))
+    english = cache(lambda: english_of(world.folder, world.notes, lists, world.length))
     # (listed words, times a common word is listed, times another): of the worked example, of the question
     shown, asked = ((20, 3, 1), (6, 1)) if world.short else ((40, 10, 3), (30, 3))
 
@@ -534,7 +508,7 @@ def _coded(row: Task, world: _World, length: int, samples: int) -> list[tuple] |
 
 def _qa(row: Task, world: _World) -> _Recipe:
     path = world.folder / row.haystack
-    questions, documents = (_squad if row.haystack == "squad.json" else _hotpotqa)(path)
+    questions, documents = (squad if row.haystack == "squad.json" else hotpotqa)(path)
     if world.samples > len(questions):
         raise ValueError(f"samples {world.samples}: {path} has {len(questions)} questions that can be answered")
 
@@ -573,159 +547,3 @@ def _passkey(row: Task, world: _World) -> _Recipe:
 
 
 RECIPES = {"niah": _niah, "vt": _vt, "cwe": _cwe, "qa": _qa, "passkey": _passkey}
-
-
-# Data on disk
-
-
-def _folder(data_dir: str | Path | None) -> Path | None:
-    if data_dir is not None and not Path(data_dir).is_dir():
-        raise ValueError(f"data_dir {data_dir} is not a folder")
-    return None if data_dir is None else Path(data_dir)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}, byte {error.start}: not UTF-8") from None
-
-
-def _json(path: Path):
-    try:
-        return json.loads(_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-
-
-def _words(world: _World, *names: str) -> list[list[str]]:
-    """The named lists of data_dir, or this file's own where it has none of them."""
-    absent = [name for name in names if not (world.folder and (world.folder / name).is_file())]
-    if len(absent) == len(names):
-        world.notes.append("own words")
-        return [OWN_WORDS[name].split() for name in names]
-    if absent:
-        raise FileNotFoundError(f"data_dir {world.folder} lacks {absent[0]}: get it from {FILES[absent[0]]}")
-    lists = []
-    for path in (world.folder / name for name in names):
-        lists.append([line.rstrip() for line in _text(path).removesuffix("\n").split("\n")])
-        if "" in lists[-1]:
-            raise ValueError(f"{path}, line {lists[-1].index('') + 1}: a word is expected, the line is blank")
-    return lists
-
-
-def _english(world: _World, lists: list[list[str]]) -> Sequence[str]:
-    """The long list that cwe turns to when a length needs more words than the other lists have."""
-    if "own words" in world.notes:
-        words = [word for one in lists for word in one]
-        return _Pairs(words, words)
-    path = world.folder / "english_words.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"cwe at length {world.length} needs {path}: get it from {FILES[path.name]}")
-    rows = _json(path)
-    if not isinstance(rows, dict) or not all(isinstance(word, str) for word in rows.values()):
-        raise ValueError(f"{path}: an object of number: word is expected")
-    return list(rows.values())
-
-
-class _Pairs(Sequence):
-    """sorted({f"{a}-{b}"}) without holding its millions of strings: blocks in order, each made when it is asked for."""
-
-    def __init__(self, firsts: list[str], seconds: list[str]):
-        self.seconds, self.blocks = sorted(set(seconds)), []
-        for first in sorted(set(firsts), key=lambda word: word + "-"):
-            if self.blocks and first.startswith(self.blocks[-1][0] + "-"):
-                self.blocks[-1].append(first)  # "blue-eyed" sorts among blue's pairs
-            else:
-                self.blocks.append([first])
-        self.made = {i: self._make(block) for i, block in enumerate(self.blocks) if len(block) > 1}
-        sizes = [len(self.made.get(i, self.seconds)) for i in range(len(self.blocks))]
-        self.ends = np.cumsum(sizes).tolist()
-
-    def _make(self, block: list[str]) -> list[str]:
-        return sorted({f"{first}-{second}" for first in block for second in self.seconds})
-
-    def __len__(self) -> int:
-        return self.ends[-1]
-
-    def __getitem__(self, i: int) -> str:
-        block = bisect_right(self.ends, i)
-        i -= self.ends[block - 1] if block else 0
-        return self.made[block][i] if block in self.made else f"{self.blocks[block][0]}-{self.seconds[i]}"
-
-
-def _essay(world: _World) -> Callable[[int], list[str]] | None:
-    """n -> the sentences of the first n words of the essays; None, and a note, where there are none."""
-    path = world.folder and world.folder / "PaulGrahamEssays.json"
-    if not path or not path.is_file():
-        world.notes.append("noise haystack")
-        return None
-    essays = _json(path)
-    if not isinstance(essays, dict) or not isinstance(essays.get("text"), str) or not essays["text"].strip():
-        raise ValueError(f'{path}: {{"text": "..."}} is expected')
-    text = re.sub(r"\s+", " ", essays["text"])
-    ends = [gap.start() for gap in re.finditer(" ", text)] + [len(text)]  # of each word
-    split = world.folder / SENTENCES
-    if split.is_file():
-        sentences = _json(split)
-    else:
-        world.notes.append("own sentence split")
-        sentences = re.findall(r"[^ ].*?(?:[.?!][\"')\]]*(?= [A-Z\"'(])|(?= ?$))", text)
-    starts, at = [], 0  # a sentence starts where the one before it ended, or after one space
-    for i, sentence in enumerate(sentences):
-        if not isinstance(sentence, str) or not at <= (start := text.find(sentence, at)) <= at + 1:
-            raise ValueError(f"{split}, sentence {i + 1}: not found at its place in {path.name}")
-        at = start + len(sentence)
-        starts.append(start)
-
-    def first(words: int) -> list[str]:
-        rounds, rest = divmod(words, len(ends))
-        cut = ends[rest - 1] if rest else 0
-        part = sentences[: bisect_left(starts, cut)]
-        if part:
-            part[-1] = part[-1][: cut - starts[len(part) - 1]]
-        return sentences * rounds + part
-
-    return first
-
-
-# A question: its text, the answers, the numbers of its own documents and of those of the same article.
-Question = tuple[str, list[str], list[int], list[int]]
-
-
-def _squad(path: Path) -> tuple[list[Question], list[str]]:
-    rows, related, where = [], [], "the file"
-    try:
-        for a, article in enumerate(_json(path)["data"]):
-            where = f"data[{a}]"
-            related.append([paragraph["context"] for paragraph in article["paragraphs"]])
-            for p, paragraph in enumerate(article["paragraphs"]):
-                for q, qa in enumerate(paragraph["qas"]):
-                    where = f"data[{a}].paragraphs[{p}].qas[{q}]"
-                    if not qa["is_impossible"]:
-                        answers = [answer["text"] for answer in qa["answers"]]
-                        rows.append((qa["question"], answers, paragraph["context"], a, where))
-        where = "the file"
-        number = {text: i for i, text in enumerate(sorted({text for texts in related for text in texts}))}
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}, {where}: not a SQuAD row ({error!r})") from None
-    questions = []
-    for query, answers, own, article, where in rows:
-        if not answers:
-            raise ValueError(f"{path}, {where}: no answers, though is_impossible is false")
-        others = [number[text] for text in related[article] if text != own]
-        questions.append((query, answers, [number[own]], others))
-    return questions, list(number)
-
-
-def _hotpotqa(path: Path) -> tuple[list[Question], list[str]]:
-    rows, where = [], "the file"
-    try:
-        for i, row in enumerate(_json(path)):
-            where = f"row {i + 1}"
-            texts = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
-            rows.append((row["question"], [row["answer"]], texts))
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}, {where}: not a HotpotQA row ({error!r})") from None
-    number = {text: i for i, text in enumerate(sorted({text for *_, texts in rows for text in texts}))}
-    return [(query, answers, [number[text] for text in texts], []) for query, answers, texts in rows], list(number)

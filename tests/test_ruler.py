@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import ruler
+import ruler_data
 
 
 def tokens(text: str) -> int:
@@ -52,7 +53,7 @@ def inputs(folder):
     files = {
         "english_words.json": {str(i): f"{word()}{i}" for i in range(4200)},
         "PaulGrahamEssays.json": {"text": essays},
-        ruler.SENTENCES: sentences,
+        ruler_data.SENTENCES: sentences,
         "squad.json": {"data": articles},
         "hotpotqa.json": hotpot,
     }
@@ -238,7 +239,7 @@ def test_a_length_too_short_names_the_least_that_works(data, task):
         ("nounlist.txt", "stone\n\nriver\n", "niah_single_1", r"nounlist\.txt, line 2: a word is expected"),
         ("nounlist.txt", b"stone\n\xff\n", "niah_single_1", r"nounlist\.txt, byte 6: not UTF-8"),
         ("PaulGrahamEssays.json", '{"essay": "no"}', "niah_single_2", r"PaulGrahamEssays\.json: .*is expected"),
-        (ruler.SENTENCES, '["Not in the essays."]', "niah_single_2", r"sentences\.json, sentence 1: not found"),
+        (ruler_data.SENTENCES, '["Not in the essays."]', "niah_single_2", r"sentences\.json, sentence 1: not found"),
         ("english_words.json", "{\n1: 2}", "cwe", r"english_words\.json, line 2: not JSON"),
         ("english_words.json", "[1]", "cwe", r"english_words\.json: an object of number: word is expected"),
         ("squad.json", '{"data": [{"paragraphs": [{"context": "c", "qas": [{}]}]}]}', "qa_1",
@@ -268,15 +269,14 @@ def test_wrong_arguments_are_one_sentence(data):
 
 def test_essays_without_their_sentences_say_so(tmp_path):
     inputs(tmp_path)
-    (tmp_path / ruler.SENTENCES).unlink()
+    (tmp_path / ruler_data.SENTENCES).unlink()
     (sample,) = ruler.generate("niah_single_2", 4096, 1, tokens, data_dir=tmp_path)
     assert sample.variant == "not RULER's: own sentence split"
 
 
 def test_essay_prefix_is_cut_at_the_word_and_repeats(data):
-    world = ruler._World(4096, 1, tokens, 42, data)
     words = re.sub(r"\s+", " ", json.loads((data / "PaulGrahamEssays.json").read_text())["text"]).split(" ")
-    first = ruler._essay(world)
+    first = ruler_data.essays_of(data, [])
     for n in (1, 2, 17, 500, len(words) - 1, len(words)):
         assert " ".join(first(n)) == " ".join(words[:n]).strip()
     assert " ".join(first(len(words) + 20)).split() == (words + words[:20])[: len(words) - 1] + words[:20]
@@ -284,5 +284,5 @@ def test_essay_prefix_is_cut_at_the_word_and_repeats(data):
 
 def test_pairs_are_the_sorted_set():
     firsts, seconds = ["blue", "blue-eyed", "blu", "b", "b-", "red", "red"], ["x", "eyed-x", "a", "x", "-z"]
-    pairs = ruler._Pairs(firsts, seconds)
+    pairs = ruler_data.Pairs(firsts, seconds)
     assert list(pairs) == sorted({f"{a}-{b}" for a in firsts for b in seconds})

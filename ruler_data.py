@@ -1,0 +1,204 @@
+"""RULER's data on disk: word lists, essays and question sets, read as NVIDIA's scripts read them.
+
+What.  ruler.py asks for words, for the first n words of the essays, and for questions with their paragraphs. They come
+from a folder, under the names in FILES, which says where each is to be had. Without the word lists OWN_WORDS stands in,
+without the essays the caller's noise; each stand-in leaves a note, from which ruler.py names the variant.
+
+How it is computed.  A key of two words is drawn from the sorted set of all adjective-noun pairs, millions of strings;
+`Pairs` makes the i-th one alone. RULER splits the essays into sentences with nltk, whose answer changes with its
+version, so the split is a file too: FILES has the command that writes it.
+
+Limits.  Files are read anew by every task. A malformed one ends in a ValueError that names the line or the row.
+
+Source.  github.com/NVIDIA/RULER at c3f5e3b, scripts/data/synthetic.
+"""
+
+import json
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+SENTENCES = "PaulGrahamEssays.sentences.json"
+RULER_JSON = "scripts/data/synthetic/json of github.com/NVIDIA/RULER"
+WONDERWORDS = "the folder wonderwords/assets of the Python package wonderwords (one word a line)"
+FILES = {
+    "nounlist.txt": WONDERWORDS,
+    "adjectivelist.txt": WONDERWORDS,
+    "verblist.txt": WONDERWORDS,
+    "english_words.json": f"{RULER_JSON}, fetched with git-lfs (cwe at great lengths only)",
+    "PaulGrahamEssays.json": f"running download_paulgraham_essay.py in {RULER_JSON}",
+    SENTENCES: 'running, beside the essays, python -c "import json, re, nltk; '
+    "t = json.load(open('PaulGrahamEssays.json'))['text']; "
+    f"json.dump(nltk.sent_tokenize(re.sub(r'\\s+', ' ', t).strip()), open('{SENTENCES}', 'w'))\"",
+    "squad.json": "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json, renamed",
+    "hotpotqa.json": "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/"
+    "7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json, renamed",
+}
+OWN_WORDS = {  # the stand-ins where the word lists are absent
+    "adjectivelist.txt": """amber ancient bitter brave brief bright broken calm careful cheap clever cold common crisp
+        crooked damp dark deep distant dry dusty early empty faint fair famous fierce flat fresh gentle golden grand
+        green heavy hidden hollow humble icy idle keen late lean little lonely loud lucky mild narrow noble odd pale
+        patient plain proud quick quiet rare rough sharp silver slow steep tidy warm""",
+    "nounlist.txt": """anchor apple arrow basket bell boat bottle branch bridge bucket button candle canyon castle chair
+        circle cloud coin compass copper corner desert door drum engine falcon feather fence field flame forest garden
+        glove hammer harbor helmet hill island jacket kettle ladder lantern letter meadow mirror mountain needle orchard
+        paper pencil pillow planet quarry ribbon river saddle shadow spoon station table tiger valley window""",
+    "verblist.txt": """answer borrow build carry choose climb count dance draw enter follow gather guess hold invite
+        join knock learn listen mend notice open paint plant promise read repair sing travel visit wander write""",
+}
+
+
+def folder_of(data_dir: str | Path | None) -> Path | None:
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise ValueError(f"data_dir {data_dir} is not a folder")
+    return None if data_dir is None else Path(data_dir)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, byte {error.start}: not UTF-8") from None
+
+
+def _json(path: Path):
+    try:
+        return json.loads(_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+
+
+def words_of(folder: Path | None, notes: list[str], *names: str) -> list[list[str]]:
+    """The named lists of data_dir, or OWN_WORDS, and a note, where it has none of them."""
+    absent = [name for name in names if not (folder and (folder / name).is_file())]
+    if len(absent) == len(names):
+        notes.append("own words")
+        return [OWN_WORDS[name].split() for name in names]
+    if absent:
+        raise FileNotFoundError(f"data_dir {folder} lacks {absent[0]}: get it from {FILES[absent[0]]}")
+    lists = []
+    for path in (folder / name for name in names):
+        lists.append([line.rstrip() for line in _text(path).removesuffix("\n").split("\n")])
+        if "" in lists[-1]:
+            raise ValueError(f"{path}, line {lists[-1].index('') + 1}: a word is expected, the line is blank")
+    return lists
+
+
+def english_of(folder: Path | None, notes: list[str], lists: list[list[str]], length: int) -> Sequence[str]:
+    """The long list that cwe turns to when a length needs more words than the other lists have."""
+    if "own words" in notes:
+        words = [word for one in lists for word in one]
+        return Pairs(words, words)
+    path = folder / "english_words.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"cwe at length {length} needs {path}: get it from {FILES[path.name]}")
+    rows = _json(path)
+    if not isinstance(rows, dict) or not all(isinstance(word, str) for word in rows.values()):
+        raise ValueError(f"{path}: an object of number: word is expected")
+    return list(rows.values())
+
+
+class Pairs(Sequence):
+    """sorted({f"{a}-{b}"}) without holding its millions of strings: blocks in order, each made when it is asked for."""
+
+    def __init__(self, firsts: list[str], seconds: list[str]):
+        self.seconds, self.blocks = sorted(set(seconds)), []
+        for first in sorted(set(firsts), key=lambda word: word + "-"):
+            if self.blocks and first.startswith(self.blocks[-1][0] + "-"):
+                self.blocks[-1].append(first)  # "blue-eyed" sorts among blue's pairs
+            else:
+                self.blocks.append([first])
+        self.made = {i: self._make(block) for i, block in enumerate(self.blocks) if len(block) > 1}
+        sizes = [len(self.made.get(i, self.seconds)) for i in range(len(self.blocks))]
+        self.ends = np.cumsum(sizes).tolist()
+
+    def _make(self, block: list[str]) -> list[str]:
+        return sorted({f"{first}-{second}" for first in block for second in self.seconds})
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, i: int) -> str:
+        block = bisect_right(self.ends, i)
+        i -= self.ends[block - 1] if block else 0
+        return self.made[block][i] if block in self.made else f"{self.blocks[block][0]}-{self.seconds[i]}"
+
+
+def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str]] | None:
+    """n -> the sentences of the first n words of the essays; None, and a note, where there are none."""
+    path = folder and folder / "PaulGrahamEssays.json"
+    if not path or not path.is_file():
+        notes.append("noise haystack")
+        return None
+    essays = _json(path)
+    if not isinstance(essays, dict) or not isinstance(essays.get("text"), str) or not essays["text"].strip():
+        raise ValueError(f'{path}: {{"text": "..."}} is expected')
+    text = re.sub(r"\s+", " ", essays["text"])
+    ends = [gap.start() for gap in re.finditer(" ", text)] + [len(text)]  # of each word
+    split = folder / SENTENCES
+    if split.is_file():
+        sentences = _json(split)
+    else:
+        notes.append("own sentence split")
+        sentences = re.findall(r"[^ ].*?(?:[.?!][\"')\]]*(?= [A-Z\"'(])|(?= ?$))", text)
+    starts, at = [], 0  # a sentence starts where the one before it ended, or after one space
+    for i, sentence in enumerate(sentences):
+        if not isinstance(sentence, str) or not at <= (start := text.find(sentence, at)) <= at + 1:
+            raise ValueError(f"{split}, sentence {i + 1}: not found at its place in {path.name}")
+        at = start + len(sentence)
+        starts.append(start)
+
+    def first(words: int) -> list[str]:
+        rounds, rest = divmod(words, len(ends))
+        cut = ends[rest - 1] if rest else 0
+        part = sentences[: bisect_left(starts, cut)]
+        if part:
+            part[-1] = part[-1][: cut - starts[len(part) - 1]]
+        return sentences * rounds + part
+
+    return first
+
+
+# A question: its text, the answers, the numbers of its own documents and of those of the same article.
+Question = tuple[str, list[str], list[int], list[int]]
+
+
+def squad(path: Path) -> tuple[list[Question], list[str]]:
+    rows, related, where = [], [], "the file"
+    try:
+        for a, article in enumerate(_json(path)["data"]):
+            where = f"data[{a}]"
+            related.append([paragraph["context"] for paragraph in article["paragraphs"]])
+            for p, paragraph in enumerate(article["paragraphs"]):
+                for q, qa in enumerate(paragraph["qas"]):
+                    where = f"data[{a}].paragraphs[{p}].qas[{q}]"
+                    if not qa["is_impossible"]:
+                        answers = [answer["text"] for answer in qa["answers"]]
+                        rows.append((qa["question"], answers, paragraph["context"], a, where))
+        where = "the file"
+        number = {text: i for i, text in enumerate(sorted({text for texts in related for text in texts}))}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}, {where}: not a SQuAD row ({error!r})") from None
+    questions = []
+    for query, answers, own, article, where in rows:
+        if not answers:
+            raise ValueError(f"{path}, {where}: no answers, though is_impossible is false")
+        others = [number[text] for text in related[article] if text != own]
+        questions.append((query, answers, [number[own]], others))
+    return questions, list(number)
+
+
+def hotpotqa(path: Path) -> tuple[list[Question], list[str]]:
+    rows, where = [], "the file"
+    try:
+        for i, row in enumerate(_json(path)):
+            where = f"row {i + 1}"
+            texts = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
+            rows.append((row["question"], [row["answer"]], texts))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}, {where}: not a HotpotQA row ({error!r})") from None
+    number = {text: i for i, text in enumerate(sorted({text for *_, texts in rows for text in texts}))}
+    return [(query, answers, [number[text] for text in texts], []) for query, answers, texts in rows], list(number)

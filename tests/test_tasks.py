@@ -1,0 +1,314 @@
+"""Tasks: requests as lm-evaluation-harness makes them, scores as transformers gives them one at a time, errors by line.
+
+REQUESTS holds what the harness (0.4.13, its own yaml files) makes of the rows; it was compared by running both.
+"""
+
+import gzip
+import json
+import math
+import statistics
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer as Fast
+
+import eval as evaluation
+import report
+import tasks
+from model import Llama
+from tokenizer import load_tokenizer
+
+LABELS = {"text": ["in the sea", "on land"], "label": ["A", "B"]}
+ROWS = {
+    "lambada_openai": {"text": 'He said: "go home" and they\n\nwent  home'},
+    "piqa": {"goal": "open a jar ", "sol1": "turn the lid", "sol2": "hit it.", "label": 1},
+    "arc_easy": {"id": "1", "question": "Where do fish live?", "choices": LABELS, "answerKey": "B"},
+    "arc_challenge": {
+        "id": "1",
+        "question": "Where?",
+        "choices": {"text": ["here", "there"], "label": ["1", "2"]},
+        "answerKey": "2",
+    },
+    "hellaswag": {
+        "ind": 4,
+        "activity_label": "Baking",
+        "ctx_a": "A man [substep] stands. [title] He",
+        "ctx_b": "the Oven",
+        "endings": ["opens it [step] now.", " sits  down."],
+        "label": "1",
+    },
+    "winogrande": {
+        "sentence": "Ann thanked Eva because _ had helped.",
+        "option1": "Ann",
+        "option2": "Eva",
+        "answer": "2",
+    },
+    "openbookqa": {"id": "7", "question_stem": "Fish live", "choices": LABELS, "answerKey": "A"},
+    "boolq": {"question": "is it wet", "passage": "Water is wet.", "idx": 0, "label": 1},
+    "social_iqa": {
+        "context": "Ann ran.",
+        "question": "Why?",
+        "answerA": "to win",
+        "answerB": "to lose",
+        "answerC": "no",
+        "label": "3",
+    },
+    "mathqa": {
+        "Problem": "what is 1 + 1 ?",
+        "options": "a ) 2 , 000 , b ) 3 , c ) rs . 4 , d ) 1 / 2 , e ) none of these",
+        "correct": "c",
+    },
+}
+REQUESTS = {
+    "lambada_openai": ([('He said: "go home" and they\n\nwent ', " home")], 0),
+    "piqa": ([("Question: open a jar \nAnswer:", " turn the lid"), ("Question: open a jar \nAnswer:", " hit it.")], 1),
+    "arc_easy": (
+        [
+            ("Question: Where do fish live?\nAnswer:", " in the sea"),
+            ("Question: Where do fish live?\nAnswer:", " on land"),
+        ],
+        1,
+    ),
+    "arc_challenge": ([("Question: Where?\nAnswer:", " here"), ("Question: Where?\nAnswer:", " there")], 1),
+    "hellaswag": (
+        [
+            ("Baking: A man stands.. He The oven", " opens it now."),
+            ("Baking: A man stands.. He The oven", " sits down."),
+        ],
+        1,
+    ),
+    "winogrande": (
+        [("Ann thanked Eva because Ann", " had helped."), ("Ann thanked Eva because Eva", " had helped.")],
+        1,
+    ),
+    "openbookqa": ([("Fish live", " in the sea"), ("Fish live", " on land")], 0),
+    "boolq": (
+        [
+            ("Water is wet.\nQuestion: is it wet?\nAnswer:", " no"),
+            ("Water is wet.\nQuestion: is it wet?\nAnswer:", " yes"),
+        ],
+        1,
+    ),
+    "social_iqa": (
+        [("Q: Ann ran. Why?\nA:", " to win"), ("Q: Ann ran. Why?\nA:", " to lose"), ("Q: Ann ran. Why?\nA:", " no")],
+        2,
+    ),
+    "mathqa": (
+        [("Question: what is 1 + 1 ?\nAnswer:", f" {o}") for o in ("2", "3", "rs . 4", "1 / 2", "none of these")],
+        2,
+    ),
+}
+
+
+def write(file, rows):
+    opened = gzip.open(file, "wt") if file.suffix == ".gz" else file.open("w")
+    with opened as f:
+        f.write("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_requests_equal_the_harness(tmp_path, name):
+    task = tasks.load(write(tmp_path / f"{name}.jsonl.gz", [ROWS[name]]))
+    assert (list(task.items[0].requests), task.items[0].gold) == REQUESTS[name]
+    assert task.name == name and task.version.startswith("lm-eval ") and task.metrics == tasks.DATASETS[name].metrics
+
+
+def mmlu_row(i, subject="high_school_physics"):
+    return {"question": f" q{i}?\n", "subject": subject, "choices": [f"w{i}", "x", "y", "z"], "answer": i % 4}
+
+
+def test_mmlu_shows_its_first_five_dev_rows_in_order(tmp_path):
+    write(tmp_path / "mmlu_dev.jsonl", [mmlu_row(9, "law"), *(mmlu_row(i) for i in range(6))])
+    task = tasks.load(write(tmp_path / "mmlu.jsonl", [mmlu_row(7)]))
+    head = "The following are multiple choice questions (with answers) about high school physics.\n\n"
+    shots = "".join(f"q{i}?\nA. w{i}\nB. x\nC. y\nD. z\nAnswer: {'ABCD'[i % 4]}\n\n" for i in range(5))
+    context = head + shots + "q7?\nA. w7\nB. x\nC. y\nD. z\nAnswer:"
+    assert task.items[0].requests == tuple((context, f" {letter}") for letter in "ABCD")
+    assert task.items[0].gold == 3 and task.metrics == ("accuracy",)
+
+
+def test_plain_layouts_and_names(tmp_path):
+    rows = [
+        {"query": "Question: Why?\n", "choices": ["a", "bc"], "gold": 1},
+        {"query": "It", "choices": ["a"], "gold": 0},
+    ]
+    one, two = tasks.load(write(tmp_path / "openbook_qa.jsonl", rows)).items
+    assert one.requests == (("Question: Why?\nAnswer:", " a"), ("Question: Why?\nAnswer:", " bc"))
+    assert one.characters == (1, 2) and two.requests == (("It", " a"),)
+    task = tasks.load(write(tmp_path / "mine.jsonl", [{"context": "a b ", "continuation": "\n\nc"}]))
+    assert task.items[0].requests == (("a b ", " \n\nc"),) and task.metrics == ("accuracy", "perplexity")
+    assert task.version.startswith("own task")
+
+
+# Scores
+
+
+def items(n=24):
+    rng, words = np.random.default_rng(0), ["the", "def", "return", "self", "import", "of", "and", "12", "(x)", "é"]
+
+    def some(low, high):
+        return " ".join(rng.choice(words, rng.integers(low, high)))
+
+    rows = [{"query": some(1, 40), "choices": [some(1, 6) for _ in range(3)], "gold": 0} for _ in range(n)]
+    rows += [{"query": some(90, 120) + "\n ", "choices": ["a", "b"], "gold": 1}]  # longer than the model
+    return [*rows, {"query": "", "choices": ["the def", "self"], "gold": 1}]  # nothing before the choice
+
+
+@pytest.fixture(params=[False, True], ids=["no BOS", "BOS"])
+def folder(model_copy, request):
+    if request.param:
+        (model_copy / "tokenizer.tiktoken").unlink()
+        file = model_copy / "tokenizer.json"
+        bos = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
+        shape = [bos, {"Sequence": {"id": "A", "type_id": 0}}]
+        special = {"<|end|>": {"id": "<|end|>", "ids": [4095], "tokens": ["<|end|>"]}}
+        template = {"type": "TemplateProcessing", "single": shape, "pair": shape, "special_tokens": special}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
+        (model_copy / "tokenizer_config.json").write_text("{}")
+    return model_copy
+
+
+def one_at_a_time(model, encode, context, continuation):
+    """The harness' rule in its plainest form, with transformers' model and the tokenizers library."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    if context:
+        whole, n = encode(context + continuation).ids, len(encode(context).ids)
+    else:
+        whole, n = [4095, *encode(continuation, add_special_tokens=False).ids], 1
+    goal = torch.tensor(whole[n:])
+    with torch.no_grad():
+        logits = model(torch.tensor([whole[-65:][:-1]])).logits[0].log_softmax(-1)[-len(goal) :]
+    return logits.gather(1, goal[:, None]).sum().item(), bool((logits.argmax(-1) == goal).all())
+
+
+def test_scores_equal_transformers_one_at_a_time(folder, tmp_path):
+    task = tasks.load(write(tmp_path / "mine.jsonl", items()))
+    model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    encode = Fast.from_file(str(folder / "tokenizer.json")).encode
+    result = tasks.score(model, tokenizer, task, torch.float32)
+    for item, logps, greedy, chosen in zip(task.items, result.logps, result.greedy, result.predictions, strict=True):
+        expected = [one_at_a_time(theirs, encode, *request) for request in item.requests]
+        assert logps == pytest.approx([s for s, _ in expected], abs=1e-3)
+        assert greedy.tolist() == [g for _, g in expected]
+        assert chosen == int(np.argmax([s for s, _ in expected]))
+    characters = [[len(c) - 1 for _, c in item.requests] for item in task.items]
+    normed = [int(np.argmax(s / np.asarray(n))) for s, n in zip(result.logps, characters, strict=True)]
+    gold = [item.gold for item in task.items]
+    assert result.values["mine, accuracy"].tolist() == (result.predictions == gold).tolist()
+    assert result.values["mine, accuracy normed"].tolist() == (np.asarray(normed) == gold).tolist()
+
+
+def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
+    model, tokenizer = Llama.from_pretrained(tiny_dir), load_tokenizer(tiny_dir)
+    rows = []
+    for i in range(200):  # contexts whose most likely next token reads as a word
+        ids = tokenizer.encode(f"def f{i}(x):")
+        word = tokenizer.decode([model(torch.tensor([ids]))[0, -1].argmax().item()])
+        if word.startswith(" ") and word.strip().isalpha() and tokenizer.encode(f"def f{i}(x):{word}")[:-1] == ids:
+            rows += [
+                {"context": f"def f{i}(x):", "continuation": word[1:]},
+                {"context": f"def f{i}(x):", "continuation": "zq"},
+            ]
+        if len(rows) >= 6:
+            break
+    assert rows
+    result = tasks.score(model, tokenizer, tasks.load(write(tmp_path / "lambada.jsonl", rows)), torch.float32)
+    assert result.values["lambada_openai, accuracy"].tolist() == [1.0, 0.0] * (len(rows) // 2)
+    found = report.summary(result.values)
+    logps = [float(s[0]) for s in result.logps]
+    perplexity, error = found["lambada_openai, perplexity"]
+    assert perplexity == pytest.approx(math.exp(-statistics.mean(logps)))
+    assert error == pytest.approx(perplexity * statistics.stdev(logps) / len(logps) ** 0.5)
+    right, error = found["lambada_openai, accuracy"]
+    assert (right, error) == (0.5, pytest.approx(statistics.stdev([1.0, 0.0] * (len(rows) // 2)) / len(rows) ** 0.5))
+
+
+def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_dir, monkeypatch):
+    model, tokenizer = Llama.from_pretrained(tiny_dir), load_tokenizer(tiny_dir)
+    pairs = [("The answer is one of", f" {letter}") for letter in "ABCD"] + [
+        ("if", " x"),
+        ("if not self", ".value = 3"),
+    ]
+    alone = [tasks.likelihoods(model, tokenizer, [pair], torch.float32)[0] for pair in pairs]
+    rows = []
+    hidden = Llama.hidden
+    monkeypatch.setattr(Llama, "hidden", lambda self, ids, *a: rows.append(len(ids)) or hidden(self, ids, *a))
+    for tokens in (1, 16, 4096):
+        rows.clear()
+        together = tasks.likelihoods(model, tokenizer, pairs, torch.float32, tokens)
+        assert [s for s, _ in together] == pytest.approx([s for s, _ in alone], abs=1e-4)
+        assert sum(rows) == 3
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "sentence"),
+    [
+        ("piqa", "{'goal': 1}", r"line 2: not a task row, it is no JSON"),
+        ("piqa", "[1]", r"line 2: not a task row, it is no JSON object"),
+        ("piqa", {"goal": "a", "sol1": "b", "label": 0}, r"line 2: not a task row \(PIQA\), it lacks 'sol2'"),
+        ("piqa", ROWS["piqa"] | {"goal": 3}, r"line 2: not a task row \(PIQA\): goal is 3, not text"),
+        ("piqa", ROWS["piqa"] | {"label": -1}, r"line 2: .*label is -1, not an answer; take the split that has"),
+        ("piqa", ROWS["piqa"] | {"label": 2}, r"line 2: .*the answer is number 2 of 2 choices"),
+        ("hellaswag", ROWS["hellaswag"] | {"label": ""}, r"line 2: .*label is '', not an answer"),
+        ("arc_easy", ROWS["arc_easy"] | {"answerKey": "E"}, r"line 2: .*answerKey is 'E', not one of \['A', 'B'\]"),
+        ("arc_easy", ROWS["arc_easy"] | {"choices": {"text": ["a"]}}, r"line 2: .*it lacks 'label'"),
+        ("winogrande", ROWS["winogrande"] | {"sentence": "no blank"}, r"line 2: .*has no _ for the name"),
+        ("winogrande", ROWS["winogrande"] | {"answer": "3"}, r"line 2: .*answer is '3', not 1 or 2"),
+        ("mathqa", ROWS["mathqa"] | {"correct": "z"}, r"line 2: not a task row \(MathQA\)"),
+        ("social_iqa", ROWS["social_iqa"] | {"label": "4"}, r"line 2: .*number 3 of 3 choices"),
+    ],
+)  # fmt: skip
+def test_malformed_rows_are_named_by_line(tmp_path, name, row, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        tasks.load(write(tmp_path / f"{name}.jsonl", [ROWS[name], row]))
+
+
+def test_files_that_cannot_be_used(tmp_path):
+    with pytest.raises(ValueError, match=r"none\.jsonl does not exist; a task is"):
+        tasks.load(tmp_path / "none.jsonl")
+    with pytest.raises(ValueError, match=r"holds no items"):
+        tasks.load(write(tmp_path / "empty.jsonl", []))
+    with pytest.raises(ValueError, match=r"line 1: not a task row, its keys 'a', 'b' are those of none of .*PIQA"):
+        tasks.load(write(tmp_path / "odd.jsonl", [{"a": 1, "b": 2}]))
+    whole = write(tmp_path / "piqa.jsonl.gz", [ROWS["piqa"]] * 50).read_bytes()
+    (tmp_path / "piqa.jsonl.gz").write_bytes(whole[:-12])
+    with pytest.raises(ValueError, match=r"piqa\.jsonl\.gz is damaged"):
+        tasks.load(tmp_path / "piqa.jsonl.gz")
+    (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"bytes\.jsonl is not UTF-8"):
+        tasks.load(tmp_path / "bytes.jsonl")
+    with pytest.raises(ValueError, match=r"needs its five examples in .*mmlu_dev\.jsonl .*split='dev'"):
+        tasks.load(write(tmp_path / "mmlu.jsonl", [mmlu_row(0)]))
+    write(tmp_path / "mmlu_dev.jsonl", [mmlu_row(i) for i in range(4)])
+    with pytest.raises(ValueError, match=r"line 1: .*the dev file has 4 rows of subject 'high_school_physics'; 5"):
+        tasks.load(tmp_path / "mmlu.jsonl")
+
+
+def test_limit_reads_no_further(tmp_path):
+    file = write(tmp_path / "piqa.jsonl", [ROWS["piqa"], ROWS["piqa"], "broken"])
+    assert len(tasks.load(file, 2).items) == 2
+
+
+def test_missing_sets_are_listed_with_file_and_source(tmp_path):
+    write(tmp_path / "piqa.jsonl.gz", [ROWS["piqa"]])
+    write(tmp_path / "siqa.jsonl", [ROWS["social_iqa"]])
+    for words, folder in ((["all"], tmp_path), ([str(tmp_path)], None)):
+        files, lacking = evaluation.find_tasks(words, folder)
+        assert [f.name for f in files] == ["piqa.jsonl.gz", "siqa.jsonl"]
+        assert len(lacking) == len(tasks.DATASETS) - 2
+        boolq = next(line for line in lacking if line.startswith("boolq"))
+        assert str(tmp_path / "boolq.jsonl") in boolq and "load_dataset('aps/super_glue', 'boolq'" in boolq
+    assert "split='dev').to_json('mmlu_dev.jsonl')" in next(line for line in lacking if line.startswith("mmlu"))
+    files, lacking = evaluation.find_tasks(["piqa", str(tmp_path / "siqa.jsonl")], tmp_path)
+    assert len(files) == 2 and not lacking
+    with pytest.raises(ValueError, match="--tasks piq is neither a file, a folder, 'all', nor one of lambada_openai"):
+        evaluation.find_tasks(["piq"], tmp_path)
