@@ -2,10 +2,11 @@
 
     python bench.py kernel [--authors PATH] [--shapes 32x4096x128 ...]   times, TFLOP/s and memory, a table
     python bench.py memory [--authors PATH] [--lengths 1024 ...]         peak memory against T, a figure
+    python bench.py step [--model llama2-7b] [--length 4096 ...]         a training step and its parts: bench_step.py
 
 PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from there, nothing is copied.
-Every row also goes to out/kernel.jsonl or out/memory.jsonl with the device, the versions and the commit. On a GPU the
-tensors are bfloat16 and the shapes those of LLaMA layers; without one, float32 and small, dense and tiled only.
+Every row also goes to out/kernel.jsonl, memory.jsonl or step.jsonl with the device, the versions and the commit. On a
+GPU the tensors are bfloat16 and the shapes those of LLaMA layers; without one, float32 and small, dense and tiled only.
 
 How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls to warm up; the
 second-level cache is overwritten before each call; median and 20 and 80 % quantiles. What Python does before a launch
@@ -34,6 +35,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import bench_step as steps
 from relation_kl import choose, relation_kl
 
 # (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and last are the goals'.
@@ -315,7 +317,13 @@ def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> No
     figure.savefig(path, dpi=150)
 
 
-COMMANDS = {"kernel": bench_kernel, "memory": bench_memory}
+def bench_step(arguments) -> None:
+    """A training step's speed, bench_step.py."""
+    with _lines(arguments.out, "step.jsonl") as file:
+        steps.bench_step(arguments, conditions("cuda" if torch.cuda.is_available() else "cpu"), file)
+
+
+COMMANDS = {"kernel": bench_kernel, "memory": bench_memory, "step": bench_step}
 
 
 def main() -> None:
@@ -325,8 +333,12 @@ def main() -> None:
     kernel.add_argument("--shapes", nargs="+", metavar="HxTxD", help="instead of the default list")
     memory = commands.add_parser("memory", help="peak memory against T, as a figure")
     memory.add_argument("--lengths", nargs="+", type=int, metavar="T", help="instead of the default list")
+    step = commands.add_parser("step", help="a training step's speed, parts and memory", description=steps.__doc__)
+    step.formatter_class = argparse.RawDescriptionHelpFormatter
+    steps.add_flags(step)
     for command in (kernel, memory):
         command.add_argument("--authors", type=Path, metavar="PATH", help="a clone of gracefulning/LinearARD (GPU)")
+    for command in (kernel, memory, step):
         command.add_argument("--out", type=Path, default=Path("out"), help="folder of JSON lines and figure [out]")
     arguments = parser.parse_args()
     COMMANDS[arguments.command](arguments)

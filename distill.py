@@ -26,12 +26,14 @@ Limits.  The authors divide the K/K and V/V losses by the number of query heads 
 Source.  LinearARD, arXiv 2604.00004.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from model import Llama, LlamaConfig
+from model import Llama, LlamaConfig, by_chunks
 from relation_kl import relation_kl
 from rope import frequencies
 
@@ -67,8 +69,12 @@ def relation_loss(
     checkpointing: bool = False,
     authors_heads: bool = False,
     logit_weight: float = 0.0,
+    units: list | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, its parts [L, 3] without grad) for ids [B, T]: mean KL in nats of Q/Q, K/K and V/V in every layer."""
+    """(loss, its parts [L, 3] without grad) for ids [B, T]: mean KL in nats of Q/Q, K/K and V/V in every layer.
+
+    units: with --shard, what gathers layer l of both models while a function runs (parallel.py).
+    """
     B, T = ids.shape
     with torch.no_grad():
         h_teacher = teacher.embed(ids, dtype)
@@ -91,10 +97,12 @@ def relation_loss(
 
     all_parts = []
     for l in range(teacher.config.n_layer):
+        run = step
         if checkpointing and torch.is_grad_enabled():
-            h_teacher, h_student, parts = recompute(step, l, h_teacher, h_student, use_reentrant=False)
-        else:
-            h_teacher, h_student, parts = step(l, h_teacher, h_student)
+            run = functools.partial(recompute, step, use_reentrant=False)
+        if units:
+            run = functools.partial(units[l], run)
+        h_teacher, h_student, parts = run(l, h_teacher, h_student)
         all_parts.append(parts)
     table = torch.stack(all_parts)  # [L, 3]
     weights = torch.tensor([1.0, weight, weight], device=table.device, dtype=table.dtype)
@@ -107,7 +115,7 @@ def relation_loss(
 def logit_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor, chunk: int = 4096) -> Tensor:
     """Mean KL(teacher || student) in nats of the next-token distributions, h [B, T, C] being before the last norm.
 
-    At most [chunk, V] logits of each exist at once; each chunk's are recomputed in the backward.
+    At most [chunk, V] logits of each exist at once.
     """
 
     def part(x: Tensor, y: Tensor) -> Tensor:
@@ -116,14 +124,13 @@ def logit_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tenso
         log_p = student.lm_head(student.model.norm(x)).float().log_softmax(-1)
         return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)  # [<= chunk]
 
-    pairs = zip(h_student.flatten(0, 1).split(chunk), h_teacher.flatten(0, 1).split(chunk), strict=True)
-    return torch.cat([recompute(part, x, y, use_reentrant=False) for x, y in pairs]).mean()
+    return by_chunks(part, chunk, h_student.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
 
 
 def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
     if last:
         return h, layer.self_attn.qkv(layer.input_layernorm(h), turn)
-    return layer(h, turn)
+    return type(layer).forward(layer, h, turn)  # not layer(...): a sharded layer's unit is already gathered
 
 
 def _scale(config: LlamaConfig, T: int) -> float:

@@ -8,56 +8,87 @@ Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py
 number alone, so weights, moments and the step's number are the whole state: a resumed run has the losses and weights
 of one that was never interrupted, to the bit, on the same hardware and library versions.
 
+Processes.  A state holds whole tensors, whatever number of processes wrote it: any other number reads it.
+
 Signals.  Ctrl-C or SIGTERM asks for a stop: the step is finished, the state saved, the exit code is 3. A second one
-kills at once.
+kills at once; under torchrun, which passes on to its processes the Ctrl-C that they already had, only if it comes a
+second or more after the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then the state before counts.
 """
 
+import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 import checkpoint
+import parallel
 
 STOPPED = 3  # exit code of a run that was asked to stop and saved its state
 _KEEP = 2
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 
 
 class StopRequest:
-    """True once SIGINT or SIGTERM came; the next one then has its usual effect."""
+    """True once SIGINT or SIGTERM came; the next one then has its usual effect, at once."""
 
     def __init__(self):
-        self.asked = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._ask)
+        self.asked = 0.0
+        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
 
     def _ask(self, number, frame) -> None:
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.asked < 1:
+            return
+        if self.asked or "TORCHELASTIC_RUN_ID" not in os.environ:
+            for n in self._before:
+                signal.signal(n, signal.SIG_DFL)  # not KeyboardInterrupt, which waits for torch to come back
+        if self.asked:
+            os.kill(os.getpid(), number)
+        self.asked = time.monotonic()
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __bool__(self) -> bool:
-        return self.asked
+        return self.asked > 0
 
 
 def save(folder: Path, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, info: dict) -> None:
-    """Writes folder/step-<info["total"]>; raises OSError (a full disk, say) with everything older intact."""
+    """Writes folder/step-<info["total"]>; what it raises (a full disk, say) leaves everything older intact."""
+    write(folder, gather(weights, optimiser), info)
+
+
+def gather(weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
+    """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one may keep them."""
     tensors = {}
     for name, p in weights.items():
-        tensors[name] = p.detach()
-        for key in ("exp_avg", "exp_avg_sq"):
-            if p in optimiser.state:
-                tensors[f"{key}.{name}"] = optimiser.state[p][key]
+        moments = optimiser.state.get(p, {})
+        held = {"": p} | {f"{k}.": moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
+        for key, t in held.items():
+            full = parallel.whole(t)
+            if keep:
+                tensors[key + name] = full.cpu().contiguous()
+    return tensors
+
+
+def write(folder: Path, tensors: dict[str, Tensor], info: dict) -> None:
     with checkpoint.atomic_directory(folder / f"step-{info['total']:08d}") as work:
-        save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, work / "state.safetensors")
+        save_file(tensors, work / "state.safetensors")
         (work / "state.json").write_text(json.dumps(info) + "\n")
     for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-        shutil.rmtree(old)
+        old.rename(old.with_name(f".{old.name}.old"))  # a kill while it is removed must not leave half a state
+    for rest in folder.glob(".step-*"):  # also what earlier kills left
+        shutil.rmtree(rest)
 
 
 def latest(folder: Path) -> Path | None:
@@ -76,9 +107,9 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser: torch.optim.O
     for name, p in weights.items():
         if name not in tensors or tensors[name].shape != p.shape:
             raise ValueError(f"{state} holds no {name} of shape {list(p.shape)}; it is another run's")
-        p.data.copy_(tensors[name])
+        p.data.copy_(parallel.part(tensors[name], p))
         if optimiser is not None and step:
-            moments = {k: tensors[f"{k}.{name}"].to(p.device, p.dtype) for k in ("exp_avg", "exp_avg_sq")}
+            moments = {k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
             optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
 
 
@@ -104,11 +135,31 @@ def _number(line: str) -> int | None:
         return None  # the line that the kill cut short
 
 
-def reseed(seed: int, total: int, rank: int) -> None:
-    """The noise of a step (LoRA's dropout) depends on its number and the process alone."""
-    torch.manual_seed(hash((seed, total, rank)) % (1 << 63))
+def reseed(seed: int, total: int, block: int) -> None:
+    """The noise of a step (LoRA's dropout) depends on its number and on the first block it is for, on no process."""
+    torch.manual_seed(hash((seed, total, block)) % (1 << 63))
+
+
+@contextlib.contextmanager
+def disk_sentences(folder: Path):
+    """Turns a full, read-only or failing disk into a ValueError of one sentence."""
+    try:
+        yield
+    except SafetensorError as e:
+        code = re.search(r"os error (\d+)", str(e))  # how safetensors' writer says it
+        if not code:
+            raise
+        raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder)) from None
+    except OSError as e:
+        if e.errno not in _DISK:
+            raise
+        raise ValueError(disk_sentence(e, folder)) from None
 
 
 def disk_sentence(e: OSError, folder: Path) -> str:
-    free = shutil.disk_usage(folder if folder.exists() else folder.parent).free / 2**20
-    return f"cannot write to {folder}: {os.strerror(e.errno or 0)} ({free:.0f} MiB free); earlier states are intact"
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free / 2**20
+    return (
+        f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO)} ({free:.0f} MiB free); earlier states are "
+        "intact, --resume goes on from the last one"
+    )

@@ -2,56 +2,59 @@
 
     python train.py --teacher DIR --scale 8          both stages, then an export that loads everywhere
     python train.py                                  the same on the teacher and text that are at hand offline
+    torchrun --nproc_per_node 8 train.py ...         the same on eight GPUs, see parallel.py
 
 It reads top to bottom: arguments, plan, models, stages, export. Stage 1 reproduces the frozen teacher's Q/Q, K/K and
 V/V relations at the native length (distill.py); stage 2 predicts the next token at the extended length. Both train the
 q, k and v projections alone, in float32 copies under bf16 compute on a GPU, in float32 on a CPU.
 
---out DIR gets metrics.jsonl (a line a step), run.json (arguments, versions, seed), state/ (to --resume from),
-report.json, .md and .png (what was lost and what came back) and student/, the Hugging Face directory to use.
+--out DIR gets metrics.jsonl (a line a step) and curves.png, run.json (arguments, versions, seed), state/ (to --resume
+from), report.json, .md and .png (what was lost and what came back) and student/, the Hugging Face directory to use.
 
-Exit codes: 0 done; 2 wrong input, nothing was changed; 3 stopped by Ctrl-C or SIGTERM, state saved.
+Exit codes: 0 done; 2 refused or cannot go on, one sentence says why and nothing saved is lost; 3 stopped by Ctrl-C or
+SIGTERM, state saved. torchrun has its own: 1 where a process's is not 0.
 """
 
 import argparse
 import json
 import math
-import resource
+import os
 import sys
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import data
 import distill
 import eval as evaluation
 import lora
+import parallel
 import plan as planning
 import report
 import resume
+import watch
+from card import model_card
 from model import Llama, LlamaConfig, next_token_loss
+from recall import Lookups
+from relation_kl import IMPLEMENTATIONS, choose
 from rope import STUDENT_KINDS
 from tokenizer import load_tokenizer
 
 HERE = Path(__file__).resolve().parent
 # Flags that stand for a whole recipe, applied before the defaults of the parser
+# fmt: off
 PRESETS = {
-    "demo": {"tokens1": 200_000, "tokens2": 180_000, "batch1": 4, "batch2": 1},
-    "default": {"tokens1": 2_100_000, "tokens2": 2_100_000, "lora_dropout": 0.0},
+    # Many small steps, and text like the teacher's own: see LOG.md for what else was tried
+    "demo": {"tokens1": 240_000, "tokens2": 180_000, "batch1": 1, "batch2": 1, "lr1": 2e-3, "lr2": 7e-4,
+             "logit_weight": 1.0, "lookups": 0.25},
     # The paper's own: adapters, 144 steps of 4 x 4096 tokens
-    "authors": {
-        "lora_rank": 1024,
-        "lora_alpha": 2048.0,
-        "lora_dropout": 0.05,
-        "lr1": 2e-5,
-        "length1": 4096,
-        "batch1": 4,
-        "tokens1": 144 * 4 * 4096,
-    },
+    "authors": {"lora_rank": 1024, "lora_alpha": 2048.0, "lora_dropout": 0.05, "lr1": 2e-5, "length1": 4096,
+                "batch1": 4, "tokens1": 144 * 4 * 4096},
+    "default": {"tokens1": 2_100_000, "tokens2": 2_100_000, "lora_dropout": 0.0, "logit_weight": 0.0, "lookups": 0.0},
 }
+# fmt: on
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,20 +72,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         how.add_argument(f"--length{n}", type=int, help=f"tokens a block of {name}")
         how.add_argument(f"--batch{n}", type=int, help=f"blocks a step of {name}")
         how.add_argument(f"--lr{n}", type=float, help=f"peak learning rate of {name}")
+    how.add_argument("--logit-weight", type=float, help="of the next-token KL in stage 1 (default: 0; the demo: 1)")
+    how.add_argument("--lookups", type=float, help="share of blocks that are look-up documents (0; the demo: 0.25)")
     how.add_argument("--lora-rank", type=int, help="train adapters of this rank instead of full projections")
     how.add_argument("--lora-alpha", type=float, help="their weight is alpha / rank (default: twice the rank)")
     how.add_argument("--lora-dropout", type=float, help="on the adapters' input (default: 0)")
     how.add_argument("--preset", choices=("authors",), help="authors: the paper's adapters and stage 1")
     how.add_argument("--micro", type=int, help="blocks at a time (default: as many as fill 8192 tokens)")
-    how.add_argument(
-        "--impl", choices=("auto", "dense", "tiled", "triton"), default="auto", help="of the relation loss"
-    )
+    how.add_argument("--impl", choices=IMPLEMENTATIONS, default="auto", help="of the relation loss")
     how.add_argument("--seed", type=int, default=0)
     how.add_argument("--eval-blocks", type=int, default=8, help="long held-out blocks for the table; 0: no table")
     run = p.add_argument_group("running")
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     run.add_argument("--save-minutes", type=float, default=10, help="write the state at least this often")
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    run.add_argument("--shard", action="store_true", help="under torchrun: cut the models over the GPUs (FSDP2)")
+    run.add_argument("--peak-tflops", type=float, help="what 100 %% MFU means (default: measured at the start)")
+    run.add_argument("--tensorboard", action="store_true", help="also write figures for TensorBoard")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--cache", type=Path, default=Path("out/cache"), help="folder for tokenised text")
     args = p.parse_args(argv)
@@ -94,9 +100,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.lora_alpha = 2.0 * args.lora_rank
     args.out = args.out or Path("out") / (f"{args.teacher.name}-x{args.scale:g}" if args.teacher else "demo")
     args.teacher = args.teacher or HERE / "demo" / "teacher"
-    for key in ("tokens1", "tokens2", "length1", "length2", "batch1", "batch2", "lr1", "lr2", "micro", "lora_rank"):
+    positive = [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
+    for key in (*positive, "micro", "lora_rank", "peak_tflops"):
         if getattr(args, key) is not None and not getattr(args, key) > 0:
-            raise ValueError(f"--{key} is {getattr(args, key)}; it must be above 0")
+            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}; it must be above 0")
+    if not (0 <= args.lookups <= 1 and args.logit_weight >= 0):
+        raise ValueError(f"--lookups is {args.lookups} (0 to 1), --logit-weight is {args.logit_weight} (0 or above)")
+    if args.tensorboard:
+        watch.require_tensorboard()
     return args
 
 
@@ -109,7 +120,7 @@ def number(text: str) -> float:
 
 def matters(args: argparse.Namespace) -> dict:
     """The arguments that decide the result: a resumed run must have the same."""
-    keys = ["scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout"]
+    keys = ["scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "logit_weight", "lookups"]
     keys += [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
     return {k: getattr(args, k) for k in keys} | paths
@@ -127,220 +138,262 @@ def claim_out(args: argparse.Namespace) -> dict | None:
     return None
 
 
-def objective(stage: planning.Stage, teacher: Llama, student: Llama, args, checkpointing: bool):
+class Run:
+    """One run's fixed parts and its progress: what the functions below share, and what a state holds."""
+
+    def __init__(self, args, world: parallel.World):
+        """The plan: everything that can be refused before anything heavy is loaded or anything written."""
+        self.args, self.world, self.device = args, world, world.device
+        self.dtype = evaluation.compute_dtype(world.device)
+        if args.shard and world.size == 1:
+            raise ValueError("--shard cuts the models over several processes: torchrun --nproc_per_node N train.py ...")
+        self.teacher_config = LlamaConfig.from_hf(checkpoint.read_json(args.teacher / "config.json"))
+        self.student_config = self.teacher_config.extended(args.rope, args.scale)
+        self.native, self.long = self.teacher_config.rope.length, round(self.teacher_config.rope.length * args.scale)
+        self.plan = planning.stages(args, self.teacher_config, self.student_config.rope.length)
+        self.own = [world.share(s.name, s.batch) for s in self.plan]  # blocks of a step that are this rank's
+        self.tokenizer = load_tokenizer(args.teacher)
+        if self.tokenizer.size > self.teacher_config.vocab_size:
+            sizes = f"{self.tokenizer.size} ids, config.json's vocab_size is {self.teacher_config.vocab_size}"
+            raise ValueError(f"the tokenizer has {sizes}: they are not one model's")
+        checkpoint.find_tensors(args.teacher)
+        self.columns: dict[str, dict[str, float]] = {}
+        self.total = 0  # steps over all stages
+
+    def save(self, stage: int, step: int, optimiser) -> None:
+        """All ranks gather, rank 0 writes; the state says to go on with `step` of `stage`."""
+        info = {"total": self.total, "stage": stage, "step": step, "columns": self.columns}
+        info["arguments"] = matters(self.args)
+        tensors = resume.gather(self.weights, optimiser, keep=self.world.main)
+        self.world.on_main(self._write, tensors, info)
+        self.saved = time.time()
+
+    def _write(self, tensors: dict, info: dict) -> None:
+        with resume.disk_sentences(self.args.out / "state"):
+            resume.write(self.args.out / "state", tensors, info)
+            self.watch.curves(patience=60)
+
+    def measure(self, name: str, model: Llama) -> None:
+        """A column of the table. Sharded models need all ranks; else the others wait for rank 0."""
+        if not self.args.eval_blocks or name in self.columns:
+            return
+        what = (model, self.corpus, self.lookups, self.native, self.args.scale, self.args.eval_blocks)
+        if self.args.shard:
+            self.columns[name] = evaluation.measure(*what)
+        else:
+            self.columns[name] = self.world.on_main(evaluation.measure, *what)
+
+
+def say_plan(run: Run) -> None:
+    """Settles how each stage uses the memory that is free, prints it all, and refuses what cannot fit."""
+    args, c, shards = run.args, run.teacher_config, run.world.size if run.args.shard else 1
+    free = int(run.world.least(planning.free_memory(run.device)))
+    run.peak = args.peak_tflops * 1e12 if args.peak_tflops else run.world.on_main(watch.peak_flops, run.device)
+    run.settled = [
+        planning.settle(c, stage, run.dtype, args.micro, args.lora_rank, shards, own, free)
+        for stage, own in zip(run.plan, run.own, strict=True)
+    ]
+    needs = [need for _, _, need in run.settled]
+    print(planning.describe(c, run.student_config, run.plan, needs, args.lora_rank))
+    head = torch.empty(1, 1, 1, c.head_dim, dtype=run.dtype, device=run.device)
+    impl, reason = choose(head) if args.impl == "auto" else (args.impl, "--impl says so")
+    print(f"relation loss: {impl}, because {reason}")
+    rate = run.peak, run.world.size, bool(args.peak_tflops)
+    print(planning.describe_time(c, run.plan, args.lora_rank, *rate), flush=True)
+    for stage, need in zip(run.plan, needs, strict=True):
+        planning.refuse_if_too_large(need, free, stage)
+
+
+def load_text(run: Run) -> None:
+    args, world = run.args, run.world
+    with resume.disk_sentences(args.cache):
+        world.on_main(lambda: data.load_corpus(args.data, run.tokenizer, args.cache) and None)  # tokenises once for all
+        run.corpus = data.load_corpus(args.data, run.tokenizer, args.cache, quiet=not world.main)
+    for stage in run.plan:
+        run.corpus.blocks(stage.T)
+    if args.eval_blocks:
+        run.corpus.held_out_blocks(run.long, args.eval_blocks)
+    wanted = args.eval_blocks and (world.main or args.shard)
+    run.mixer = Lookups(run.tokenizer, run.corpus.train) if args.lookups else None
+    run.lookups = evaluation.make_lookups(run.tokenizer, run.corpus, run.native, run.long) if wanted else None
+
+
+def load_models(run: Run) -> None:
+    args = run.args
+    place = "cpu" if args.shard else str(run.device)
+    run.teacher = Llama.from_pretrained(args.teacher, dtype=run.dtype, device=place)
+    trained = () if args.lora_rank else distill.TRAINED
+    run.student = distill.make_student(run.teacher, run.student_config, trained=trained)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        lora.adapt(run.student, distill.TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    run.units = parallel.shard(run.teacher, run.student, run.world, run.dtype) if args.shard else None
+    run.weights = distill.trainable(run.student)
+
+
+def open_out(run: Run) -> None:
+    """The first writing: the folder, run.json, and the log without what the state to resume from does not know."""
+    args = run.args
+    run.about = {
+        "arguments": matters(args),
+        "versions": evaluation.versions(run.device) | {"processes": run.world.size},
+        "text": run.corpus.name,
+        "command": sys.argv,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_atomic(args.out / "run.json", json.dumps(run.about, indent=1) + "\n")
+    resume.cut_log(args.out / "metrics.jsonl", run.total)
+    shape = run.teacher_config, args.lora_rank
+    run.watch = watch.Watch(args.out, run.plan, *shape, run.peak, run.world.size, args.tensorboard)
+
+
+def objective(run: Run, stage: planning.Stage, checkpointing: bool):
     """The stage's loss as a function of ids [B, T + 1] -> (loss, parts [L, 3] or None)."""
-    dtype = evaluation.compute_dtype(torch.device(args.device))
+    fixed = {"impl": run.args.impl, "checkpointing": checkpointing, "units": run.units}
 
     def relation(ids: torch.Tensor):
-        return distill.relation_loss(teacher, student, ids[:, :-1], dtype, impl=args.impl, checkpointing=checkpointing)
+        weight = run.args.logit_weight
+        return distill.relation_loss(run.teacher, run.student, ids[:, :-1], run.dtype, logit_weight=weight, **fixed)
 
     def next_token(ids: torch.Tensor):
-        h = student.hidden(ids[:, :-1], dtype, checkpointing)
-        return next_token_loss(student, h, ids[:, 1:]), None
+        h = run.student.hidden(ids[:, :-1], run.dtype, checkpointing)
+        return next_token_loss(run.student, h, ids[:, 1:]), None
 
     return {"relation": relation, "next token": next_token}[stage.objective]
 
 
-def peak_memory(device: torch.device) -> float:
-    """GiB: what the GPU's allocator held at most, or the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def backward(run: Run, ids: torch.Tensor, first: int, micro: int, loss_of, reducer: parallel.Reducer):
+    """Gradients of the global batch from this rank's ids [B, T + 1], whose first block is number `first` of the stage.
+
+    Returns means over all ranks' blocks, (loss, parts [L, 3] or None), and whether to stop and whether to save, on
+    which all ranks must agree.
+    """
+    loss, parts, done = torch.zeros((), device=run.device), None, 0
+    for piece in ids.split(micro):
+        resume.reseed(run.args.seed, run.total, first + done)
+        done += len(piece)
+        reducer.last = done == len(ids)
+        share = len(piece) / len(ids)
+        value, table = loss_of(piece)
+        (value * share).backward()
+        loss += value.detach() * share
+        if table is not None:
+            parts = table * share + (0 if parts is None else parts)
+    reducer.finish()
+    late = run.world.main and time.time() - run.saved > 60 * run.args.save_minutes
+    said = torch.tensor([float(bool(run.stop)), float(late)], device=run.device, dtype=torch.float64)
+    figures = [loss.view(1), *([] if parts is None else [parts.flatten()])]
+    means = run.world.mean(torch.cat([said, *(f.double() for f in figures)])).cpu()
+    shape = None if parts is None else means[3:].view(parts.shape)
+    return float(means[2]), shape, bool(means[0]), bool(means[1])
 
 
-class Run:
-    """One run's fixed parts and its progress: what `train_stage` needs and what a state holds."""
-
-    def __init__(self, args, corpus, teacher, student, plan):
-        self.args, self.corpus, self.teacher, self.student, self.plan = args, corpus, teacher, student, plan
-        self.weights = distill.trainable(student)
-        self.device = torch.device(args.device)
-        self.columns: dict[str, dict[str, float]] = {}
-        self.total = 0  # steps over all stages
-        self.saved = time.time()
-        self.stop = resume.StopRequest()
-
-    def save(self, stage: int, step: int, optimiser) -> None:
-        info = {
-            "total": self.total,
-            "stage": stage,
-            "step": step,
-            "columns": self.columns,
-            "arguments": matters(self.args),
-        }
-        try:
-            resume.save(self.args.out / "state", self.weights, optimiser, info)
-        except OSError as e:
-            raise ValueError(resume.disk_sentence(e, self.args.out / "state")) from None
-        self.saved = time.time()
-
-
-def train_stage(run: Run, number: int, first: int, log) -> None:
+def train_stage(run: Run, number: int, first: int) -> torch.optim.Optimizer:
     """Steps `first` .. of stage `number` of the plan: one line of metrics a step, the state every so often."""
-    args, stage = run.args, run.plan[number]
-    free = planning.free_memory(run.device)
-    micro = min(args.micro or max(1, 8192 // stage.T), stage.batch)
-    trained = sum(p.numel() for p in run.weights.values())
-    dtype = evaluation.compute_dtype(run.device)
-    checkpointing = planning.needs_checkpointing(run.teacher.config, stage, dtype, micro, trained, free)
-    loss_of = objective(stage, run.teacher, run.student, args, checkpointing)
+    args, stage, own, world = run.args, run.plan[number], run.own[number], run.world
+    micro, checkpointing, _ = run.settled[number]
+    loss_of = objective(run, stage, checkpointing)
     optimiser = torch.optim.AdamW(run.weights.values(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0)
     if first:
         resume.load(resume.latest(args.out / "state"), run.weights, optimiser, first)
-    bar = tqdm(
-        range(first, stage.steps), desc=stage.name, initial=first, total=stage.steps, unit=" steps", disable=None
-    )
-    for step in bar:
+    reducer = parallel.Reducer(run.weights.values(), world)
+    if world.main:
+        run.watch.begin(number, first)
+    for step in range(first, stage.steps):
         began = time.time()
-        ids = run.corpus.batch(args.seed + 7919 * number, step * stage.batch, stage.batch, stage.T).to(run.device)
-        resume.reseed(args.seed, run.total, 0)
-        losses, parts = [], None
-        for part in ids.split(micro):
-            loss, table = loss_of(part)
-            (loss * (len(part) / len(ids))).backward()
-            losses.append(loss.detach() * (len(part) / len(ids)))
-            if table is not None:
-                parts = table * (len(part) / len(ids)) + (0 if parts is None else parts)
-        norm = torch.nn.utils.clip_grad_norm_(run.weights.values(), 1.0)  # the norm before clipping
-        refuse_non_finite(run, stage, step, sum(losses), norm, parts)
-        for group in optimiser.param_groups:
-            group["lr"] = planning.learning_rate(stage, step)
-        optimiser.step()
+        start = step * stage.batch + world.rank * own
+        seed = args.seed + 7919 * number
+        ids = run.corpus.batch(seed, start, own, stage.T)
+        ids = (run.mixer.mix(ids, seed, start, args.lookups) if run.mixer else ids).to(run.device)
+        try:
+            loss, parts, stop, late = backward(run, ids, start, micro, loss_of, reducer)
+            norm = parallel.whole(torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()]))
+            watch.refuse_non_finite(world, stage, step, loss, float(norm), parts, run.weights, run.student, ids)
+            torch.nn.utils.clip_grads_with_norm_(run.weights.values(), 1.0, norm)
+            for group in optimiser.param_groups:
+                group["lr"] = planning.learning_rate(stage, step)
+            optimiser.step()
+        except torch.OutOfMemoryError:
+            raise planning.OutOfMemory(stage, run.device) from None
         optimiser.zero_grad(set_to_none=True)
-        row = {
-            "total": run.total,
-            "stage": stage.name,
-            "step": step,
-            "loss": float(sum(losses)),
-            "grad_norm": float(norm),
-        }
-        row |= {"lr": optimiser.param_groups[0]["lr"], "seconds": round(time.time() - began, 4)}
-        row |= {"tokens_per_second": round(ids[:, 1:].numel() / (time.time() - began)), "gib": peak_memory(run.device)}
-        if parts is not None:
-            row["relations"] = dict(zip(distill.RELATIONS, parts.mean(0).tolist(), strict=True))
-            row["layers"] = parts.sum(-1).tolist()
-        print(json.dumps(row), file=log, flush=True)
-        say(bar, row, stage)
+        if world.main:
+            rate, gib = optimiser.param_groups[0]["lr"], watch.peak_memory(run.device)
+            run.watch.step(run.total, step, loss, float(norm), rate, time.time() - began, gib, parts)
         run.total += 1
-        if run.stop or time.time() - run.saved > 60 * args.save_minutes:
+        if stop or late:
             run.save(number, step + 1, optimiser)
-        if run.stop:
-            bar.close()
-            print(f"stopped after step {step + 1} of {stage.name}; the same command with --resume goes on from here")
-            sys.exit(resume.STOPPED)
-    bar.close()
-    run.last = optimiser
+        if stop:
+            print(f"\nstopped after step {step + 1} of {stage.name}; the same command with --resume goes on from here")
+            world.leave(resume.STOPPED)
+    reducer.close()
+    if world.main:
+        run.watch.end()
+    return optimiser
 
 
-def refuse_non_finite(run: Run, stage, step: int, loss, norm, parts) -> None:
-    if torch.isfinite(norm) and math.isfinite(float(loss)):
-        return
-    layer = (
-        ""
-        if parts is None or torch.isfinite(parts).all()
-        else f", layer {int((~torch.isfinite(parts)).any(1).nonzero()[0])}"
-    )
-    raise ValueError(
-        f"{stage.name}, step {step}{layer}: loss {float(loss)}, gradient norm {float(norm)}, on blocks "
-        f"{step * stage.batch}..{(step + 1) * stage.batch - 1}; lower --lr1 / --lr2. The last saved state is kept"
-    )
-
-
-def say(bar, row: dict, stage) -> None:
-    """The bar's figures on a terminal; about twenty plain lines a stage where there is none."""
-    text = f"loss {row['loss']:.4f}, norm {row['grad_norm']:.2f}, lr {row['lr']:.2g}"
-    text += f", {row['tokens_per_second']:,} tokens/s, {row['gib']:.1f} GiB"
-    bar.set_postfix_str(text)
-    last = row["step"] + 1 == stage.steps
-    if bar.disable and (last or row["step"] % max(1, stage.steps // 20) == 0):
-        print(f"{stage.name} step {row['step'] + 1}/{stage.steps}: {text}", flush=True)
+def export(run: Run) -> None:
+    """The table, the adapter, and the Hugging Face directory, which is read back before it counts."""
+    args, columns = run.args, run.columns
+    with resume.disk_sentences(args.out):
+        shares = report.recovered(columns, "loss at 1x") if args.eval_blocks else {}
+        text = report.write(args.out, columns, shares, run.about) if args.eval_blocks else ""
+        stored = checkpoint.stored_dtype(args.teacher)
+        if args.lora_rank:
+            lora.save_adapter(run.student, args.out / "adapter", str(args.teacher), distill.TRAINED)
+        student = lora.merge(run.student)
+        recipe = (run.teacher_config, run.student_config, args.teacher.name, run.plan, text, matters(args))
+        at, card = args.out / "student", model_card(*recipe)
+        checkpoint.save_pretrained(student, at, tokenizer_from=args.teacher, dtype=stored, card=card)
+    print(f"\n{text}\n\nexported to {at} ({run.long:,} tokens of context); next:")
+    print(f"  python eval.py --model {at} --against {args.teacher}")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    device = torch.device(args.device)
-    dtype = evaluation.compute_dtype(device)
+    world = parallel.World(args.device)
 
     # ---------------------------------------------------------------- plan: nothing heavy yet, and nothing written
-    teacher_config = LlamaConfig.from_hf(checkpoint.read_json(args.teacher / "config.json"))
-    student_config = teacher_config.extended(args.rope, args.scale)
-    plan = planning.stages(args, teacher_config, student_config.rope.length)
-    tokenizer = load_tokenizer(args.teacher)
-    if tokenizer.size > teacher_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is {teacher_config.vocab_size}"
-        )
-    checkpoint.find_tensors(args.teacher)
-    trained = planning.trained_parameters(teacher_config, args.lora_rank)
-    free, parts = planning.free_memory(device), []
-    for stage in plan:
-        micro = min(args.micro or max(1, 8192 // stage.T), stage.batch)
-        need = planning.needs_checkpointing(teacher_config, stage, dtype, micro, trained, free)
-        parts.append(planning.memory(teacher_config, stage, dtype, micro, need, trained))
-    print(planning.describe(teacher_config, student_config, plan, parts, trained), flush=True)
-    for stage, part in zip(plan, parts, strict=True):
-        planning.refuse_if_too_large(part, free, stage)
-    state = claim_out(args)
+    run = Run(args, world)
+    say_plan(run)
+    state = world.on_main(claim_out, args)
     if args.dry_run:
-        return
+        return world.leave(0)
 
     # ---------------------------------------------------------------- text and models
-    corpus = data.load_corpus(args.data, tokenizer, args.cache)
-    for stage in plan:
-        corpus.blocks(stage.T)
-    teacher = Llama.from_pretrained(args.teacher, dtype=dtype, device=args.device)
-    student = distill.make_student(teacher, student_config, trained=() if args.lora_rank else distill.TRAINED)
-    if args.lora_rank:
-        torch.manual_seed(args.seed)
-        lora.adapt(student, distill.TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    native = teacher_config.rope.length
-    if args.eval_blocks:
-        corpus.held_out_blocks(round(native * args.scale), args.eval_blocks)
-    lookups = (
-        evaluation.make_lookups(tokenizer, corpus, native, round(native * args.scale)) if args.eval_blocks else None
-    )
-    args.out.mkdir(parents=True, exist_ok=True)
-    about = {
-        "arguments": matters(args),
-        "versions": evaluation.versions(device),
-        "text": corpus.name,
-        "command": sys.argv,
-    }
-    checkpoint.write_atomic(args.out / "run.json", json.dumps(about, indent=1) + "\n")
-    run = Run(args, corpus, teacher, student, plan)
-
-    def measure(name: str, model: Llama) -> None:
-        if args.eval_blocks and name not in run.columns:
-            run.columns[name] = evaluation.measure(model, corpus, lookups, native, args.scale, args.eval_blocks)
-
-    # ---------------------------------------------------------------- the stages
+    load_text(run)
+    load_models(run)
     if state:
         run.columns, run.total = state["columns"], state["total"]
         resume.load(state["from"], run.weights, None, 0)
-    resume.cut_log(args.out / "metrics.jsonl", run.total)
-    if not state:
-        measure(report.TEACHER, teacher)
-        measure(report.UNTRAINED, student)
-    with (args.out / "metrics.jsonl").open("a") as log:
-        for number in range(state["stage"] if state else 0, len(plan)):
-            train_stage(run, number, state["step"] if state and number == state["stage"] else 0, log)
-            measure(plan[number].name, student)
-            run.save(number + 1, 0, run.last)
+    run.stop, run.saved = resume.StopRequest(), time.time()
+    with resume.disk_sentences(args.out):
+        world.on_main(open_out, run)
+
+        # ------------------------------------------------------------ the stages
+        if not state:
+            run.measure(report.TEACHER, run.teacher)
+            run.measure(report.UNTRAINED, run.student)
+        for number in range(state["stage"] if state else 0, len(run.plan)):
+            optimiser = train_stage(run, number, state["step"] if state and number == state["stage"] else 0)
+            run.measure(run.plan[number].name, run.student)
+            run.save(number + 1, 0, optimiser)
 
     # ---------------------------------------------------------------- export and report
-    shares = report.recovered(run.columns, "loss at 1x") if args.eval_blocks else {}
-    text = report.write(args.out, run.columns, shares, about) if args.eval_blocks else ""
-    stored = checkpoint.stored_dtype(args.teacher)
-    if args.lora_rank:
-        lora.save_adapter(student, args.out / "adapter", str(args.teacher), distill.TRAINED)
-    checkpoint.save_pretrained(lora.merge(student), args.out / "student", tokenizer_from=args.teacher, dtype=stored)
-    print(f"\n{text}\n\nexported to {args.out / 'student'} ({student_config.rope.length:,} tokens of context); next:")
-    print(f"  python eval.py --model {args.out / 'student'} --against {args.teacher}")
+    if args.shard:
+        parallel.unshard(run.student, world)
+    world.on_main(export, run)
+    if world.main:
+        run.watch.close()
+    run.stop.close()
+    world.leave(0)
 
 
 if __name__ == "__main__":
     try:
         main()
     except ValueError as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        if os.environ.get("RANK", "0") == "0" or isinstance(e, planning.OutOfMemory):  # which one rank may meet alone
+            print(f"train.py: {e}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(1)  # torchrun ends all when one has ended: rank 0 speaks first
+        os._exit(2)  # not sys.exit, which would wait for ranks that are still at work

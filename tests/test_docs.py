@@ -84,7 +84,7 @@ def test_the_project_speaks_of_itself_alone():
     for name in listed:
         if name.endswith((".py", ".md", ".toml", ".txt", ".sh", "Makefile")) and name != "tests/test_docs.py":
             text = (ROOT / name).read_text()
-            assert not re.search(r"/work/|/root/|\.library|http://(?!www)", text), name
+            assert not re.search(r"/work/|/root/|/\.library|http://(?!www)", text), name
 
 
 def test_nothing_large_is_committed():

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ def arguments(small: Path, text_dir: Path, out: Path, *more: str) -> list[str]:
 
 def shell(args: list[str], **more) -> subprocess.Popen:
     environment = dict(os.environ, OMP_NUM_THREADS="1", **more.pop("env", {}))
-    command = [sys.executable, str(ROOT / "train.py"), *args]
+    command = [sys.executable, str(more.pop("script", ROOT / "train.py")), *args]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
 
 
@@ -200,24 +201,133 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     assert "lr1 was 0.01 and is 0.02" in said
 
 
-def test_a_full_disk_is_one_sentence_and_loses_nothing(whole, monkeypatch, tmp_path):
-    copy = Path(shutil.copytree(whole / "state", tmp_path / "state"))
-    before = {p.name for p in copy.iterdir()}
+def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path):
+    """A limit on the size of a file stands for the full disk: the log still fits, the next state does not."""
+    out = tmp_path / "out"
+    stopped = shell([*arguments(small, text_dir, out), "--save-minutes", "0"])
+    while not (out / "state").exists() or resume.latest(out / "state") is None:
+        time.sleep(0.002)
+        assert stopped.poll() is None
+    stopped.kill()
+    stopped.communicate()
+    before = {p: p.read_bytes() for p in (out / "state").glob("step-*/*")}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
+    run = shell([*arguments(small, text_dir, out), "--save-minutes", "0", "--resume"], preexec_fn=limit)
+    _, errors = run.communicate()
+    assert run.returncode == 2 and errors.count("\n") == 1 and "Traceback" not in errors
+    assert "cannot write to" in errors and "MiB free" in errors and "--resume" in errors
+    assert {p: p.read_bytes() for p in (out / "state").glob("step-*/*")} == before
 
+
+def test_a_second_ctrl_c_leaves_at_once(small, text_dir, tmp_path):
+    """The first one is asked for while a state is being written, which a pause makes long."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport resume, train\nwrite = resume.write\n"
+        "def slow(*a):\n    print('writing', flush=True)\n    time.sleep(60)\n    write(*a)\n"
+        "resume.write = slow\ntrain.main()\n"
+    )
+    run = shell([*arguments(small, text_dir, tmp_path / "out"), "--save-minutes", "0"], script=script)
+    while "writing" not in run.stdout.readline():
+        assert run.poll() is None
+    run.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert run.poll() is None, "the first one waits for the state"
+    began = time.time()
+    run.send_signal(signal.SIGINT)
+    run.communicate()
+    assert run.returncode == -signal.SIGINT and time.time() - began < 5
+
+
+@pytest.fixture
+def signals():
+    """A run that ends by an exception, in this process, leaves its handlers."""
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def quick(small, text_dir, tmp_path, *more: str) -> list[str]:
+    return [*arguments(small, text_dir, tmp_path / "out"), "--eval-blocks", "0", "--save-minutes", "0", *more]
+
+
+@pytest.mark.parametrize("stage", ["1", "2"])
+def test_a_non_finite_loss_names_step_layer_and_blocks(small, text_dir, tmp_path, monkeypatch, signals, stage):
+    """Poisoned before the third step: the second layer's values overflow."""
+    after = 2
+
+    def poison(stage, step):
+        if step + 1 == after:
+            run.student.model.layers[1].self_attn.v_proj.weight.data.fill_(3e38)
+        return 1e-4
+
+    class Spy(train.Run):
+        def __init__(self, *a):
+            nonlocal run
+            super().__init__(*a)
+            run = self
+
+    run = None
+    monkeypatch.setattr(train, "Run", Spy)
+    monkeypatch.setattr(plan, "learning_rate", poison)
+    said = refused(quick(small, text_dir, tmp_path, "--stage", stage))
+    blocks = "8..11" if stage == "1" else "2..2"
+    assert f"stage{stage}, step 2, layer 1: loss" in said and f"on blocks {blocks}" in said and f"--lr{stage}" in said
+    assert [resume.load_info(s)["total"] for s in sorted((tmp_path / "out" / "state").iterdir())] == [1, 2]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2, "the bad step is not logged"
+
+
+def test_a_non_finite_gradient_names_its_weight(small, text_dir, tmp_path, monkeypatch, signals):
+    def bad(run, ids, first, *more):
+        out = backward(run, ids, first, *more)
+        if first:
+            for l in (0, 1):
+                run.student.model.layers[l].self_attn.k_proj.weight.grad[0, 0] = float("nan")
+        return out
+
+    backward = train.backward
+    monkeypatch.setattr(train, "backward", bad)
+    said = refused(quick(small, text_dir, tmp_path))
+    assert "stage1, step 1, in the gradient of model.layers.1.self_attn.k_proj.weight: loss" in said
+
+
+def test_out_of_memory_names_the_flags_that_help(small, text_dir, tmp_path, monkeypatch, signals):
     def full(*_, **__):
-        raise OSError(28, "No space left on device")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(resume, "save_file", full)
-    with pytest.raises(OSError) as e:
-        resume.save(copy, {}, torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), {"total": 99})
-    assert "No space left" in resume.disk_sentence(e.value, copy)
-    assert {p.name for p in copy.iterdir()} == before
+    monkeypatch.setattr(train.distill, "relation_loss", full)
+    said = refused(quick(small, text_dir, tmp_path))
+    assert said.startswith("stage1 ran out of memory on cpu") and "\n" not in said
+    assert all(flag in said for flag in ("--length1", "--micro", "--lora-rank", "--shard"))
+
+
+def test_watching(whole):
+    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    for r in rows:
+        assert r["tokens_per_second"] > 0 and r["tflops"] > 0 and r["gib"] > 0
+        assert 0 < r["mfu"] < 2
+    etas = [r["eta_seconds"] for r in rows]
+    assert etas[-1] == 0 and etas[0] > 0
+    assert all(len(r["layers"]) == 2 and set(r["relations"]) == {"Q/Q", "K/K", "V/V"} for r in rows[:STEPS1])
+    assert all(sum(r["layers"]) / 2 == pytest.approx(r["loss"]) for r in rows[:STEPS1])
+    assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
+    said = (whole / "said.txt").read_text()
+    assert "MFU" in said and "ETA" in said and "K/K" in said and said.count("stage1 step") == STEPS1
+
+
+def test_tensorboard_without_the_package_is_one_sentence(small, text_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.watch.importlib.util, "find_spec", lambda name: None)
+    said = refused([*arguments(small, text_dir, tmp_path / "out"), "--tensorboard"])
+    assert "pip install tensorboard" in said and not (tmp_path / "out").exists()
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(small, text_dir, tmp_path, capsys):
     train.main([*arguments(small, text_dir, tmp_path / "out"), "--dry-run"])
+    train.main([*arguments(small, text_dir, tmp_path / "out"), "--dry-run", "--peak-tflops", "2"])
     said = capsys.readouterr().out
     assert "stage1" in said and "stage2" in said and "4,096 trained" in said and "GiB" in said
+    assert "flop" in said and "measured 1 x" in said and "given 1 x 2 TFLOP/s" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,253 @@
+"""How fast a training step is, and where its time goes: a named shape, random weights, the two stages.
+
+    python bench.py step --model llama2-7b                      both stages, at 4096 and 32768 tokens
+    python bench.py step --model demo --length 256 --stage 1    a CPU can do this one
+
+What.  The model is built on the device with random weights, so nothing is downloaded; speed does not depend on what
+the weights are. A step is train.py's: forward and backward of one micro-batch after the other, the norm and clipping
+of the gradient, Adam. Memory settles by itself whether layers are computed again in the backward, as in train.py.
+
+How it is timed.  Wall clock around a synchronised call, the median of --repeat after two to warm up. The parts:
+
+    teacher forward, student forward    each model's layers alone, at the step's shapes
+    relation                            the three losses of one layer forward and backward, times L
+    optimiser                           norm, clipping and Adam
+    backward                            the rest of the step, so that the five add up to it; with checkpointing, what
+                                        is computed again is in it, both models' forward and the relations' included
+    waiting                             inside the others: the share of a step in which the GPU ran no kernel, from the
+                                        sum of kernel times in one profiled step; a GPU figure
+
+MFU is plan.flops (teacher, student, relations and backward; recomputation not counted) over the step's time and the
+rate of one large matrix product in the same run. Memory: peak of torch's allocator; on a CPU the process's resident
+set. The plan's own estimate stands beside it.
+
+Limits.  Parts that are timed alone do not overlap as they might inside a step. No text is read and no state written.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import checkpoint
+import distill
+import eval as evaluation
+import lora
+import plan as planning
+import watch
+from model import Llama, LlamaConfig, next_token_loss
+from relation_kl import relation_kl
+
+
+def _shape(V, C, M, L, H, Hkv, length, theta=10000.0, tied=False) -> dict:
+    return {
+        "model_type": "llama",
+        "vocab_size": V,
+        "hidden_size": C,
+        "intermediate_size": M,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        "num_key_value_heads": Hkv,
+        "max_position_embeddings": length,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": theta,
+        "tie_word_embeddings": tied,
+    }
+
+
+SHAPES = {
+    "llama2-7b": _shape(32000, 4096, 11008, 32, 32, 32, 4096),
+    "llama3-8b": _shape(128256, 4096, 14336, 32, 32, 8, 8192, 500000.0),
+    "smollm2-135m": _shape(49152, 576, 1536, 30, 9, 3, 8192, 100000.0, True),
+    "demo": None,  # read from demo/teacher
+}
+
+
+def add_flags(parser) -> None:
+    parser.add_argument("--model", choices=list(SHAPES), default="llama2-7b")
+    parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
+    parser.add_argument("--length", type=int, metavar="T", help="tokens a block of stage 1 [the shape's own]")
+    parser.add_argument("--length2", type=int, metavar="T", help="tokens a block of stage 2 [8 times that]")
+    parser.add_argument("--batch", type=int, metavar="B", help="blocks a step [as many as fill 16384 tokens]")
+    parser.add_argument("--micro", type=int, metavar="B", help="blocks at a time [as many as fill 8192 tokens]")
+    parser.add_argument("--lora-rank", type=int, metavar="R", help="adapters instead of full projections")
+    parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps [5]")
+
+
+def config_of(name: str) -> LlamaConfig:
+    file = Path(__file__).resolve().parent / "demo" / "teacher" / "config.json"
+    return LlamaConfig.from_hf(SHAPES[name] or checkpoint.read_json(file))
+
+
+def random_models(config: LlamaConfig, rank: int | None, device: torch.device, dtype) -> tuple[Llama, Llama]:
+    with torch.device("meta"):
+        teacher = Llama(config)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, p in list(teacher.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        w = torch.ones(p.shape, device=device, dtype=dtype)
+        if p.dim() == 2:
+            w.normal_(std=0.02, generator=generator)
+        setattr(teacher.get_submodule(owner), leaf, nn.Parameter(w, requires_grad=False))
+    if config.tied:
+        teacher.lm_head.weight = teacher.model.embed_tokens.weight
+    student = distill.make_student(teacher.eval(), config.extended("linear", 8), () if rank else distill.TRAINED)
+    if rank:
+        lora.adapt(student, distill.TRAINED, rank, 2.0 * rank, 0.0)
+    return teacher, student
+
+
+class Step:
+    """One stage of one shape, ready to be called."""
+
+    def __init__(self, arguments, config: LlamaConfig, stage: planning.Stage, device: torch.device):
+        self.stage, self.device, self.rank = stage, device, arguments.lora_rank
+        self.dtype = evaluation.compute_dtype(device)
+        free = planning.free_memory(device)
+        settled = planning.settle(config, stage, self.dtype, arguments.micro, self.rank, 1, stage.batch, free)
+        self.micro, self.checkpointing, self.need = settled
+        planning.refuse_if_too_large(self.need, free, stage)
+        self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
+        self.weights = list(distill.trainable(self.student).values())
+        self.adam = torch.optim.AdamW(self.weights, lr=1e-6)
+        self.ids = torch.randint(0, config.vocab_size, (stage.batch, stage.T + 1), device=device)
+
+    def __call__(self) -> None:
+        for piece in self.ids.split(self.micro):
+            (self.loss(piece) * (len(piece) / len(self.ids))).backward()
+        self.update()
+        self.adam.zero_grad(set_to_none=True)
+
+    def loss(self, ids):
+        if self.stage.objective == "relation":
+            more = {"checkpointing": self.checkpointing}
+            return distill.relation_loss(self.teacher, self.student, ids[:, :-1], self.dtype, **more)[0]
+        h = self.student.hidden(ids[:, :-1], self.dtype, self.checkpointing)
+        return next_token_loss(self.student, h, ids[:, 1:])
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.adam.step()
+
+    def forward(self, model: Llama) -> None:
+        """The layers of one model over all micro-batches; in stage 1 the last one ends at q, k and v."""
+        for piece in self.ids.split(self.micro):
+            h = model.embed(piece[:, :-1], self.dtype)
+            turn = model.turn(self.stage.T, h)
+            *most, last = model.model.layers
+            for layer in most:
+                h, _ = layer(h, turn)
+            if self.stage.objective == "relation":
+                last.self_attn.qkv(last.input_layernorm(h), turn)
+            else:
+                last(h, turn)
+
+    def student_forward(self) -> None:
+        with torch.set_grad_enabled(not self.checkpointing):
+            self.forward(self.student)
+
+    @torch.no_grad()
+    def teacher_forward(self) -> None:
+        self.forward(self.teacher)
+
+    def one_layers_relations(self) -> None:
+        c = self.teacher.config
+        for piece in self.ids.split(self.micro):
+            for heads in (c.n_head, c.n_kv_head, c.n_kv_head):
+                shape = (len(piece), heads, self.stage.T, c.head_dim)
+                x, y = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
+                relation_kl(x.requires_grad_(), y).mean().backward()
+
+
+def seconds(f, device: torch.device, repeat: int, warm: int = 2) -> float:
+    """The median of `repeat` calls."""
+    taken = []
+    for i in range(warm + repeat):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        f()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken += [time.perf_counter() - began] * (i >= warm)
+    return sorted(taken)[len(taken) // 2]
+
+
+def waiting(step: Step, whole: float) -> float | None:
+    """The share of `whole` seconds in which no kernel ran; None on a CPU."""
+    if step.device.type != "cuda":
+        return None
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize(step.device)
+    busy = sum(e.self_device_time_total for e in profile.key_averages()) / 1e6
+    return max(0.0, 1 - busy / whole)
+
+
+def measure(step: Step, repeat: int, peak: float) -> dict:
+    """The row of one stage."""
+    device, c, stage = step.device, step.teacher.config, step.stage
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    whole = seconds(step, device, repeat)
+    gib = watch.peak_memory(device)
+    parts = {}
+    if stage.objective == "relation":
+        parts["teacher forward"] = seconds(step.teacher_forward, device, repeat)
+    parts["student forward"] = seconds(step.student_forward, device, repeat)
+    if stage.objective == "relation":
+        parts["relation"] = c.n_layer * seconds(step.one_layers_relations, device, repeat)
+    for w in step.weights:
+        w.grad = torch.zeros_like(w)
+    parts["optimiser"] = seconds(step.update, device, repeat)
+    parts["backward"] = whole - sum(parts.values())
+    work = sum(planning.flops(c, stage, step.rank).values())
+    row = {"stage": stage.name, "T": stage.T, "batch": stage.batch, "micro": step.micro, "lora_rank": step.rank}
+    row |= {"checkpointing": step.checkpointing, "seconds": whole, "tokens_per_second": stage.tokens / whole}
+    row |= {"tflops": work / whole / 1e12, "mfu": work / whole / peak, "peak_tflops": peak / 1e12}
+    row |= {"parts": parts, "waiting": waiting(step, whole), "gib": gib}
+    return row | {"planned_gib": sum(step.need.values()) / 2**30}
+
+
+def stages(arguments, config: LlamaConfig) -> list[planning.Stage]:
+    first = arguments.length or config.rope.length
+    out = []
+    for n, objective, T in ((1, "relation", first), (2, "next token", arguments.length2 or 8 * first)):
+        if arguments.stage in (str(n), "both"):
+            out.append(planning.Stage(f"stage{n}", objective, T, arguments.batch or max(1, 16384 // T), 1, 1e-6))
+    return out
+
+
+def bench_step(arguments, fixed: dict, log) -> None:
+    """Prints and logs a row for each stage."""
+    for flag in ("length", "length2", "batch", "micro", "lora_rank", "repeat"):
+        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
+            raise SystemExit(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; it must be at least 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = config_of(arguments.model)
+    peak = watch.peak_flops(device)
+    print(", ".join(f"{k} {v}" for k, v in fixed.items()))
+    print(f"{arguments.model}: {planning.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s")
+    for stage in stages(arguments, config):
+        try:
+            row = measure(Step(arguments, config, stage, device), arguments.repeat, peak)
+        except torch.OutOfMemoryError:
+            raise SystemExit(str(planning.OutOfMemory(stage, device))) from None
+        except ValueError as e:
+            raise SystemExit(str(e)) from None
+        print(json.dumps({"model": arguments.model, **row, **fixed}), file=log, flush=True)
+        print(_said(row), flush=True)
+
+
+def _said(r: dict) -> str:
+    lines = [
+        f"{r['stage']}  {r['batch']} x {r['T']:,} tokens, {r['micro']} at a time, checkpointing "
+        f"{'on' if r['checkpointing'] else 'off'}: {r['seconds']:.3f} s, {r['tokens_per_second']:,.0f} tokens/s, "
+        f"{r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}, {r['gib']:.2f} GiB (planned {r['planned_gib']:.2f})"
+    ]
+    lines += [f"        {name:16}{s:10.4f} s {s / r['seconds']:7.1%}" for name, s in r["parts"].items()]
+    if r["waiting"] is not None:
+        lines.append(f"        {'waiting, inside':16}{r['waiting'] * r['seconds']:10.4f} s {r['waiting']:7.1%}")
+    return "\n".join(lines)

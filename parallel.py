@@ -1,0 +1,209 @@
+"""Many processes, one result: the global batch split over ranks, gradients averaged, or the layers cut with FSDP2.
+
+    torchrun --nproc_per_node 8 train.py --teacher DIR [--shard]
+
+What.  torchrun starts the same script N times and sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one
+process. Rank r of N takes the rows r B/N .. (r+1) B/N - 1 of each step's batch of B blocks, so that the blocks, their
+order and their mean are those of one process, and so are the losses, up to the rounding of sums in another order. NCCL
+on GPUs, gloo on CPUs. Rank 0 alone writes, prints and measures.
+
+Data parallel (the default).  Every rank holds both models. The gradient of a weight is averaged as soon as the backward
+has made it, while the backward of the layers below goes on.
+
+Sharded (--shard).  For models that do not fit one GPU. Layer l of the teacher and layer l of the student share their
+frozen tensors, so the two are one FSDP2 unit, a `Unit`, in which every tensor, shared or not, is cut over the ranks
+once. A unit is gathered in the compute dtype when its layer is at work and dropped after it; gradients are reduced in
+float32, onto float32 weights. Embeddings, the last norm and the head are frozen and shared: each rank holds them whole.
+
+Limits.  All ranks must see the same files. A block's tokens stay on one rank: the context is bounded by what one GPU's
+memory holds. Stage 2 gathers the teacher's q, k and v with each layer without using them.
+
+Source.  PyTorch's FSDP2, torch.distributed.fsdp.fully_shard.
+"""
+
+import datetime
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model import Llama
+
+# Ranks wait this long for each other: rank 0 measures and exports while the others do
+_PATIENCE = datetime.timedelta(hours=2)
+
+
+class World:
+    """This process's place among all: rank, size, device; and what they do together."""
+
+    def __init__(self, device: str):
+        """Joins the process group that torchrun's variables describe. Raises ValueError where they are incomplete."""
+        self.rank, self.size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
+        self.device, self.main = torch.device(device), self.rank == 0
+        if self.size == 1:
+            return
+        if self.device.type == "cuda":
+            local, there = _variable("LOCAL_RANK", 0), torch.cuda.device_count()
+            if local >= there:
+                raise ValueError(f"LOCAL_RANK is {local} and this machine has {there} GPUs; lower --nproc_per_node")
+            self.device = torch.device("cuda", local)
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        if not self.main:
+            sys.stdout = open(os.devnull, "w")  # rank 0 alone speaks
+
+    def leave(self, code: int) -> None:
+        """Ends the run with this exit code; returns where there is one process and the code is 0.
+
+        All wait for all, as the first to go would cut the others' connections. Then the process ends without the
+        interpreter's shutdown: on torch 2.13 with Python 3.11 a thread of the process group now and then aborts in it
+        ("terminate called without an active exception"), although all its work is done.
+        """
+        if self.size > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        if code:
+            sys.exit(code)
+
+    def share(self, name: str, batch: int) -> int:
+        """How many of `batch` blocks are this rank's."""
+        if batch % self.size:
+            raise ValueError(
+                f"--batch{name[-1]} is {batch} and there are {self.size} processes; it must be a multiple of that"
+            )
+        return batch // self.size
+
+    def on_main(self, f, *args):
+        """f(*args) on rank 0 alone, its result on all; a ValueError there is raised on all, so that none waits."""
+        if self.size == 1:
+            return f(*args)
+        said = [None, None]
+        if self.main:
+            try:
+                said[0] = f(*args)
+            except ValueError as e:
+                said[1] = str(e)
+        dist.broadcast_object_list(said, src=0, device=self.device)
+        if said[1] is not None:
+            raise ValueError(said[1])
+        return said[0]
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over ranks, in place, of a tensor on this rank's device."""
+        if self.size > 1:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def least(self, value: float) -> float:
+        """The smallest of all ranks' values, so that all decide alike."""
+        if self.size == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(held, op=dist.ReduceOp.MIN)
+        return held.item()
+
+
+def _variable(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise ValueError(f"the environment's {name} is {text!r}; start several processes with torchrun, or unset it")
+    return int(text)
+
+
+class Reducer:
+    """Averages gradients over ranks during the backward in which `last` is set."""
+
+    def __init__(self, weights, world: World):
+        self.world, self.last, self.working = world, False, []
+        self.hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in weights if world.size > 1]
+
+    def _ready(self, p: nn.Parameter) -> None:
+        if self.last and not hasattr(p, "device_mesh"):  # FSDP reduces its own
+            self.working.append((dist.all_reduce(p.grad, async_op=True), p))
+
+    def finish(self) -> None:
+        for work, p in self.working:
+            work.wait()
+            p.grad /= self.world.size
+        self.working = []
+
+    def close(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+
+class Unit(nn.Module):
+    """What FSDP gathers and drops together: one layer of each model. Called with the function that needs them."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, f, *args):
+        return f(*args)
+
+
+class _Routed:
+    """layer(...) by way of its unit, for whoever runs one model alone (stage 2, measuring)."""
+
+    def __init__(self, unit: Unit, layer: nn.Module):
+        self.unit, self.plain = [unit], layer.forward  # in a list: the unit must not become the layer's child
+
+    def __call__(self, *args):
+        return self.unit[0](self.plain, *args)
+
+
+def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> list[Unit]:
+    """Cuts every layer of both over all ranks, in place; the rest goes to the rank's device whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    for model in (teacher, student):
+        for name, p in model.named_parameters():
+            if not name.startswith("model.layers."):
+                p.data = p.data.to(world.device)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    low = None if dtype == torch.float32 else dtype
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    units = [Unit(*pair) for pair in zip(teacher.model.layers, student.model.layers, strict=True)]
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for layer in unit.layers:
+            layer.forward = _Routed(unit, layer)
+    root = fully_shard(Unit(*units), mesh=mesh, mp_policy=policy)
+    root(lambda: None)  # FSDP takes what runs first for the root; from here on units run on their own
+    return units
+
+
+def unshard(student: Llama, world: World) -> None:
+    """Puts the student's whole tensors back, on rank 0's CPU; the other ranks' student is unusable after."""
+    for layer in student.model.layers:
+        del layer.forward  # the class's own again
+    for name, p in list(student.named_parameters()):
+        full = whole(p)  # all ranks take part
+        if world.main:
+            owner, _, leaf = name.rpartition(".")
+            setattr(student.get_submodule(owner), leaf, nn.Parameter(full.cpu(), requires_grad=p.requires_grad))
+    if student.config.tied:
+        student.lm_head.weight = student.model.embed_tokens.weight
+
+
+def whole(p: Tensor) -> Tensor:
+    """The tensor of which a rank may hold a part. Every rank must ask."""
+    return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def part(full: Tensor, like: Tensor) -> Tensor:
+    """The part of `full` that this rank holds of `like`, on its device and in its dtype."""
+    full = full.to(like.device, like.dtype)
+    if not hasattr(like, "device_mesh"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# LLaMA-2-7B from 4K to 32K tokens by linear interpolation: both stages, q, k and v trained whole.
+#
+#     TEACHER=path/to/teacher DATA=path/to/text runs/llama2-7b-32k.sh [more flags of train.py]
+#
+# Needs    one GPU of 80 GB: --dry-run estimates 47 GiB for stage 1 and 60 GiB for stage 2 (not measured).
+#          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, 31 GiB each (estimated).
+# Teacher  meta-llama/Llama-2-7b-hf, a Hugging Face directory of safetensors.
+# Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
+# Time     not measured. 2.3e17 floating-point operations: 10 minutes at 400 TFLOP/s, scoring and export on top.
+# Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
+#          loss at 1x came back. The learning rate is plan.py's rule, a guess at this width: compare two or three
+#          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${TEACHER:?the directory of the teacher}" "${DATA:?a file or folder of text}"
+launch=(.venv/bin/python)
+if ((${GPUS:-1} > 1)); then launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS"); fi
+exec "${launch[@]}" train.py --teacher "$TEACHER" --data "$DATA" --scale 8 --batch1 4 --batch2 "${GPUS:-1}" \
+    ${SHARD:+--shard} --out out/llama2-7b-32k "$@"

@@ -1,0 +1,151 @@
+"""One process and two give the same run: losses, weights and states to rounding, under gloo on the CPU."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, write_model
+from safetensors.torch import load_file
+
+import parallel
+import resume
+
+STEPS1, STEPS2 = 5, 3
+ADAPTERS = ("--lora-rank", "4", "--lora-dropout", "0.3", "--micro", "1", "--logit-weight", "0.5")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "small", num_hidden_layers=3, hidden_size=48)
+
+
+def start(processes: int, small: Path, text_dir: Path, out: Path, *more: str, script=ROOT / "train.py"):
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    sizes = ["--tokens1", str(STEPS1 * 4 * 64), "--tokens2", str(STEPS2 * 2 * 128), "--batch1", "4", "--batch2", "2"]
+    sizes += ["--lr1", "0.01", "--lr2", "0.003", "--scale", "2", "--eval-blocks", "1"]
+    places = ["--teacher", str(small), "--data", str(text_dir), "--out", str(out), "--cache", str(out.parent / "cache")]
+    command = [*launch, str(script), *places, *sizes, "--device", "cpu", *more]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def finish(run: subprocess.Popen) -> str:
+    said, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors
+    return said
+
+
+@pytest.fixture(scope="module")
+def one(small, text_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "one"
+    finish(start(1, small, text_dir, out, *ADAPTERS))
+    return out
+
+
+@pytest.fixture(scope="module")
+def full(small, text_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "full"
+    finish(start(1, small, text_dir, out))
+    return out
+
+
+def rows(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_to_rounding(a: Path, b: Path) -> None:
+    """Sums of two halves round otherwise than one sum; eight Adam steps keep that near float32's last bits."""
+    assert [(r["stage"], r["step"], r["lr"]) for r in rows(a)] == [(r["stage"], r["step"], r["lr"]) for r in rows(b)]
+    for x, y in zip(rows(a), rows(b), strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-5) and x["grad_norm"] == pytest.approx(
+            y["grad_norm"], rel=1e-4
+        )
+        assert x.get("layers", []) == pytest.approx(y.get("layers", []), rel=1e-4)
+    one, two = (load_file(p / "student" / "model.safetensors") for p in (a, b))
+    assert one.keys() == two.keys()
+    for name, w in one.items():
+        assert torch.allclose(w, two[name], rtol=1e-4, atol=1e-5), name
+    reports = [json.loads((p / "report.json").read_text())["rows"]["loss at 1x"] for p in (a, b)]
+    assert reports[0] == pytest.approx(reports[1], rel=1e-5)
+
+
+def test_two_processes_give_the_result_of_one(full, small, text_dir, tmp_path):
+    said = finish(start(2, small, text_dir, tmp_path / "two"))
+    same_to_rounding(full, tmp_path / "two")
+    assert said.count("exported to") == 1 and said.count("parameters") == 1, "rank 0 alone speaks"
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in full.iterdir())
+
+
+def test_the_noise_of_dropout_does_not_depend_on_the_processes(one, small, text_dir, tmp_path):
+    finish(start(2, small, text_dir, tmp_path / "two", *ADAPTERS))
+    same_to_rounding(one, tmp_path / "two")
+
+
+def test_sharded_gives_the_result_of_one(full, small, text_dir, tmp_path):
+    finish(start(2, small, text_dir, tmp_path / "two", "--shard"))
+    same_to_rounding(full, tmp_path / "two")
+
+
+def test_sharded_adapters(one, small, text_dir, tmp_path):
+    finish(start(2, small, text_dir, tmp_path / "two", "--shard", *ADAPTERS))
+    same_to_rounding(one, tmp_path / "two")
+    a, b = (load_file(p / "adapter" / "adapter_model.safetensors") for p in (one, tmp_path / "two"))
+    assert a.keys() == b.keys()
+
+
+@pytest.mark.parametrize("first, then", [((2, "--shard"), (1,)), ((1,), (2, "--shard"))])
+def test_resuming_with_another_world(full, small, text_dir, tmp_path, first, then):
+    """SIGTERM to torchrun, which passes it on; then the other number of processes goes on from the state."""
+    out = tmp_path / "out"
+    run = start(first[0], small, text_dir, out, *first[1:])
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+        assert run.poll() is None, run.communicate()
+    run.send_signal(signal.SIGTERM)
+    said, errors = run.communicate(timeout=120)
+    assert run.returncode == (resume.STOPPED if first[0] == 1 else 1), errors
+    state = resume.latest(out / "state")
+    assert state and 0 < resume.load_info(state)["total"] < STEPS1 + STEPS2, "stopped half-way"
+    finish(start(then[0], small, text_dir, out, "--resume", *then[1:]))
+    same_to_rounding(full, out)
+
+
+def test_sharded_with_recomputation(full, small, text_dir, tmp_path):
+    """As if memory were short, so that every layer is computed again in the backward."""
+    script = tmp_path / "short.py"
+    script.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport plan\nplan.needs_checkpointing = lambda *_: True\n"
+        "import train\ntrain.main()\n"
+    )
+    finish(start(2, small, text_dir, tmp_path / "two", "--shard", script=script))
+    same_to_rounding(full, tmp_path / "two")
+
+
+def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
+    run = start(2, small, text_dir, tmp_path / "out", "--batch1", "3")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and not (tmp_path / "out").exists()
+    said = [line for line in errors.splitlines() if line.startswith("train.py:")]
+    assert said == ["train.py: --batch1 is 3 and there are 2 processes; it must be a multiple of that"]
+
+
+def test_shard_alone_is_refused(small, text_dir, tmp_path):
+    run = start(1, small, text_dir, tmp_path / "out", "--shard")
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 2 and "torchrun" in errors and errors.count("\n") == 1
+
+
+def test_a_wrong_environment_is_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ValueError, match="RANK is 'first'"):
+        parallel.World("cpu")
