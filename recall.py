@@ -53,7 +53,7 @@ class Lookups:
         return ids, np.asarray(where)
 
     def mix(self, batch: Tensor, seed: int, first: int, share: float) -> Tensor:
-        """The blocks first .. of a run [n, T + 1] with about `share` of them replaced: a function of seed and number."""
+        """The blocks first .. of a run [n, T + 1], about `share` of them replaced: a function of seed and number."""
         for row in range(len(batch) if share else 0):
             rng = np.random.default_rng([seed, first + row])
             if rng.random() < share:

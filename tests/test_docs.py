@@ -55,7 +55,7 @@ def test_imports_go_one_way():
     assert not any({"train", "bench"} & found for found in edges.values())
 
 
-COMMANDS = sorted({m for m in re.findall(r"python ((?:demo/)?\w+\.py)", README)})
+COMMANDS = sorted(set(re.findall(r"python ((?:demo/)?\w+\.py)", README)))
 
 
 @pytest.mark.parametrize("script", COMMANDS)
