@@ -28,9 +28,11 @@ tags: [long-context, rope-scaling]
 ---
 # {name}, extended to {new.length:,} tokens
 
-{changed}. Trained to reproduce the original's Q/Q, K/K and V/V relations (stage 1, LinearARD, arXiv 2604.00004) and to
-predict the next token at the long length (stage 2); everything but the trained projections is the original's, bit for
-bit. The original's licence applies.
+{changed}.
+
+Trained to reproduce the original's Q/Q, K/K and V/V relations (stage 1, LinearARD, arXiv 2604.00004) and to predict the
+next token at the long length (stage 2); everything but the trained projections is the original's, bit for bit. The
+original's licence applies.
 
 | stage | objective | steps x blocks x tokens | learning rate |
 |---|---|---|---|
