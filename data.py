@@ -89,7 +89,7 @@ def load_corpus(paths: list[Path], tokenizer: Tokenizer, cache: Path, quiet: boo
     Raises ValueError naming the file (and line) that is missing, empty, undecodable or malformed.
     """
     files = find_files(paths)
-    key = hashlib.sha256(f"3 {tokenizer.digest}".encode())
+    key = hashlib.sha256(f"4 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
     for name, file in files:
         stat = file.stat()
         key.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
@@ -131,7 +131,7 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.nda
     for name, file in files:
         try:
             if file.suffix == ".npy":
-                ids = np.load(file, mmap_mode="r", allow_pickle=False)
+                ids = _load_ids(file)
                 if ids.ndim != 1 or ids.dtype.kind not in "iu":
                     raise ValueError(f"{file} must be one row of integer ids; it is {ids.dtype} {list(ids.shape)}")
                 yield name, ids
@@ -143,6 +143,13 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.nda
             raise ValueError(
                 f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert or leave it out"
             ) from None
+
+
+def _load_ids(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (EOFError, ValueError) as e:
+        raise ValueError(f"{file} is not a plain numpy array: {e}") from None
 
 
 def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
@@ -175,7 +182,8 @@ def _tokenise(files: list[tuple[str, Path]], tokenizer: Tokenizer, folder: Path,
     for name, text in tqdm(documents(files), desc="tokenising", unit=" documents", disable=quiet or None):
         if isinstance(text, np.ndarray):
             if text.size and (int(text.min()) < 0 or int(text.max()) >= tokenizer.size):
-                raise ValueError(f"{name} holds the id {int(text.max())}; the vocabulary has {tokenizer.size}")
+                bad = int(text.min()) if int(text.min()) < 0 else int(text.max())
+                raise ValueError(f"{name} holds the id {bad}; the vocabulary has {tokenizer.size}")
             kept.append((name, text.astype(dtype)))
         elif text.strip():
             waiting.append((name, text))

@@ -32,6 +32,7 @@ import platform
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ import report
 import ruler
 import tasks
 from distill import make_student
-from model import Llama, next_token_loss
+from model import Llama, check_device, next_token_loss
 from recall import PAIRS, Lookups
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -132,8 +133,9 @@ def columns_of(args, device: torch.device) -> dict[str, Llama]:
     if args.against is None:
         return {"model": student}
     teacher = Llama.from_pretrained(args.against, dtype=kind, device=str(device))
-    if teacher.config.width != student.config.width or teacher.config.n_layer != student.config.n_layer:
-        raise ValueError(f"--against {args.against} has another shape than --model {args.model}: not its teacher")
+    rest = {"rope": student.config.rope, "window": student.config.window, "source": student.config.source}
+    if replace(teacher.config, **rest) != student.config:
+        raise ValueError(f"--against {args.against} is another network than --model {args.model}: not its teacher")
     untrained = make_student(teacher, student.config, trained=())
     return {report.TEACHER: teacher, report.UNTRAINED: untrained, "student": student}
 
@@ -322,10 +324,13 @@ def check(args) -> None:
     for name in args.ruler or ():
         if name not in ruler.TASKS or name == "passkey":
             raise ValueError(f"--ruler {name} is not one of {', '.join(t for t in ruler.TASKS if t != 'passkey')}")
-    for name, least in (("samples", 1), ("blocks", 1), ("limit", 1), ("native", 1), ("scale", 0)):
+    for name, least in (("samples", 1), ("blocks", 1), ("limit", 1), ("native", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
+    if args.scale is not None and not 1 <= args.scale < float("inf"):
+        raise ValueError(f"--scale is {args.scale}; it must be at least 1")
+    check_device(args.device)
     if args.lengths and min(args.lengths) < 1:
         raise ValueError(f"--lengths {min(args.lengths)} is no number of tokens; it must be at least 1")
     if (
@@ -377,6 +382,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, FileNotFoundError) as e:
+    except (ValueError, OSError) as e:
         print(f"eval.py: {e}", file=sys.stderr)
         sys.exit(2)

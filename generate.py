@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model import Llama
+from model import Llama, check_device
 from rope import rotation
 from tokenizer import load_tokenizer
 
@@ -97,6 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--tokens", type=int, default=100, help="at most this many new tokens")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
+    if args.tokens < 1:
+        raise ValueError(f"--tokens is {args.tokens}; it must be at least 1")
+    check_device(args.device)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
     tokenizer = load_tokenizer(args.model)
@@ -116,6 +119,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         print(f"generate.py: {e}", file=sys.stderr)
         sys.exit(2)

@@ -291,6 +291,14 @@ class Llama(nn.Module):
         return model.requires_grad_(False).eval()
 
 
+def check_device(name: str) -> None:
+    """Raises ValueError if torch has no such device here."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name} is not to be had here: {str(e).splitlines()[0]}") from None
+
+
 def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:
     """part(*slices of `chunk` rows), concatenated. More than one chunk: each is recomputed in the backward."""
     pieces = list(zip(*(t.split(chunk) for t in tensors), strict=True))

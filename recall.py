@@ -30,7 +30,10 @@ class Lookups:
     """Makes look-up documents for one tokenizer out of one stream of filler ids."""
 
     def __init__(self, tokenizer: Tokenizer, filler: np.ndarray):
-        words = [i for i in range(tokenizer.size) if _WORD.fullmatch(tokenizer.decode([i]))]
+        # Decoded after another token, as sentencepiece drops the space that a text begins with
+        before = tokenizer.encode("a")[-1:]
+        cut = len(tokenizer.decode(before))
+        words = [i for i in range(tokenizer.size) if _WORD.fullmatch(tokenizer.decode([*before, i])[cut:])]
         if len(words) < 64:
             raise ValueError(f"the vocabulary has only {len(words)} tokens that are words; recall needs 64")
         picks = np.linspace(0, len(words) - 1, min(512, len(words))).astype(int)

@@ -65,8 +65,10 @@ class Scores:
 def recovered(columns: dict[str, dict[str, float]], row: str) -> dict[str, float]:
     """{column: share} for every column but the two that define the scale."""
     top, bottom = columns[TEACHER][row], columns[UNTRAINED][row]
+    if bottom == top:
+        return {}  # nothing was lost
     rest = [c for c in columns if c not in (TEACHER, UNTRAINED)]
-    return {c: (bottom - columns[c][row]) / (bottom - top) if bottom != top else math.nan for c in rest}
+    return {c: (bottom - columns[c][row]) / (bottom - top) for c in rest}
 
 
 def retention(values: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict[str, dict]:

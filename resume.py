@@ -15,6 +15,7 @@ kills at once; under torchrun, which passes on to its processes the Ctrl-C that 
 second or more after the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then the state before counts.
 """
 
+import argparse
 import contextlib
 import errno
 import json
@@ -111,6 +112,27 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser: torch.optim.O
         if optimiser is not None and step:
             moments = {k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
             optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
+
+
+def matters(args: argparse.Namespace) -> dict:
+    """The arguments that decide the result: a resumed run must have the same."""
+    keys = ["scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "logit_weight", "lookups"]
+    keys += ["eval_blocks"]
+    keys += [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
+    paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
+    return {k: getattr(args, k) for k in keys} | paths
+
+
+def claim_out(args: argparse.Namespace) -> dict | None:
+    """Refuses an --out that holds another run; returns the state to resume from, if asked for and there."""
+    found = latest(args.out / "state")
+    if args.resume and found:
+        info = load_info(found)
+        same_run(info["arguments"], matters(args))
+        return info | {"from": found}
+    if (args.out / "run.json").exists() and not args.resume:
+        raise ValueError(f"--out {args.out} holds another run; add --resume to go on with it, or name another --out")
+    return None
 
 
 def same_run(saved: dict, now: dict) -> None:

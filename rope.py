@@ -116,7 +116,13 @@ class RopeConfig:
             raise ValueError(f"the scale is {factor!r}; it must be a number above 1, such as 8")
         longer = round(self.max_position * factor)
         if self.kind == kind and kind in _MULTIPLY:
-            return replace(self, factor=self.factor * factor, max_position=longer)
+            given = self._filled().get("attention_factor")  # keep it derived: it grows with the factor
+            derived = frequencies(replace(self, tuning=()), self.head_dim)[1]
+            if given is not None and abs(given - derived) > 1e-3:
+                raise ValueError(f"the teacher's yarn has an attention_factor of its own, {given}: no rule says how it "
+                                 "grows; use a teacher with plain RoPE")  # fmt: skip
+            tuning = tuple((k, v) for k, v in self.tuning if k != "attention_factor")
+            return replace(self, factor=self.factor * factor, max_position=longer, tuning=tuning)
         if self.kind != "default":
             remedy = f"use --rope {self.kind}" if self.kind in _MULTIPLY else "use a teacher with plain RoPE"
             raise ValueError(

@@ -67,7 +67,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _ends(config: dict, settings: dict, file: Path) -> int:
     eos = config.get("eos_token_id")
     eos = eos[0] if isinstance(eos, list) and eos else eos
-    if type(eos) is not int:
+    size = config.get("vocab_size")
+    if type(eos) is not int or eos < 0 or (type(size) is int and eos >= size):
         raise ValueError(f"config.json beside {file} has eos_token_id {eos!r}; documents are joined with that token")
     return eos
 
@@ -122,8 +123,11 @@ def _tiktoken(file: Path, ranks: dict[bytes, int], config: dict, settings: dict)
     import tiktoken
 
     special = {}
-    for i, entry in settings.get("added_tokens_decoder", {}).items():
-        special[entry["content"]] = int(i)
+    try:
+        for i, entry in settings.get("added_tokens_decoder", {}).items():
+            special[entry["content"]] = int(i)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise ValueError(f"tokenizer_config.json beside {file} has a malformed added_tokens_decoder") from None
     words = settings.get("pat_str", LLAMA3_WORDS)
     digest = hashlib.sha256(file.read_bytes() + words.encode() + json.dumps(special).encode()).hexdigest()
     enc = tiktoken.Encoding(digest, pat_str=words, mergeable_ranks=ranks, special_tokens=special)
@@ -135,7 +139,11 @@ def _tiktoken(file: Path, ranks: dict[bytes, int], config: dict, settings: dict)
             start = run.end()
         return out + enc.encode_ordinary(text[start:])
 
-    bos = config.get("bos_token_id") if settings.get("add_bos_token", not settings) else None
+    bos, beside = config.get("bos_token_id"), file.with_name("tokenizer.json")
+    if settings.get("add_bos_token") is None and beside.is_file():  # its post-processor says what the family does
+        bos = _fast(beside, config, settings).bos_id
+    elif settings.get("add_bos_token") is False:
+        bos = None
     return Tokenizer(
         encode=encode,
         decode=enc.decode,

@@ -36,7 +36,7 @@ import report
 import resume
 import watch
 from card import model_card
-from model import Llama, LlamaConfig, next_token_loss
+from model import Llama, LlamaConfig, check_device, next_token_loss
 from recall import Lookups
 from relation_kl import IMPLEMENTATIONS, choose
 from rope import STUDENT_KINDS
@@ -100,9 +100,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.lora_alpha = 2.0 * args.lora_rank
     args.out = args.out or Path("out") / (f"{args.teacher.name}-x{args.scale:g}" if args.teacher else "demo")
     args.teacher = args.teacher or HERE / "demo" / "teacher"
+    place = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise ValueError(f"--out {args.out}: {place} is a file; name a folder")
+    check_device(args.device)
+    if args.eval_blocks < 0 or not 0 <= (args.lora_dropout or 0) < 1:
+        raise ValueError(f"--eval-blocks {args.eval_blocks} (0 or more), --lora-dropout {args.lora_dropout} (0 to 1)")
     positive = [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
     for key in (*positive, "micro", "lora_rank", "peak_tflops"):
-        if getattr(args, key) is not None and not getattr(args, key) > 0:
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}; it must be above 0")
     if not (0 <= args.lookups <= 1 and args.logit_weight >= 0):
         raise ValueError(f"--lookups is {args.lookups} (0 to 1), --logit-weight is {args.logit_weight} (0 or above)")
@@ -116,26 +122,6 @@ def number(text: str) -> float:
     if not (math.isfinite(value) and value > 1):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 1, such as 8")
     return value
-
-
-def matters(args: argparse.Namespace) -> dict:
-    """The arguments that decide the result: a resumed run must have the same."""
-    keys = ["scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "logit_weight", "lookups"]
-    keys += [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
-    paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
-    return {k: getattr(args, k) for k in keys} | paths
-
-
-def claim_out(args: argparse.Namespace) -> dict | None:
-    """Refuses an --out that holds another run; returns the state to resume from, if asked for and there."""
-    found = resume.latest(args.out / "state")
-    if args.resume and found:
-        info = resume.load_info(found)
-        resume.same_run(info["arguments"], matters(args))
-        return info | {"from": found}
-    if (args.out / "run.json").exists() and not args.resume:
-        raise ValueError(f"--out {args.out} holds another run; add --resume to go on with it, or name another --out")
-    return None
 
 
 class Run:
@@ -152,6 +138,8 @@ class Run:
         self.native, self.long = self.teacher_config.rope.length, round(self.teacher_config.rope.length * args.scale)
         self.plan = planning.stages(args, self.teacher_config, self.student_config.rope.length)
         self.own = [world.share(s.name, s.batch) for s in self.plan]  # blocks of a step that are this rank's
+        if args.rope == "dynamic" and any(s.objective == "relation" and self.native >= s.T for s in self.plan):
+            raise ValueError("--rope dynamic changes nothing up to the native length: leave stage 1 out with --stage 2")
         self.tokenizer = load_tokenizer(args.teacher)
         if self.tokenizer.size > self.teacher_config.vocab_size:
             sizes = f"{self.tokenizer.size} ids, config.json's vocab_size is {self.teacher_config.vocab_size}"
@@ -163,7 +151,7 @@ class Run:
     def save(self, stage: int, step: int, optimiser) -> None:
         """All ranks gather, rank 0 writes; the state says to go on with `step` of `stage`."""
         info = {"total": self.total, "stage": stage, "step": step, "columns": self.columns}
-        info["arguments"] = matters(self.args)
+        info["arguments"] = resume.matters(self.args)
         tensors = resume.gather(self.weights, optimiser, keep=self.world.main)
         self.world.on_main(self._write, tensors, info)
         self.saved = time.time()
@@ -211,8 +199,9 @@ def load_text(run: Run) -> None:
         run.corpus = data.load_corpus(args.data, run.tokenizer, args.cache, quiet=not world.main)
     for stage in run.plan:
         run.corpus.blocks(stage.T)
-    if args.eval_blocks:
-        run.corpus.held_out_blocks(run.long, args.eval_blocks)
+    if args.eval_blocks and run.long >= len(run.corpus.held_out):
+        print(f"no table: the held-out text has {len(run.corpus.held_out):,} tokens, a block {run.long:,}; add --data")
+        args.eval_blocks = 0
     wanted = args.eval_blocks and (world.main or args.shard)
     run.mixer = Lookups(run.tokenizer, run.corpus.train) if args.lookups else None
     run.lookups = evaluation.make_lookups(run.tokenizer, run.corpus, run.native, run.long) if wanted else None
@@ -227,6 +216,9 @@ def load_models(run: Run) -> None:
     if args.lora_rank:
         torch.manual_seed(args.seed)
         lora.adapt(run.student, distill.TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    else:  # the masters start from the stored numbers, not from their rounding to the compute dtype
+        for name, value in checkpoint.read_tensors(args.teacher, list(distill.trainable(run.student))).items():
+            run.student.get_parameter(name).data.copy_(value)
     run.units = parallel.shard(run.teacher, run.student, run.world, run.dtype) if args.shard else None
     run.weights = distill.trainable(run.student)
 
@@ -235,7 +227,7 @@ def open_out(run: Run) -> None:
     """The first writing: the folder, run.json, and the log without what the state to resume from does not know."""
     args = run.args
     run.about = {
-        "arguments": matters(args),
+        "arguments": resume.matters(args),
         "versions": evaluation.versions(run.device) | {"processes": run.world.size},
         "text": run.corpus.name,
         "command": sys.argv,
@@ -341,9 +333,10 @@ def export(run: Run) -> None:
         if args.lora_rank:
             lora.save_adapter(run.student, args.out / "adapter", str(args.teacher), distill.TRAINED)
         student = lora.merge(run.student)
-        recipe = (run.teacher_config, run.student_config, args.teacher.name, run.plan, text, matters(args))
+        recipe = (run.teacher_config, run.student_config, args.teacher.name, run.plan, text, resume.matters(args))
         at, card = args.out / "student", model_card(*recipe)
-        checkpoint.save_pretrained(student, at, tokenizer_from=args.teacher, dtype=stored, card=card)
+        keep = {"frozen_from": args.teacher, "trained": distill.TRAINED}
+        checkpoint.save_pretrained(student, at, tokenizer_from=args.teacher, dtype=stored, card=card, **keep)
     print(f"\n{text}\n\nexported to {at} ({run.long:,} tokens of context); next:")
     print(f"  python eval.py --model {at} --against {args.teacher}")
 
@@ -355,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     # ---------------------------------------------------------------- plan: nothing heavy yet, and nothing written
     run = Run(args, world)
     say_plan(run)
-    state = world.on_main(claim_out, args)
+    state = world.on_main(resume.claim_out, args)
     if args.dry_run:
         return world.leave(0)
 
@@ -391,7 +384,7 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     try:
         main()
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         if os.environ.get("RANK", "0") == "0" or isinstance(e, planning.OutOfMemory):  # which one rank may meet alone
             print(f"train.py: {e}", file=sys.stderr, flush=True)
         else:

@@ -179,3 +179,25 @@ def test_mixed_lookups_are_a_function_of_seed_and_number(tokenizer):
     assert torch.equal(mixed[10:20], lookups.mix(plain[10:20].clone(), 3, 10, 0.25))
     assert torch.equal(plain, lookups.mix(plain.clone(), 3, 0, 0.0))
     assert not torch.equal(mixed, lookups.mix(plain.clone(), 4, 0, 0.25))
+
+
+def test_another_end_token_is_another_cache(model_copy, text_dir, tmp_path):
+    first = corpus_of([text_dir], load_tokenizer(model_copy), tmp_path)
+    config = json.loads((model_copy / "config.json").read_text()) | {"eos_token_id": 7}
+    (model_copy / "config.json").write_text(json.dumps(config))
+    again = corpus_of([text_dir], load_tokenizer(model_copy), tmp_path)
+    assert (first.train == 4095).sum() == (again.train == 7).sum() - (first.train == 7).sum() > 0
+
+
+@pytest.mark.parametrize("eos", [None, -3, 4096, 10**6, "x"])
+def test_an_end_token_outside_the_vocabulary_is_refused(model_copy, eos):
+    config = json.loads((model_copy / "config.json").read_text()) | {"eos_token_id": eos}
+    (model_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="eos_token_id"):
+        load_tokenizer(model_copy)
+
+
+def test_an_empty_npy_is_named(tokenizer, tmp_path):
+    (tmp_path / "x.npy").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"x\.npy is not a plain numpy array"):
+        corpus_of([tmp_path / "x.npy"], tokenizer, tmp_path)

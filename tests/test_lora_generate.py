@@ -118,3 +118,8 @@ def test_generate_prints_text(tiny_dir, capsys):
     generate.main(["--model", str(tiny_dir), "--prompt", "def main(", "--tokens", "5", "--device", "cpu"])
     said = capsys.readouterr()
     assert "tokens/s" in said.err and tiny_config()["vocab_size"] == 4096
+
+
+def test_no_new_tokens_is_refused(tiny_dir):
+    with pytest.raises(ValueError, match="--tokens is -5"):
+        generate.main(["--model", str(tiny_dir), "--prompt", "a", "--tokens", "-5", "--device", "cpu"])

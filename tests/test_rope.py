@@ -1,5 +1,7 @@
 """Frequencies against golden values and transformers' own functions; both dialects of config.json."""
 
+import math
+
 import pytest
 import torch
 from transformers import LlamaConfig as TheirConfig
@@ -159,3 +161,12 @@ def test_rotation_depends_on_distance_alone():
     turn = [t.double() for t in rotation(RopeConfig(), 16, torch.arange(100), 100, torch.float32)]
     score = lambda i, j: (rotate(q, turn[0][i], turn[1][i]) * rotate(k, turn[0][j], turn[1][j])).sum().item()  # noqa: E731
     assert score(17, 5) == pytest.approx(score(90, 78), abs=1e-4)
+
+
+def test_yarn_on_yarn_derives_its_temperature_anew_or_refuses():
+    table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    derived = RopeConfig.from_hf(dict(BASE, rope_scaling=table | {"attention_factor": 0.1 * math.log(4) + 1}))
+    longer = derived.scaled("yarn", 8)
+    assert longer.factor == 32 and frequencies(longer, 128)[1] == pytest.approx(0.1 * math.log(32) + 1)
+    with pytest.raises(ValueError, match="attention_factor of its own"):
+        RopeConfig.from_hf(dict(BASE, rope_scaling=table | {"attention_factor": 2.0})).scaled("yarn", 8)

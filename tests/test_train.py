@@ -354,3 +354,46 @@ def test_learning_rate_never_starts_or_ends_at_zero():
         stage = plan.Stage("stage1", "relation", 8, 1, steps, 1.0)
         rates = [plan.learning_rate(stage, s) for s in range(steps)]
         assert min(rates) > 0 and max(rates) <= 1
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--rope", "dynamic"], "--stage 2"),
+        (["--device", "foo"], "--device foo"),
+        (["--eval-blocks", "-1"], "--eval-blocks -1"),
+        (["--lora-dropout", "2"], "--lora-dropout 2.0"),
+        (["--lr1", "inf"], "--lr1 is inf"),
+    ],
+)
+def test_more_bad_arguments(small, text_dir, tmp_path, more, said):
+    out = tmp_path / "out"
+    assert said in refused([*arguments(small, text_dir, out), *more])
+    assert not out.exists()
+
+
+def test_an_out_that_is_a_file_or_lies_under_one_is_refused(small, text_dir, tmp_path):
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        assert "is a file" in refused([*arguments(small, text_dir, tmp_path / "out"), "--out", str(out)])
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=str)
+def test_frozen_tensors_keep_every_bit_when_the_run_computes_in_bfloat16(stored, text_dir, tmp_path, monkeypatch):
+    """The teacher in memory is rounded then; the export must not be, nor the masters' start."""
+    from conftest import random_model
+
+    import checkpoint
+    import eval as evaluation
+
+    checkpoint.save_pretrained(
+        random_model(max_position_embeddings=128).to(stored), tmp_path / "t", tokenizer_from=TEACHER
+    )
+    monkeypatch.setattr(evaluation, "compute_dtype", lambda device: torch.bfloat16)
+    out = tmp_path / "out"
+    train.main([*arguments(tmp_path / "t", text_dir, out), "--eval-blocks", "0", "--lr1", "1e-12", "--lr2", "1e-12"])
+    ours, theirs = (load_file(p / "model.safetensors") for p in (out / "student", tmp_path / "t"))
+    for name, value in theirs.items():
+        assert ours[name].dtype == stored and torch.equal(ours[name], value), name
+    assert (out / "student" / "model.safetensors").stat().st_mode & 0o044, "others may read the export"
