@@ -90,7 +90,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     run.add_argument("--peak-tflops", type=float, help="what 100 %% MFU means (default: measured at the start)")
     run.add_argument("--tensorboard", action="store_true", help="also write figures for TensorBoard")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--cache", type=Path, default=Path("out/cache"), help="folder for tokenised text")
+    run.add_argument("--cache", type=Path, help="folder for tokenised text, to share between runs (default: in --out)")
     args = p.parse_args(argv)
     for preset in (args.preset, None if args.teacher else "demo", "default"):
         for key, value in PRESETS.get(preset, {}).items():
@@ -99,6 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
     args.out = args.out or Path("out") / (f"{args.teacher.name}-x{args.scale:g}" if args.teacher else "demo")
+    args.cache = args.cache or args.out / "cache"
     args.teacher = args.teacher or HERE / "demo" / "teacher"
     place = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
     if not place.is_dir():
