@@ -63,7 +63,10 @@ def rows(out: Path) -> list[dict]:
 
 
 def same_to_rounding(a: Path, b: Path) -> None:
-    """Sums of two halves round otherwise than one sum; eight Adam steps keep that near float32's last bits."""
+    """Sums of two halves round otherwise than one sum. Losses keep that near float32's last bits. A weight whose
+    gradient nearly cancels may differ more, as Adam divides by the gradient's size: so weights are held to a thousandth
+    of the way that training moved them, in norm, tensor by tensor; frozen ones to no difference at all.
+    """
     assert [(r["stage"], r["step"], r["lr"]) for r in rows(a)] == [(r["stage"], r["step"], r["lr"]) for r in rows(b)]
     for x, y in zip(rows(a), rows(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5) and x["grad_norm"] == pytest.approx(
@@ -72,8 +75,10 @@ def same_to_rounding(a: Path, b: Path) -> None:
         assert x.get("layers", []) == pytest.approx(y.get("layers", []), rel=1e-4)
     one, two = (load_file(p / "student" / "model.safetensors") for p in (a, b))
     assert one.keys() == two.keys()
+    begun = load_file(Path(json.loads((a / "run.json").read_text())["arguments"]["teacher"]) / "model.safetensors")
     for name, w in one.items():
-        assert torch.allclose(w, two[name], rtol=1e-4, atol=1e-5), name
+        moved, apart = (w - begun[name]).norm(), (w - two[name]).norm()
+        assert apart <= 1e-3 * moved, f"{name}: {apart} apart after moving {moved}"
     reports = [json.loads((p / "report.json").read_text())["rows"]["loss at 1x"] for p in (a, b)]
     assert reports[0] == pytest.approx(reports[1], rel=1e-5)
 
