@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT, write_model
 from safetensors.torch import load_file
 
