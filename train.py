@@ -91,6 +91,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     run.add_argument("--tensorboard", action="store_true", help="also write figures for TensorBoard")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--cache", type=Path, help="folder for tokenised text, to share between runs (default: in --out)")
+    p.error = one_sentence  # instead of argparse's page of usage
     args = p.parse_args(argv)
     for preset in (args.preset, None if args.teacher else "demo", "default"):
         for key, value in PRESETS.get(preset, {}).items():
@@ -116,6 +117,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.tensorboard:
         watch.require_tensorboard()
     return args
+
+
+def one_sentence(message: str) -> None:
+    raise ValueError(message)
 
 
 def number(text: str) -> float:
