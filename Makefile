@@ -19,8 +19,8 @@ lint: .venv/dev
 	$(RUN) -m ruff format --check .
 
 bench: .venv/runtime  ## speed and memory of the loss, side by side with what one would use instead
-	$(RUN) bench.py kernel
-	$(RUN) bench.py memory
+	$(RUN) -m bench kernel
+	$(RUN) -m bench memory
 
 clean:
 	rm -rf .venv out .pytest_cache .ruff_cache

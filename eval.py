@@ -39,28 +39,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import data
-import diagnose
-import longtext
-import report
-import ruler
-import tasks
-from distill import make_student
-from model import Llama, check_device, next_token_loss
-from recall import PAIRS, Lookups
-from tokenizer import Tokenizer, load_tokenizer
+from engine import data
+from engine.lookups import PAIRS, Lookups
+from evals import layers as diagnose
+from evals import longtext, report, ruler, tasks
+from hub.tokenizer import Tokenizer, load_tokenizer
+from model import Llama, check_device, compute_dtype, make_student, next_token_loss
 
 DOCUMENTS = 8  # look-up documents a length, with 8 questions each
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 @torch.no_grad()
-def text_loss(model: Llama, blocks: Tensor, dtype: torch.dtype, tokens: int = 8192) -> tuple[float, float]:
+def text_loss(
+    model: Llama, blocks: Tensor, dtype: torch.dtype, tokens: int = 8192
+) -> tuple[float, float]:
     """(mean loss in nats, share of tokens predicted right) of blocks [n, T + 1], `tokens` at a time."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     rows = max(1, tokens // (blocks.shape[1] - 1))
     losses, right = [], []
     for part in blocks.split(rows):
@@ -75,7 +69,7 @@ def text_loss(model: Llama, blocks: Tensor, dtype: torch.dtype, tokens: int = 81
 @torch.no_grad()
 def recall(model: Llama, lookups: Lookups, T: int, dtype: torch.dtype, seed: int = 0) -> float:
     """The share of questions answered right in DOCUMENTS look-up documents of T tokens."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     rng, right = np.random.default_rng([seed, T]), []
     for _ in range(DOCUMENTS):
         ids, where = lookups.document(rng, T, "far")
@@ -86,13 +80,21 @@ def recall(model: Llama, lookups: Lookups, T: int, dtype: torch.dtype, seed: int
 
 
 def measure(
-    model: Llama, corpus: data.Corpus, lookups: Lookups | None, native: int, scale: float, blocks: int, seed: int = 0
+    model: Llama,
+    corpus: data.Corpus,
+    lookups: Lookups | None,
+    native: int,
+    scale: float,
+    blocks: int,
+    seed: int = 0,
 ) -> dict:
     """One column of the table. `native` tokens is 1 x; `blocks` long blocks of scale x native tokens are read."""
-    dtype = compute_dtype(model.model.embed_tokens.weight.device)
+    dtype = compute_dtype(model.device)
     long = round(native * scale)
     whole = corpus.held_out_blocks(long, blocks)
-    short = torch.stack([b[i : i + native + 1] for b in whole for i in range(0, long - native + 1, native)])
+    short = torch.stack(
+        [b[i : i + native + 1] for b in whole for i in range(0, long - native + 1, native)]
+    )
     near, accuracy = text_loss(model, short, dtype)
     far, _ = text_loss(model, whole, dtype)
     out = {"loss at 1x": near, "perplexity at 1x": float(np.exp(min(near, 50)))}
@@ -104,10 +106,14 @@ def measure(
     return out
 
 
-def make_lookups(tokenizer: Tokenizer, corpus: data.Corpus, native: int, longest: int) -> Lookups | None:
+def make_lookups(
+    tokenizer: Tokenizer, corpus: data.Corpus, native: int, longest: int
+) -> Lookups | None:
     """None, with the reason said, where words, filler text or room in `native` tokens are too few."""
     try:
-        lookups = Lookups(tokenizer, corpus.held_out if len(corpus.held_out) > longest + 1 else corpus.train)
+        lookups = Lookups(
+            tokenizer, corpus.held_out if len(corpus.held_out) > longest + 1 else corpus.train
+        )
         for T in (native, longest):
             lookups.document(np.random.default_rng(0), T, "far")
         return lookups
@@ -117,7 +123,11 @@ def make_lookups(tokenizer: Tokenizer, corpus: data.Corpus, native: int, longest
 
 
 def versions(device: torch.device) -> dict:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -133,23 +143,45 @@ def columns_of(args, device: torch.device) -> dict[str, Llama]:
     if args.against is None:
         return {"model": student}
     teacher = Llama.from_pretrained(args.against, dtype=kind, device=str(device))
-    rest = {"rope": student.config.rope, "window": student.config.window, "source": student.config.source}
+    rest = {
+        "rope": student.config.rope,
+        "window": student.config.window,
+        "source": student.config.source,
+    }
     if replace(teacher.config, **rest) != student.config:
-        raise ValueError(f"--against {args.against} is another network than --model {args.model}: not its teacher")
+        raise ValueError(
+            f"--against {args.against} is another network than --model {args.model}: not its teacher"
+        )
     untrained = make_student(teacher, student.config, trained=())
     return {report.TEACHER: teacher, report.UNTRAINED: untrained, "student": student}
 
 
-def text_scores(scores: report.Scores, models: dict[str, Llama], corpus: data.Corpus, args, tokenizer: Tokenizer):
+def text_scores(
+    scores: report.Scores, models: dict[str, Llama], corpus: data.Corpus, args, tokenizer: Tokenizer
+):
     """The rows of `measure`, with what they are figures of."""
     long = round(args.native * args.scale)
     lookups = make_lookups(tokenizer, corpus, args.native, long)
     read = len(corpus.held_out_blocks(long, args.blocks))
-    about = {"version": f"held-out text of {corpus.name}", "blocks": read, "tokens each": long, "seed": None}
+    about = {
+        "version": f"held-out text of {corpus.name}",
+        "blocks": read,
+        "tokens each": long,
+        "seed": None,
+    }
     for name, model in models.items():
-        for row, value in measure(model, corpus, lookups, args.native, args.scale, args.blocks, args.seed).items():
+        for row, value in measure(
+            model, corpus, lookups, args.native, args.scale, args.blocks, args.seed
+        ).items():
             if "recall" in row:
-                scores.add(name, row, value, items=DOCUMENTS * PAIRS, version="look-ups, far", seed=args.seed)
+                scores.add(
+                    name,
+                    row,
+                    value,
+                    items=DOCUMENTS * PAIRS,
+                    version="look-ups, far",
+                    seed=args.seed,
+                )
             else:
                 scores.add(name, row, value, items=read * long, **about)
 
@@ -167,21 +199,35 @@ def find_tasks(words: list[str], folder: Path | None) -> tuple[list[Path], list[
             raise ValueError(f"--tasks {word} is {known}; a task is a .jsonl or .jsonl.gz file")
         place = path if path.is_dir() and word not in tasks.DATASETS else folder or Path(".")
         for name in [word] if word in tasks.DATASETS else tasks.DATASETS:
-            here = [place / f"{n}{end}" for n in (name, *tasks.DATASETS[name].names) for end in (".jsonl", ".jsonl.gz")]
+            here = [
+                place / f"{n}{end}"
+                for n in (name, *tasks.DATASETS[name].names)
+                for end in (".jsonl", ".jsonl.gz")
+            ]
             files += [file for file in here if file.is_file()][:1]
             if not any(file.is_file() for file in here):
-                lacking.append(f"{name}: expected as {here[0]} (or .gz); made by  {tasks.fetch(name)}")
+                lacking.append(
+                    f"{name}: expected as {here[0]} (or .gz); made by  {tasks.fetch(name)}"
+                )
     return list(dict.fromkeys(files)), lacking
 
 
-def task_scores(scores: report.Scores, models: dict[str, Llama], items: list[tasks.Task], args, tokenizer: Tokenizer):
+def task_scores(
+    scores: report.Scores,
+    models: dict[str, Llama],
+    items: list[tasks.Task],
+    args,
+    tokenizer: Tokenizer,
+):
     """Every task's figures, and their averages over tasks."""
     for task in items:
         for name, model in models.items():
             result = tasks.score(model, tokenizer, task, scores.dtype)
             for row, (value, error) in report.summary(result.values).items():
                 values = result.values[row]
-                scores.add(name, row, value, error=error, values=values, version=task.version, seed=None)
+                scores.add(
+                    name, row, value, error=error, values=values, version=task.version, seed=None
+                )
             if args.out and args.predictions:
                 _keep(args.out / "predictions" / f"{name}.{task.name}.jsonl", task, result)
     about = {"version": "mean over tasks", "items": sum(len(t.items) for t in items), "seed": None}
@@ -193,7 +239,9 @@ def task_scores(scores: report.Scores, models: dict[str, Llama], items: list[tas
 def _keep(file: Path, task: tasks.Task, result: tasks.Result) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     each = zip(task.items, result.predictions.tolist(), result.logps, strict=True)
-    rows = [{"gold": item.gold, "prediction": p, "logps": logps.tolist()} for item, p, logps in each]
+    rows = [
+        {"gold": item.gold, "prediction": p, "logps": logps.tolist()} for item, p, logps in each
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -215,7 +263,9 @@ def long_scores(
             texts = list(corpus.held_out_blocks(longest, args.blocks).numpy())
             where = f"held-out text of {corpus.name}"
         version = f"sliding window (PI), {where}"
-        longtext.sliding_scores(scores, models, tokenizer, texts, args.lengths, version=version, seed=None)
+        longtext.sliding_scores(
+            scores, models, tokenizer, texts, args.lengths, version=version, seed=None
+        )
     if args.positions:
         blocks = corpus.held_out_blocks(longest, args.blocks)
         about = {"version": f"loss by position, held-out text of {corpus.name}", "seed": None}
@@ -223,12 +273,16 @@ def long_scores(
         if args.out:
             longtext.draw_positions(args.out / "positions.png", more["positions"], args.native)
     if lengths := [length for length, task in able if task == "passkey"]:
-        more["passkey"] = longtext.passkey_scores(scores, models, tokenizer, lengths, args.samples, args.ruler_seed)
+        more["passkey"] = longtext.passkey_scores(
+            scores, models, tokenizer, lengths, args.samples, args.ruler_seed
+        )
         if args.out:
             longtext.draw_passkey(args.out / "passkey.png", more["passkey"])
     kept = args.out / "predictions" if args.out and args.predictions else None
     able = [(length, task) for length, task in able if task != "passkey"]
-    longtext.ruler_scores(scores, models, tokenizer, able, args.samples, args.ruler_seed, args.ruler_data, kept)
+    longtext.ruler_scores(
+        scores, models, tokenizer, able, args.samples, args.ruler_seed, args.ruler_data, kept
+    )
     return more
 
 
@@ -238,11 +292,22 @@ def layer_scores(models: dict[str, Llama], corpus: data.Corpus, args) -> tuple[d
     blocks = corpus.held_out_blocks(long, args.blocks)[:, :-1]
     teacher, before, after = models[report.TEACHER], models[report.UNTRAINED], models["student"]
     dtype = compute_dtype(torch.device(args.device))
-    found = {name: diagnose.divergence(teacher, m, blocks, dtype) for name, m in (("before", before), ("after", after))}
+    found = {
+        name: diagnose.divergence(teacher, m, blocks, dtype)
+        for name, m in (("before", before), ("after", after))
+    }
     if args.out:
         diagnose.draw(args.out / "layers.png", found)
-    lists = {name: [[[h for h in r if h == h] for r in layer] for layer in x.tolist()] for name, x in found.items()}
-    about = {"tokens": long, "blocks": len(blocks), "dtype": str(dtype).removeprefix("torch."), "seed": None}
+    lists = {
+        name: [[[h for h in r if h == h] for r in layer] for layer in x.tolist()]
+        for name, x in found.items()
+    }
+    about = {
+        "tokens": long,
+        "blocks": len(blocks),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": None,
+    }
     about |= {"version": f"relation KL, held-out text of {corpus.name}", "command": args.command}
     return lists | about, diagnose.table(found)
 
@@ -261,7 +326,9 @@ def main(argv: list[str] | None = None) -> None:
     set_lengths(args, models)
     wanted = (args.ruler or list(ruler.RULER_TASKS)) if args.ruler is not None else []
     wanted += ["passkey"] * args.passkey
-    able, unable = longtext.feasible(tokenizer, wanted, args.lengths, args.ruler_seed, args.ruler_data)
+    able, unable = longtext.feasible(
+        tokenizer, wanted, args.lengths, args.ruler_seed, args.ruler_data
+    )
     corpus = None
     longest = [max(args.lengths)] * (args.positions or (args.ppl and not args.documents))
     longest += [round(args.native * args.scale)] * (not args.no_text or args.layers)
@@ -278,7 +345,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.no_text:
         text_scores(scores, models, corpus, args, tokenizer)
     task_scores(scores, models, items, args, tokenizer)
-    more = long_scores(scores, models, corpus, able, args, tokenizer) | {"missing": lacking + unable}
+    more = long_scores(scores, models, corpus, able, args, tokenizer) | {
+        "missing": lacking + unable
+    }
     notes = _variants(scores)
     if args.layers:
         more["layers"], layers = layer_scores(models, corpus, args)
@@ -290,7 +359,9 @@ def main(argv: list[str] | None = None) -> None:
     against = len(models) == 3
     shares = report.recovered(scores.columns, "loss at 1x") if against and not args.no_text else {}
     # of tasks alone: beyond its length the teacher is no measure of what there was to keep
-    judged = {row: x for row, x in scores.values.items() if not row.startswith(("RULER", "passkey"))}
+    judged = {
+        row: x for row, x in scores.values.items() if not row.startswith(("RULER", "passkey"))
+    }
     kept = report.retention(judged, args.seed) if against and judged else {}
     about = {"command": args.command, "seconds": round(time.time() - began, 1), **versions(device)}
     about |= {"seed": args.seed, "dtype": str(scores.dtype).removeprefix("torch.")}
@@ -303,7 +374,9 @@ def set_lengths(args, models: dict[str, Llama]) -> None:
     args.native = args.native or next(iter(models.values())).config.rope.length
     args.scale = args.scale or max(m.config.rope.length for m in models.values()) / args.native
     doubled = (args.native * 2**k for k in range(64))
-    args.lengths = sorted(set(args.lengths or [n for n in doubled if n <= max(1, args.scale) * args.native]))
+    args.lengths = sorted(
+        set(args.lengths or [n for n in doubled if n <= max(1, args.scale) * args.native])
+    )
     if args.ppl and args.lengths[0] < longtext.STRIDE:
         raise ValueError(
             f"--ppl needs windows of at least its stride, {longtext.STRIDE} tokens, and --lengths begins at "
@@ -313,17 +386,27 @@ def set_lengths(args, models: dict[str, Llama]) -> None:
 
 def _variants(scores: report.Scores) -> list[str]:
     """One sentence a version that must be known to read a RULER figure."""
-    found = {row.split(" at ")[0]: f["version"] for row, f in scores.facts.items() if row.startswith("RULER")}
-    return [f"{row}: {version}." for row, version in found.items() if not row.startswith("RULER mean")]
+    found = {
+        row.split(" at ")[0]: f["version"]
+        for row, f in scores.facts.items()
+        if row.startswith("RULER")
+    }
+    return [
+        f"{row}: {version}." for row, version in found.items() if not row.startswith("RULER mean")
+    ]
 
 
 def check(args) -> None:
     """Wrong combinations, before any work."""
     if args.layers and args.against is None:
-        raise ValueError("--layers compares a student with its teacher; name the teacher with --against")
+        raise ValueError(
+            "--layers compares a student with its teacher; name the teacher with --against"
+        )
     for name in args.ruler or ():
         if name not in ruler.TASKS or name == "passkey":
-            raise ValueError(f"--ruler {name} is not one of {', '.join(t for t in ruler.TASKS if t != 'passkey')}")
+            raise ValueError(
+                f"--ruler {name} is not one of {', '.join(t for t in ruler.TASKS if t != 'passkey')}"
+            )
     for name, least in (("samples", 1), ("blocks", 1), ("limit", 1), ("native", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
@@ -332,46 +415,87 @@ def check(args) -> None:
         raise ValueError(f"--scale is {args.scale}; it must be at least 1")
     check_device(args.device)
     if args.lengths and min(args.lengths) < 1:
-        raise ValueError(f"--lengths {min(args.lengths)} is no number of tokens; it must be at least 1")
+        raise ValueError(
+            f"--lengths {min(args.lengths)} is no number of tokens; it must be at least 1"
+        )
     if (
         args.no_text
         and not (args.tasks or args.ppl or args.positions or args.passkey or args.layers)
         and (args.ruler is None)
     ):
-        raise ValueError("--no-text leaves nothing to do; ask for --tasks, --ruler, --passkey, --ppl or --layers")
+        raise ValueError(
+            "--no-text leaves nothing to do; ask for --tasks, --ruler, --passkey, --ppl or --layers"
+        )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", type=Path, required=True, help="the directory to score")
-    p.add_argument("--against", type=Path, help="its teacher: adds the columns teacher and untrained")
+    p.add_argument(
+        "--against", type=Path, help="its teacher: adds the columns teacher and untrained"
+    )
     p.add_argument("--out", type=Path, help="folder for report.json, report.md and the pictures")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--seed", type=int, default=0, help="of look-ups and confidence intervals")
-    p.add_argument("--predictions", action="store_true", help="also write every item's scores, under --out")
+    p.add_argument(
+        "--predictions", action="store_true", help="also write every item's scores, under --out"
+    )
     g = p.add_argument_group("held-out text")
-    g.add_argument("--data", type=Path, nargs="+", default=[], help="text (default: the standard library's sources)")
+    g.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="text (default: the standard library's sources)",
+    )
     g.add_argument("--no-text", action="store_true", help="leave the held-out text out")
-    g.add_argument("--native", type=int, help="tokens that count as 1x (default: the teacher's length)")
-    g.add_argument("--scale", type=float, help="the longest blocks, in native lengths (default: the student's length)")
+    g.add_argument(
+        "--native", type=int, help="tokens that count as 1x (default: the teacher's length)"
+    )
+    g.add_argument(
+        "--scale",
+        type=float,
+        help="the longest blocks, in native lengths (default: the student's length)",
+    )
     g.add_argument("--blocks", type=int, default=8, help="long blocks or documents to read")
-    g.add_argument("--cache", type=Path, default=Path("out/cache"), help="folder for tokenised text")
+    g.add_argument(
+        "--cache", type=Path, default=Path("out/cache"), help="folder for tokenised text"
+    )
     g = p.add_argument_group("short text")
-    g.add_argument("--tasks", nargs="+", default=[], help="task files, folders of them, names, or all")
+    g.add_argument(
+        "--tasks", nargs="+", default=[], help="task files, folders of them, names, or all"
+    )
     g.add_argument("--task-dir", type=Path, help="the folder in which named tasks lie")
     g.add_argument("--limit", type=int, help="at most this many items a task")
     g = p.add_argument_group("long text")
-    g.add_argument("--lengths", type=int, nargs="+", help="tokens (default: 1, 2, 4, ... native lengths)")
+    g.add_argument(
+        "--lengths", type=int, nargs="+", help="tokens (default: 1, 2, 4, ... native lengths)"
+    )
     g.add_argument("--ppl", action="store_true", help="sliding-window perplexity at each length")
     g.add_argument(
-        "--documents", type=Path, nargs="+", default=[], help="long texts for --ppl (default: held-out text)"
+        "--documents",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="long texts for --ppl (default: held-out text)",
     )
     g.add_argument("--positions", action="store_true", help="loss as a function of position")
     g.add_argument("--passkey", action="store_true", help="passkey by depth and length")
     g.add_argument("--ruler", nargs="*", metavar="TASK", help="RULER, or some of its tasks")
-    g.add_argument("--ruler-data", type=Path, help="folder with RULER's word lists, essays and QA sets")
-    g.add_argument("--ruler-seed", type=int, default=42, help="of RULER's and passkey's prompts (RULER: 42)")
-    g.add_argument("--samples", type=int, default=32, help="prompts a task and length (RULER: 500, PI's passkey: 320)")
+    g.add_argument(
+        "--ruler-data", type=Path, help="folder with RULER's word lists, essays and QA sets"
+    )
+    g.add_argument(
+        "--ruler-seed", type=int, default=42, help="of RULER's and passkey's prompts (RULER: 42)"
+    )
+    g.add_argument(
+        "--samples",
+        type=int,
+        default=32,
+        help="prompts a task and length (RULER: 500, PI's passkey: 320)",
+    )
     g = p.add_argument_group("diagnosis")
     g.add_argument("--layers", action="store_true", help="relation KL by layer, relation and head")
     args = p.parse_args(argv)

@@ -54,7 +54,9 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2E = math.log2(math.e)
 LN2: tl.constexpr = tl.constexpr(math.log(2))
-NOTHING: tl.constexpr = tl.constexpr(-1e30)  # score of an unseen pair: exp2 gives 0, and differences stay finite
+NOTHING: tl.constexpr = tl.constexpr(
+    -1e30
+)  # score of an unseen pair: exp2 gives 0, and differences stay finite
 # Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200 has 50 MB), not timed.
 GROUP_BYTES = 32 * 2**20
 
@@ -78,7 +80,9 @@ def _place(T, H, HEADS, lengths, BT: tl.constexpr):
     NT = tl.cdiv(T, BT)
     i_group = tl.program_id(0) // (HEADS * NT)
     i_rest = tl.program_id(0) % (HEADS * NT)
-    heads = tl.minimum(HEADS, tl.num_programs(0) // NT - i_group * HEADS)  # the last group may be smaller
+    heads = tl.minimum(
+        HEADS, tl.num_programs(0) // NT - i_group * HEADS
+    )  # the last group may be smaller
     i_bh = i_group * HEADS + i_rest % heads
     i_t = (NT - 1 - i_rest // heads) * BT
     if lengths is None:
@@ -154,7 +158,21 @@ def _forward_kernel(
         for c in range(full if MASK else 0, end if MASK else full, BS):
             # [BT, BS]
             b_s, b_u, _ = _scores(
-                c, x, y, b_xi, b_yi, s_scale, t_scale, s_stride_t, t_stride_t, n, D, BD, BS, MASK, PRECISION
+                c,
+                x,
+                y,
+                b_xi,
+                b_yi,
+                s_scale,
+                t_scale,
+                s_stride_t,
+                t_stride_t,
+                n,
+                D,
+                BD,
+                BS,
+                MASK,
+                PRECISION,
             )
             if MASK:
                 o_j = c + tl.arange(0, BS)
@@ -220,11 +238,27 @@ def _backward_kernel(
             o_j = c + tl.arange(0, BS)
             # [BT, BS], the same scores as in the forward
             b_s, b_u, b_xj = _scores(
-                c, x, y, b_xi, b_yi, s_scale, t_scale, s_stride_t, t_stride_t, n, D, BD, BS, PART > 0, PRECISION
+                c,
+                x,
+                y,
+                b_xi,
+                b_yi,
+                s_scale,
+                t_scale,
+                s_stride_t,
+                t_stride_t,
+                n,
+                D,
+                BD,
+                BS,
+                PART > 0,
+                PRECISION,
             )
             b_g = tl.zeros([BT, BS], tl.float32)
             if PART < 2:  # G_ij, equation (2)
-                b_g = w_i[:, None] * (tl.exp2(b_s - s_lse_i[:, None]) - tl.exp2(b_u - t_lse_i[:, None]))
+                b_g = w_i[:, None] * (
+                    tl.exp2(b_s - s_lse_i[:, None]) - tl.exp2(b_u - t_lse_i[:, None])
+                )
                 if PART == 1:
                     m_ij = (o_j < n)[None, :]
                     if CAUSAL:
@@ -236,7 +270,9 @@ def _backward_kernel(
                 t_lse_j = tl.load(t_lse + o_bh + o_j, mask=o_j < n, other=float("inf"))
                 w_j = tl.load(w + o_bh + o_j, mask=o_j < n, other=0.0)
                 # [BT, BS]
-                b_h = w_j[None, :] * (tl.exp2(b_s - s_lse_j[None, :]) - tl.exp2(b_u - t_lse_j[None, :]))
+                b_h = w_j[None, :] * (
+                    tl.exp2(b_s - s_lse_j[None, :]) - tl.exp2(b_u - t_lse_j[None, :])
+                )
                 if CAUSAL and PART == 1:
                     b_h = tl.where(o_i[:, None] <= o_j[None, :], b_h, 0.0)
                 b_g += b_h
@@ -247,18 +283,29 @@ def _backward_kernel(
         b_dx *= tl.load(w_max)
     b_dx = tl.where((o_i < n)[:, None], b_dx, 0.0).to(dx.dtype.element_ty)
     dx += i_b * d_stride_b + i_h * d_stride_h + i_t * tl.cast(d_stride_t, tl.int64)
-    tl.store(dx + o_t[:, None] * d_stride_t + o_d[None, :], b_dx, mask=(o_i < T)[:, None] & (o_d < D)[None, :])
+    tl.store(
+        dx + o_t[:, None] * d_stride_t + o_d[None, :],
+        b_dx,
+        mask=(o_i < T)[:, None] & (o_d < D)[None, :],
+    )
 
 
 # Chips by what a block may use, in the order they are tried: name, compute capability majors, bytes of shared memory.
-CHIPS = (("h100", (9, 10), 232448), ("a100", (8, 9, 10, 11, 12), 166912), ("small", (8, 9, 10, 11, 12), 101376))
+CHIPS = (
+    ("h100", (9, 10), 232448),
+    ("a100", (8, 9, 10, 11, 12), 166912),
+    ("small", (8, 9, 10, 11, 12), 101376),
+)
 # (largest D, tile). The marked two were measured with a prototype on an H200, torch 2.11, Triton 3.6, bf16, D 128:
 # forward 128 x 128, 340 TFLOP/s; backward 128 x 64, 491 TFLOP/s of work done. The others were chosen by what the
 # compiler reports (they fit, and spill nothing or a few bytes: tests/test_kernel.py prints it); no one has timed them.
 TILES = {
     ("h100", "forward"): ((128, Tile(128, 128, 8, 2)), (256, Tile(128, 32, 8, 2))),  # 128: measured
     ("h100", "backward"): ((128, Tile(128, 64, 8, 3)), (256, Tile(128, 32, 8, 2))),  # 128: measured
-    ("a100", "forward"): ((128, Tile(128, 64, 8, 2)), (256, Tile(64, 64, 8, 2))),  # 128 x 128 spills 88 bytes
+    ("a100", "forward"): (
+        (128, Tile(128, 64, 8, 2)),
+        (256, Tile(64, 64, 8, 2)),
+    ),  # 128 x 128 spills 88 bytes
     ("a100", "backward"): ((128, Tile(128, 64, 8, 3)), (256, Tile(64, 32, 8, 2))),
     ("small", "forward"): ((128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 4, 2))),
     ("small", "backward"): ((128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1))),
@@ -267,11 +314,15 @@ TILES = {
 FLOAT_TILES = ((64, Tile(64, 32, 8, 2)), (128, Tile(32, 32, 16, 1)), (256, Tile(16, 16, 8, 1)))
 
 
-def tile(direction: str, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int) -> Tile:
+def tile(
+    direction: str, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
+) -> Tile:
     """The tile for "forward" or "backward" on a chip of this compute capability with `shared` bytes for a block."""
     chips = [name for name, majors, needed in CHIPS if capability[0] in majors and shared >= needed]
     if not chips:
-        raise ValueError(f"no tile for compute capability {capability} with {shared} bytes of shared memory a block")
+        raise ValueError(
+            f"no tile for compute capability {capability} with {shared} bytes of shared memory a block"
+        )
     rows = FLOAT_TILES if dtype == torch.float32 else TILES[chips[0], direction]
     return next(tile for largest, tile in rows if largest >= D)
 
@@ -299,9 +350,7 @@ def unsupported(x: Tensor) -> str | None:
         return "the Triton kernel is proven on NVIDIA GPUs only, and this one is AMD's"
     capability, shared = _chip(x.device)
     if capability < (8, 0) or shared < CHIPS[-1][2]:
-        return (
-            f"the Triton kernel needs compute capability 8.0 and 99 KiB of shared memory; {x.device} has {capability}"
-        )
+        return f"the Triton kernel needs compute capability 8.0 and 99 KiB of shared memory; {x.device} has {capability}"
     return None
 
 
@@ -309,11 +358,15 @@ def _strides(prefix: str, x: Tensor) -> dict[str, int]:
     return {f"{prefix}_stride_{axis}": x.stride(i) for i, axis in enumerate("bht")}
 
 
-def _launch(kernel, direction: str, dtype: torch.dtype, x: Tensor, y: Tensor, causal: bool, **arguments) -> None:
+def _launch(
+    kernel, direction: str, dtype: torch.dtype, x: Tensor, y: Tensor, causal: bool, **arguments
+) -> None:
     """One program for each row tile of each head. Nothing here waits for the GPU."""
     B, H, T, D = x.shape
     BT, BS, num_warps, num_stages = tile(direction, D, dtype, *_chip(x.device))
-    tf32 = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"  # torch's own switch
+    tf32 = (
+        x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    )  # torch's own switch
     with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
         kernel[(triton.cdiv(T, BT) * B * H,)](
             x=x, y=y, **_strides("s", x), **_strides("t", y), **arguments,
@@ -331,10 +384,14 @@ def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
 SCHEMA = "Tensor x, Tensor y, float s_scale, float t_scale, bool causal, Tensor? lengths"
 
 
-@torch.library.custom_op("linear_ard::relation_kl", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)")
+@torch.library.custom_op(
+    "linear_ard::relation_kl", mutates_args=(), schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor)"
+)
 def _forward(x, y, s_scale, t_scale, causal, lengths):
     """KL in nats, lse(S) and lse(U) in base 2: three [B, H, T] float32."""
-    kl, s_lse, t_lse = (torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3))
+    kl, s_lse, t_lse = (
+        torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3)
+    )
     _launch(
         _forward_kernel, "forward", x.dtype, *_widened(x, y), causal, lengths=lengths,
         kl=kl, s_lse=s_lse, t_lse=t_lse, s_scale=s_scale * LOG2E, t_scale=t_scale * LOG2E,
@@ -390,7 +447,12 @@ _forward.register_autograd(_gradient, setup_context=_save)
 
 
 def relation_kl_triton(
-    student: Tensor, teacher: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
+    student: Tensor,
+    teacher: Tensor,
+    scale: float,
+    teacher_scale: float,
+    causal: bool,
+    lengths: Tensor | None,
 ) -> Tensor:
     """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks. [B, H, T] float32.
 
@@ -399,7 +461,10 @@ def relation_kl_triton(
     if reason := unsupported(student):
         raise ValueError(reason)
     # A tile's own offsets are 32 bits wide: 256 rows of less than 2^23 elements.
-    student, teacher = (x if x.stride(-1) == 1 and x.stride(-2) < 2**23 else x.contiguous() for x in (student, teacher))
+    student, teacher = (
+        x if x.stride(-1) == 1 and x.stride(-2) < 2**23 else x.contiguous()
+        for x in (student, teacher)
+    )
     if lengths is not None:
         lengths = lengths.to(student.device).contiguous()
     return _forward(student, teacher, scale, teacher_scale, causal, lengths)[0]
@@ -411,7 +476,9 @@ def relation_kl_triton(
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
-def _check(dtype: torch.dtype, shape: tuple[int, ...], causal: bool, padded: bool, device: str) -> bool:
+def _check(
+    dtype: torch.dtype, shape: tuple[int, ...], causal: bool, padded: bool, device: str
+) -> bool:
     """Prints the errors against the float64 definition and the time of one call; False if an error is too large."""
     from relation_kl import relation_kl
 
@@ -433,14 +500,21 @@ def _check(dtype: torch.dtype, shape: tuple[int, ...], causal: bool, padded: boo
     gradient = ((dx - true_dx).norm() / true_dx.norm().clamp(min=1e-3)).item()
     ok = loss <= 1e-5 and gradient <= ALLOWED[dtype]  # False for NaN too
     case = f"{str(dtype)[6:]:9}{shape!s:18}{'causal' if causal else 'full':8}{'padded' if padded else '':8}"
-    print(f"{case}{loss:10.1e}{gradient:10.1e}{ALLOWED[dtype]:10.1e}{ms:10.2f}{'' if ok else '  FAILED'}", flush=True)
+    print(
+        f"{case}{loss:10.1e}{gradient:10.1e}{ALLOWED[dtype]:10.1e}{ms:10.2f}{'' if ok else '  FAILED'}",
+        flush=True,
+    )
     return ok
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(f"Triton {triton.__version__} on {'its interpreter' if INTERPRETED else torch.cuda.get_device_name()}")
-    print(f"{'dtype':9}{'B, H, T, D':18}{'mask':16}{'loss err':>10}{'grad err':>10}{'allowed':>10}{'ms':>10}")
+    print(
+        f"Triton {triton.__version__} on {'its interpreter' if INTERPRETED else torch.cuda.get_device_name()}"
+    )
+    print(
+        f"{'dtype':9}{'B, H, T, D':18}{'mask':16}{'loss err':>10}{'grad err':>10}{'allowed':>10}{'ms':>10}"
+    )
     shapes = [(1, 1, 1, 16), (2, 2, 63, 80), (1, 2, 257, 64)]
     if not INTERPRETED:
         shapes += [(2, 3, 1000, 96), (1, 2, 2048, 128), (1, 1, 4096, 256)]

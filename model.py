@@ -30,13 +30,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-import checkpoint
-from rope import RopeConfig, rotate, rotation
+from hub import checkpoint, files
+from rope import RopeConfig, frequencies, rotate, rotation
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 FAMILIES |= {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+TRAINED = ("q_proj", "k_proj", "v_proj")  # what learns, in both stages
 # Keys that change the mathematics, with the only values that we compute
-_FIXED = {"hidden_act": ("silu",), "partial_rotary_factor": (1, 1.0), "no_rope_layers": (), "quantization_config": ()}
+_FIXED = {
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (1, 1.0),
+    "no_rope_layers": (),
+    "quantization_config": (),
+}
 
 
 @dataclass(frozen=True)
@@ -66,15 +72,21 @@ class LlamaConfig:
         """Reads config.json. Raises ValueError naming the key, the value and what is supported."""
         family = config.get("model_type")
         if not isinstance(family, str) or family not in FAMILIES:
-            raise ValueError(f"model_type {family!r} is not supported; the known ones are {', '.join(FAMILIES)}")
+            raise ValueError(
+                f"model_type {family!r} is not supported; the known ones are {', '.join(FAMILIES)}"
+            )
         for key, allowed in _FIXED.items():
             if config.get(key) not in (None, [], {}, *allowed):
-                raise ValueError(f"{key} is {config[key]!r}, which changes the mathematics in a way this model lacks")
+                raise ValueError(
+                    f"{key} is {config[key]!r}, which changes the mathematics in a way this model lacks"
+                )
         width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
         kv_heads = _size(config, "num_key_value_heads", heads)
         head_dim = _size(config, "head_dim", max(width // heads, 1))
         if heads % kv_heads:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise ValueError(
+                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         if head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}; rotary positions need an even one")
         bias = _flag(config, "attention_bias")
@@ -124,7 +136,11 @@ class LlamaConfig:
         out.pop("layer_types", None)
         if self.family == "llama":
             out |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
-        if self.family in ("mistral", "qwen2", "qwen3"):  # an absent key means 4096 to transformers 5's Mistral
+        if self.family in (
+            "mistral",
+            "qwen2",
+            "qwen3",
+        ):  # an absent key means 4096 to transformers 5's Mistral
             out["sliding_window"] = self.window
         return out | self.rope.to_hf()
 
@@ -143,7 +159,9 @@ def _flag(config: dict, key: str) -> bool:
 def _epsilon(config: dict) -> float:
     value = config.get("rms_norm_eps", 1e-6)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
-        raise ValueError(f"config.json has rms_norm_eps = {value!r}; it must be a number from 0 up to 1, such as 1e-5")
+        raise ValueError(
+            f"config.json has rms_norm_eps = {value!r}; it must be a number from 0 up to 1, such as 1e-5"
+        )
     return float(value)
 
 
@@ -151,7 +169,9 @@ def _size(config: dict, key: str, default: int | None = None, most: int = 10_000
     value = config.get(key)
     value = default if value is None else value
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
-        raise ValueError(f"config.json has {key} = {value!r}; it must be an integer from 1 to {most}")
+        raise ValueError(
+            f"config.json has {key} = {value!r}; it must be an integer from 1 to {most}"
+        )
     return value
 
 
@@ -159,7 +179,9 @@ class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(
+            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class RMSNorm(nn.Module):
@@ -183,7 +205,10 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.width, c.n_kv_head * c.head_dim, bias=c.qkv_bias)
         self.o_proj = Linear(c.n_head * c.head_dim, c.width, bias=c.out_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.head_dim, c.norm_eps), RMSNorm(c.head_dim, c.norm_eps)
+            self.q_norm, self.k_norm = (
+                RMSNorm(c.head_dim, c.norm_eps),
+                RMSNorm(c.head_dim, c.norm_eps),
+            )
 
     def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, C] -> q [B, H, T, D], k and v [B, Hkv, T, D]; q and k normed (qwen3) and turned."""
@@ -195,7 +220,9 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return rotate(q.transpose(1, 2), *turn), rotate(k.transpose(1, 2), *turn), v.transpose(1, 2)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, x: Tensor, turn: tuple[Tensor, Tensor], cache=None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """x [B, T, C] -> (output [B, T, C], (q, k, v))."""
         B, T, C = x.shape
         q, k, v = self.qkv(x, turn)
@@ -229,7 +256,9 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c.width, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
 
-    def forward(self, h: Tensor, turn: tuple[Tensor, Tensor], cache=None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(
+        self, h: Tensor, turn: tuple[Tensor, Tensor], cache=None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """h [B, T, C] -> (h after this layer, (q, k, v) inside it)."""
         out, qkv = self.self_attn(self.input_layernorm(h), turn, cache)
         h = h + out
@@ -268,27 +297,64 @@ class Llama(nn.Module):
         positions = torch.arange(T, device=like.device)
         return rotation(self.config.rope, self.config.head_dim, positions, T, like.dtype)
 
-    def hidden(self, ids: Tensor, dtype: torch.dtype | None = None, checkpointing: bool = False) -> Tensor:
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def score_scale(self, T: int) -> float:
+        """a of the Q/Q and K/K relations over T tokens: D^-1/2, over the square of YaRN's temperature."""
+        _, temperature = frequencies(self.config.rope, self.config.head_dim, T)
+        return self.config.head_dim**-0.5 / temperature**2
+
+    def hidden(
+        self, ids: Tensor, dtype: torch.dtype | None = None, checkpointing: bool = False
+    ) -> Tensor:
         """[B, T, C] after the last norm. `checkpointing` keeps one [B, T, C] a layer and recomputes the rest."""
         B, T = ids.shape
         h = self.embed(ids, dtype)
         turn = self.turn(T, h)
         for layer in self.model.layers:
-            h, _ = recompute(layer, h, turn, use_reentrant=False) if checkpointing else layer(h, turn)
+            h, _ = (
+                recompute(layer, h, turn, use_reentrant=False) if checkpointing else layer(h, turn)
+            )
         return self.model.norm(h)
 
     @staticmethod
-    def from_pretrained(path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> "Llama":
+    def from_pretrained(
+        path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
+    ) -> "Llama":
         """Reads a Hugging Face directory: built without memory, then filled tensor by tensor from the mapped files.
 
         dtype None keeps each tensor's own. Raises ValueError, before any allocation, naming every tensor that is
         missing, left over or of another shape than config.json says; and for weights that are not finite.
         """
-        config = LlamaConfig.from_hf(checkpoint.read_json(Path(path) / "config.json"))
+        config = LlamaConfig.from_hf(files.read_json(Path(path) / "config.json"))
         with torch.device("meta"):
             model = Llama(config)
         checkpoint.load_weights(model, Path(path), dtype=dtype, device=device)
         return model.requires_grad_(False).eval()
+
+
+def make_student(teacher: Llama, config: LlamaConfig, trained: tuple[str, ...] = TRAINED) -> Llama:
+    """A Llama of `config` that shares the teacher's tensors, but for float32 copies, requiring grad, of `trained`."""
+    with torch.device("meta"):
+        student = Llama(config)
+    for name, p in teacher.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner.rpartition(".")[2] in trained:
+            p = nn.Parameter(p.detach().to(torch.float32, copy=True), requires_grad=True)
+        setattr(student.get_submodule(owner), leaf, p)
+    if config.tied:
+        student.lm_head.weight = student.model.embed_tokens.weight
+    return student.eval()
+
+
+def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in student.named_parameters() if p.requires_grad}
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def check_device(name: str) -> None:
@@ -296,18 +362,24 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name} is not to be had here: {str(e).splitlines()[0]}") from None
+        raise ValueError(
+            f"--device {name} is not to be had here: {str(e).splitlines()[0]}"
+        ) from None
 
 
 def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:
     """part(*slices of `chunk` rows), concatenated. More than one chunk: each is recomputed in the backward."""
     pieces = list(zip(*(t.split(chunk) for t in tensors), strict=True))
-    if len(pieces) == 1 or not torch.is_grad_enabled():  # nothing to save: one chunk is alive at a time anyway
+    if (
+        len(pieces) == 1 or not torch.is_grad_enabled()
+    ):  # nothing to save: one chunk is alive at a time anyway
         return torch.cat([part(*piece) for piece in pieces])
     return torch.cat([recompute(part, *piece, use_reentrant=False) for piece in pieces])
 
 
-def next_token_loss(model: Llama, h: Tensor, targets: Tensor, chunk: int = 4096, reduction: str = "mean") -> Tensor:
+def next_token_loss(
+    model: Llama, h: Tensor, targets: Tensor, chunk: int = 4096, reduction: str = "mean"
+) -> Tensor:
     """Cross-entropy in nats of h [B, T, C] against targets [B, T], with at most [chunk, V] logits alive at once.
 
     reduction: "mean", or "none" for [B, T].

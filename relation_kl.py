@@ -38,6 +38,7 @@ from torch import Tensor
 # Rows of a strip: few enough for one to stay in a CPU's caches. B 8, H 4, T 512, D 64, forward + backward, two Zen 5
 # cores: 43 ms at 32, 106 at 64, 147 at 128 (torch 2.13).
 BT = 32
+RELATIONS = ("Q/Q", "K/K", "V/V")
 IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
 
 
@@ -73,7 +74,9 @@ def relation_kl(
     try:
         import kernel_triton  # only here, so that machines without Triton can use the other two
     except ImportError as e:
-        raise ValueError(f'impl="triton" needs the triton package ({e}); install it, or use impl="tiled"') from None
+        raise ValueError(
+            f'impl="triton" needs the triton package ({e}); install it, or use impl="tiled"'
+        ) from None
     return kernel_triton.relation_kl_triton(student, teacher, scale, teacher_scale, causal, lengths)
 
 
@@ -86,7 +89,11 @@ def choose(x: Tensor) -> tuple[str, str]:
     except ImportError as e:
         return "tiled", f"Triton cannot be imported ({e})"
     reason = kernel_triton.unsupported(x)
-    return ("tiled", reason) if reason else ("triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported")
+    return (
+        ("tiled", reason)
+        if reason
+        else ("triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported")
+    )
 
 
 def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) -> None:
@@ -95,19 +102,31 @@ def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) 
     if student.dim() != 4 or 0 in student.shape:
         raise ValueError(f"student must be a non-empty [B, H, T, D]; got {list(student.shape)}")
     if teacher.shape != student.shape:
-        raise ValueError(f"teacher {list(teacher.shape)} and student {list(student.shape)} must have one shape")
+        raise ValueError(
+            f"teacher {list(teacher.shape)} and student {list(student.shape)} must have one shape"
+        )
     if not student.is_floating_point() or teacher.dtype != student.dtype:
-        raise ValueError(f"student is {student.dtype}, teacher {teacher.dtype}: both must have one floating dtype")
+        raise ValueError(
+            f"student is {student.dtype}, teacher {teacher.dtype}: both must have one floating dtype"
+        )
     if teacher.device != student.device:
-        raise ValueError(f"student is on {student.device}, teacher on {teacher.device}: put both on one device")
+        raise ValueError(
+            f"student is on {student.device}, teacher on {teacher.device}: put both on one device"
+        )
     if teacher.requires_grad:
-        raise ValueError("the teacher requires grad, and this loss gives it none: pass teacher.detach()")
+        raise ValueError(
+            "the teacher requires grad, and this loss gives it none: pass teacher.detach()"
+        )
     whole = lengths is None or not (lengths.is_floating_point() or lengths.dtype == torch.bool)
     if lengths is not None and (lengths.shape != student.shape[:1] or not whole):
-        raise ValueError(f"lengths must be [{student.shape[0]}] integers; got {list(lengths.shape)} {lengths.dtype}")
+        raise ValueError(
+            f"lengths must be [{student.shape[0]}] integers; got {list(lengths.shape)} {lengths.dtype}"
+        )
 
 
-def _visible(rows: range, cols: int, T: int, causal: bool, lengths: Tensor | None, device: torch.device) -> Tensor:
+def _visible(
+    rows: range, cols: int, T: int, causal: bool, lengths: Tensor | None, device: torch.device
+) -> Tensor:
     """Which columns j < cols each row of `rows` may see: bool, broadcastable to [B, 1, len(rows), cols]."""
     i = torch.arange(rows.start, rows.stop, device=device)[:, None]
     j = torch.arange(cols, device=device)[None, :]
@@ -118,7 +137,9 @@ def _visible(rows: range, cols: int, T: int, causal: bool, lengths: Tensor | Non
     return seen & (i < n) & (j < n)
 
 
-def _dense(x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None) -> Tensor:
+def _dense(
+    x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
+) -> Tensor:
     """The definition, as one would write it on a blackboard. [B, H, T, T] matrices and plain autograd."""
     B, H, T, D = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -129,7 +150,9 @@ def _dense(x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: boo
         hidden = torch.where(seen.any(-1, keepdim=True), float("-inf"), 0.0).to(wide)
         log_p = torch.where(seen, scale * (x @ x.mT), hidden).log_softmax(-1)
         log_q = torch.where(seen, teacher_scale * (y @ y.mT), hidden).log_softmax(-1)
-        terms = log_q.exp() * (log_q - log_p)  # -inf minus -inf where unseen: dropped by the next line
+        terms = log_q.exp() * (
+            log_q - log_p
+        )  # -inf minus -inf where unseen: dropped by the next line
         return torch.where(seen, terms, 0.0).sum(-1)
 
 
@@ -145,10 +168,14 @@ class _Tiled(torch.autograd.Function):
             # (1) with the log-sum-exps inside the sum, as log Q - log P: outside, large numbers would cancel
             log_p, log_q = s.log_softmax(-1), u.log_softmax(-1)
             q = log_q.exp()
-            terms = log_q.sub_(log_p).masked_fill_(~seen, 0.0).mul_(q)  # unseen: -inf + inf, dropped
+            terms = (
+                log_q.sub_(log_p).masked_fill_(~seen, 0.0).mul_(q)
+            )  # unseen: -inf + inf, dropped
             kl[..., rows.start : rows.stop] = terms.sum(-1)
         if lengths is not None:
-            kl.masked_fill_(torch.arange(T, device=x.device) >= lengths.to(x.device)[:, None, None], 0.0)
+            kl.masked_fill_(
+                torch.arange(T, device=x.device) >= lengths.to(x.device)[:, None, None], 0.0
+            )
         ctx.save_for_backward(x, y, lengths)
         ctx.arguments = (scale, teacher_scale, causal)
         return kl
@@ -174,7 +201,9 @@ class _Tiled(torch.autograd.Function):
         return dx.to(x.dtype), None, None, None, None, None
 
 
-def _strips(x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None):
+def _strips(
+    x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
+):
     """Yields (rows, S strip, U strip, visible): scores [B, H, <=BT, n] with -inf where unseen, n the columns needed."""
     B, H, T, D = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -187,4 +216,9 @@ def _strips(x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bo
             r = slice(rows.start, rows.stop)
             s = (scale * x[..., r, :]) @ x[..., :n, :].mT
             u = (teacher_scale * y[..., r, :]) @ y[..., :n, :].mT
-            yield rows, s.masked_fill_(~seen, float("-inf")), u.masked_fill_(~seen, float("-inf")), seen
+            yield (
+                rows,
+                s.masked_fill_(~seen, float("-inf")),
+                u.masked_fill_(~seen, float("-inf")),
+                seen,
+            )

@@ -40,7 +40,11 @@ from torch import Tensor
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # what a config.json may say
 STUDENT_KINDS = ("linear", "ntk", "dynamic", "yarn", "llama3")  # what --rope offers
 _ORIGINAL = ("yarn", "llama3", "longrope")  # the kinds whose formula needs M0
-_MULTIPLY = ("linear", "yarn", "llama3")  # scaling one of these by its own kind multiplies the factors
+_MULTIPLY = (
+    "linear",
+    "yarn",
+    "llama3",
+)  # scaling one of these by its own kind multiplies the factors
 _TUNING = {  # the optional numbers of each kind, with transformers' defaults (None: derived)
     "yarn": {
         "attention_factor": None,
@@ -74,16 +78,24 @@ class RopeConfig:
         table = scaling or parameters
         kind = table.get("rope_type", table.get("type", "default"))
         if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"rope_type {kind!r} is not supported; the known ones are {', '.join(KINDS)}")
-        theta = table.get("rope_theta", config.get("rope_theta", parameters.get("rope_theta", 10000.0)))
+            raise ValueError(
+                f"rope_type {kind!r} is not supported; the known ones are {', '.join(KINDS)}"
+            )
+        theta = table.get(
+            "rope_theta", config.get("rope_theta", parameters.get("rope_theta", 10000.0))
+        )
         theta = _positive("rope_theta", 10000.0 if theta is None else theta)
-        max_position = int(_positive("max_position_embeddings", config.get("max_position_embeddings", 2048)))
+        max_position = int(
+            _positive("max_position_embeddings", config.get("max_position_embeddings", 2048))
+        )
         heads, width = config.get("num_attention_heads") or 1, config.get("hidden_size") or 128
         head_dim = config.get("head_dim") or width // heads
         original = None
         if kind in _ORIGINAL:
             # transformers 5: the top level overrides the nested key for these kinds
-            original = config.get("original_max_position_embeddings", table.get("original_max_position_embeddings"))
+            original = config.get(
+                "original_max_position_embeddings", table.get("original_max_position_embeddings")
+            )
             original = int(_positive("original_max_position_embeddings", original or max_position))
         factor = table.get("factor")
         if factor is None and kind in ("yarn", "longrope"):
@@ -102,8 +114,14 @@ class RopeConfig:
         # vLLM wants a float factor; llama.cpp reads M0 of llama3 from the top level
         table = {"rope_type": self.kind, "factor": float(self.factor)}
         if self.original is not None:
-            table["original_max_position_embeddings"] = out["original_max_position_embeddings"] = self.original
-        table |= {k: list(v) if isinstance(v, tuple) else v for k, v in self._filled().items() if v is not None}
+            table["original_max_position_embeddings"] = out["original_max_position_embeddings"] = (
+                self.original
+            )
+        table |= {
+            k: list(v) if isinstance(v, tuple) else v
+            for k, v in self._filled().items()
+            if v is not None
+        }
         out["rope_scaling"] = {"type": self.kind, **table}
         out["rope_parameters"] = {**table, "rope_theta": self.theta}
         return out
@@ -116,7 +134,9 @@ class RopeConfig:
             raise ValueError(f"the scale is {factor!r}; it must be a number above 1, such as 8")
         longer = round(self.max_position * factor)
         if self.kind == kind and kind in _MULTIPLY:
-            given = self._filled().get("attention_factor")  # keep it derived: it grows with the factor
+            given = self._filled().get(
+                "attention_factor"
+            )  # keep it derived: it grows with the factor
             derived = frequencies(replace(self, tuning=()), self.head_dim)[1]
             if given is not None and abs(given - derived) > 1e-3:
                 raise ValueError(f"the teacher's yarn has an attention_factor of its own, {given}: no rule says how it "
@@ -124,7 +144,11 @@ class RopeConfig:
             tuning = tuple((k, v) for k, v in self.tuning if k != "attention_factor")
             return replace(self, factor=self.factor * factor, max_position=longer, tuning=tuning)
         if self.kind != "default":
-            remedy = f"use --rope {self.kind}" if self.kind in _MULTIPLY else "use a teacher with plain RoPE"
+            remedy = (
+                f"use --rope {self.kind}"
+                if self.kind in _MULTIPLY
+                else "use a teacher with plain RoPE"
+            )
             raise ValueError(
                 f"the teacher's RoPE is already scaled ({self.kind}, factor {self.factor:g}): {kind} on top of it "
                 f"has no representation in config.json; {remedy}"
@@ -135,12 +159,16 @@ class RopeConfig:
         if kind == "dynamic":  # its formula has M, the length before scaling, in max_position
             return replace(self, kind=kind, factor=float(factor))
         original = self.max_position if kind in _ORIGINAL else None
-        return replace(self, kind=kind, factor=float(factor), max_position=longer, original=original)
+        return replace(
+            self, kind=kind, factor=float(factor), max_position=longer, original=original
+        )
 
     @property
     def length(self) -> int:
         """The tokens that the model can be used at: dynamic's file keeps the length before scaling."""
-        return round(self.max_position * self.factor) if self.kind == "dynamic" else self.max_position
+        return (
+            round(self.max_position * self.factor) if self.kind == "dynamic" else self.max_position
+        )
 
     def _filled(self) -> dict:
         return _TUNING.get(self.kind, {}) | dict(self.tuning)
@@ -151,11 +179,15 @@ class RopeConfig:
         for name in ("short_factor", "long_factor") if self.kind == "longrope" else ():
             table = self._filled()[name]
             if not isinstance(table, tuple) or len(table) != self.head_dim // 2:
-                raise ValueError(f"longrope needs {name} with head_dim / 2 = {self.head_dim // 2} numbers")
+                raise ValueError(
+                    f"longrope needs {name} with head_dim / 2 = {self.head_dim // 2} numbers"
+                )
         return self
 
 
-def frequencies(rope: RopeConfig, head_dim: int, seq_len: int | None = None) -> tuple[Tensor, float]:
+def frequencies(
+    rope: RopeConfig, head_dim: int, seq_len: int | None = None
+) -> tuple[Tensor, float]:
     """(w [head_dim/2] float32 on the CPU, attention factor). seq_len matters to dynamic and longrope alone."""
     d, s, tuning = head_dim, rope.factor, rope._filled()
     pairs = torch.arange(0, d, 2, dtype=torch.int64).float() / d
@@ -174,12 +206,16 @@ def frequencies(rope: RopeConfig, head_dim: int, seq_len: int | None = None) -> 
         table = tuning["long_factor" if (seq_len or 0) > rope.original else "short_factor"]
         given = tuning["attention_factor"]
         derived = 1.0 if s <= 1 else math.sqrt(1 + math.log(s) / math.log(rope.original))
-        return 1.0 / (torch.tensor(table, dtype=torch.float32) * rope.theta**pairs), given or derived
+        return 1.0 / (
+            torch.tensor(table, dtype=torch.float32) * rope.theta**pairs
+        ), given or derived
     return w, 1.0
 
 
 def _yarn(rope: RopeConfig, w: Tensor, d: int, tuning: dict) -> tuple[Tensor, float]:
-    def pair_turning(turns: float) -> float:  # the index whose wavelength fits `turns` times into M0
+    def pair_turning(
+        turns: float,
+    ) -> float:  # the index whose wavelength fits `turns` times into M0
         return d * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     def temperature(scale: float, m: float) -> float:
@@ -229,7 +265,12 @@ def _table(config: dict, key: str) -> dict:
 
 
 def _positive(name: str, value) -> float:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and 0 < value < 1e12
+    good = (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and 0 < value < 1e12
+    )
     if not good:
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return float(value)

@@ -22,11 +22,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import checkpoint
-import data
+from engine import data
+from engine.lookups import Lookups
+from hub import checkpoint
+from hub.tokenizer import LLAMA3_WORDS, load_tokenizer
 from model import Llama, LlamaConfig, next_token_loss
-from recall import Lookups
-from tokenizer import LLAMA3_WORDS, load_tokenizer
 
 T, BATCH, SHARE = 512, 16, 0.25  # native context, blocks a step, share of look-up documents
 END = "<|end|>"
@@ -57,20 +57,34 @@ def sources() -> list[tuple[str, Path]]:
 
 def make_tokenizer(out: Path, texts: list[str]) -> None:
     """Trains BPE and writes it twice: 256 bytes, then the merges in order, then the end token."""
-    words = [pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    words = [
+        pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
+        pre_tokenizers.ByteLevel(False, use_regex=False),
+    ]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(words)
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=4095, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=4095, initial_alphabet=alphabet, show_progress=False)
+    )
     bpe.add_special_tokens([END])
     bpe.save(str(out / "tokenizer.json"))
     to_byte = {c: b for b, c in _byte_letters().items()}
-    ranks = {i: bytes(to_byte[c] for c in t) for t, i in bpe.get_vocab(with_added_tokens=False).items()}
+    ranks = {
+        i: bytes(to_byte[c] for c in t) for t, i in bpe.get_vocab(with_added_tokens=False).items()
+    }
     lines = (f"{base64.b64encode(ranks[i]).decode()} {i}\n" for i in sorted(ranks))
     (out / "tokenizer.tiktoken").write_text("".join(lines))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "add_bos_token": False}
-    settings |= {"added_tokens_decoder": {"4095": {"content": END, "special": True}}, "pat_str": LLAMA3_WORDS}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END,
+        "add_bos_token": False,
+    }
+    settings |= {
+        "added_tokens_decoder": {"4095": {"content": END, "special": True}},
+        "pat_str": LLAMA3_WORDS,
+    }
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
 
@@ -119,7 +133,9 @@ def train(model: Llama, corpus: data.Corpus, lookups: Lookups, minutes: float, l
     begin, step, share = time.time(), 0, 0.0
     while share < 1:
         share = (time.time() - begin) / (60 * minutes)
-        rate = min((step + 1) / 100, 1.0) * max(0.02, min(1.0, (1 - share) / 0.5))  # warm-up, level, then down
+        rate = min((step + 1) / 100, 1.0) * max(
+            0.02, min(1.0, (1 - share) / 0.5)
+        )  # warm-up, level, then down
         ids = blocks(corpus, lookups, step)
         h = model.hidden(ids[:, :-1], torch.bfloat16)
         loss = next_token_loss(model, h, ids[:, 1:])
@@ -130,18 +146,28 @@ def train(model: Llama, corpus: data.Corpus, lookups: Lookups, minutes: float, l
             optimiser.step()
             optimiser.zero_grad()
         if step % 50 == 0 or share >= 1:
-            row = {"step": step, "tokens": (step + 1) * BATCH * T, "minutes": round(share * minutes, 1)}
+            row = {
+                "step": step,
+                "tokens": (step + 1) * BATCH * T,
+                "minutes": round(share * minutes, 1),
+            }
             row["loss"] = round(loss.item(), 4)
             if step % 250 == 0 or share >= 1:
-                row["held_out"], row["recall"] = (round(x, 4) for x in measure(model, corpus, lookups))
+                row["held_out"], row["recall"] = (
+                    round(x, 4) for x in measure(model, corpus, lookups)
+                )
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
         step += 1
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory to write; it must not exist yet")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="directory to write; it must not exist yet"
+    )
     parser.add_argument("--minutes", type=float, default=60, help="training time")
     args = parser.parse_args()
     if args.out.exists():
@@ -152,15 +178,21 @@ def main() -> None:
     make_tokenizer(args.out, [f.read_text(encoding="utf-8", errors="ignore") for _, f in sources()])
     tokenizer = load_tokenizer(args.out)
     texts = [(n, f.read_text(encoding="utf-8", errors="ignore")) for n, f in sources()]
-    streams = data.split([(n, np.asarray(tokenizer.encode_documents([t])[0], dtype=np.uint16)) for n, t in texts])
+    streams = data.split(
+        [(n, np.asarray(tokenizer.encode_documents([t])[0], dtype=np.uint16)) for n, t in texts]
+    )
     corpus = data.Corpus(*streams, name="the standard library and its tests")
     lookups = Lookups(tokenizer, corpus.train)
     model = Llama(LlamaConfig.from_hf(SHAPE))
     initialise(model)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.train):,} training tokens")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.train):,} training tokens"
+    )
     with (args.out / "training.jsonl").open("w") as log:
         train(model, corpus, lookups, args.minutes, log)
-    checkpoint.save_pretrained(model, args.out.with_name("written"), tokenizer_from=args.out, dtype=torch.bfloat16)
+    checkpoint.save_pretrained(
+        model, args.out.with_name("written"), tokenizer_from=args.out, dtype=torch.bfloat16
+    )
     for file in args.out.with_name("written").iterdir():
         file.replace(args.out / file.name)
     args.out.with_name("written").rmdir()

@@ -21,9 +21,9 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import tasks
+from evals import tasks
+from hub.tokenizer import load_tokenizer
 from model import Llama
-from tokenizer import load_tokenizer
 
 YAML = {
     "lambada_openai": "lambada/lambada_openai.yaml",
@@ -47,14 +47,20 @@ def harness_task(name: str, file: Path, limit: int | None) -> ConfigurableTask:
         if config.get(key) != split:
             config.pop(key, None)
     config.pop("tag", None)
-    config |= {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": {split: str(file)}}}
+    config |= {
+        "dataset_path": "json",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {split: str(file)}},
+    }
     task = ConfigurableTask(config=config)
     task.set_fewshot_seed(1234)
     task.build_all_requests(limit=limit, rank=0, world_size=1)
     return task
 
 
-def compare(name: str, file: Path, limit: int | None, model: Llama, tokenizer, harness: HFLM) -> tuple[int, int, float]:
+def compare(
+    name: str, file: Path, limit: int | None, model: Llama, tokenizer, harness: HFLM
+) -> tuple[int, int, float]:
     """(items that agree, items, largest difference of a log-probability)."""
     task, groups = harness_task(name, file, limit), {}
     for request in task.instances:
@@ -78,13 +84,20 @@ def compare(name: str, file: Path, limit: int | None, model: Llama, tokenizer, h
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--task-dir", type=Path, required=True)
     p.add_argument("--limit", type=int)
     args = p.parse_args()
-    model, tokenizer = Llama.from_pretrained(args.model, dtype=torch.float32), load_tokenizer(args.model)
-    harness = HFLM(pretrained=str(args.model), device="cpu", dtype="float32", batch_size=8, backend="causal")
+    model, tokenizer = (
+        Llama.from_pretrained(args.model, dtype=torch.float32),
+        load_tokenizer(args.model),
+    )
+    harness = HFLM(
+        pretrained=str(args.model), device="cpu", dtype="float32", batch_size=8, backend="causal"
+    )
     agree = items = 0
     for name in YAML:
         if (file := args.task_dir / f"{name}.jsonl").is_file():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
+from hub import checkpoint
 from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]

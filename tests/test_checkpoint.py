@@ -12,9 +12,9 @@ import torch
 from conftest import random_model, write_model
 from safetensors.torch import load_file, save_file
 
-import checkpoint
+from hub import checkpoint, files
+from hub.tokenizer import load_tokenizer
 from model import Llama, LlamaConfig
-from tokenizer import load_tokenizer
 
 IDS = torch.randint(0, 4096, (1, 20), generator=torch.Generator().manual_seed(0))
 
@@ -186,14 +186,18 @@ def test_links_inside_the_hubs_cache_are_followed(tiny_dir, tmp_path):
 
 def mutate(path: Path, rng: random.Random) -> None:
     """One random change to one file: bits, lengths, or a value inside its JSON."""
-    file = rng.choice([f for f in sorted(path.iterdir()) if f.name in ("config.json", "model.safetensors")])
+    file = rng.choice(
+        [f for f in sorted(path.iterdir()) if f.name in ("config.json", "model.safetensors")]
+    )
     data = bytearray(file.read_bytes())
     kind = rng.choice(["bit", "cut", "grow", "zero", "value"])
     # half of the changes fall in the header, which is where the structure is
     where = rng.randrange(min(len(data), 3000) if rng.random() < 0.8 else len(data))
     if kind == "value" and file.name == "config.json":
         config = json.loads(bytes(data))
-        config[rng.choice(sorted(config))] = rng.choice([None, -1, 0, 1e308, "x", [], {}, True, 10**15, [1], 0.5])
+        config[rng.choice(sorted(config))] = rng.choice(
+            [None, -1, 0, 1e308, "x", [], {}, True, 10**15, [1], 0.5]
+        )
         data = bytearray(json.dumps(config).encode())
     elif kind == "cut":
         del data[where:]
@@ -221,13 +225,34 @@ def test_fuzz_no_traceback_no_hang_and_no_wrong_model(tiny_dir, tmp_path):
         else:
             tensors = load_file(path / "model.safetensors")
             assert all(torch.equal(p, tensors[k]) for k, p in model.named_parameters())
-            assert model.config == LlamaConfig.from_hf(json.loads((path / "config.json").read_text()))
+            assert model.config == LlamaConfig.from_hf(
+                json.loads((path / "config.json").read_text())
+            )
         assert time.monotonic() - began < 5
         shutil.rmtree(path)
     assert 100 < refused < 400, "a fuzz that refuses nothing or everything shows nothing"
 
 
-VALUES = [None, True, False, -1, 0, 1, 7, 10**15, 0.5, -0.5, 1e308, float("nan"), "x", "", [], [1], {}, {"a": 1}]
+VALUES = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    7,
+    10**15,
+    0.5,
+    -0.5,
+    1e308,
+    float("nan"),
+    "x",
+    "",
+    [],
+    [1],
+    {},
+    {"a": 1},
+]
 TABLE = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -239,12 +264,17 @@ TABLE = {
 
 def test_every_key_of_the_config_with_every_kind_of_value_is_taken_or_refused(tiny_dir):
     """Never an exception other than ValueError, whatever stands in config.json or in its rope table."""
-    config = json.loads((tiny_dir / "config.json").read_text()) | {"sliding_window": 4, "max_window_layers": 0}
+    config = json.loads((tiny_dir / "config.json").read_text()) | {
+        "sliding_window": 4,
+        "max_window_layers": 0,
+    }
     taken = refused = 0
     for family in ("llama", "mistral", "qwen2", "qwen3"):
         base = config | {"model_type": family}
         cases = [base | {key: value} for key in base for value in VALUES]
-        cases += [base | {"rope_scaling": TABLE | {key: value}} for key in TABLE for value in VALUES]
+        cases += [
+            base | {"rope_scaling": TABLE | {key: value}} for key in TABLE for value in VALUES
+        ]
         for case in cases:
             try:
                 LlamaConfig.from_hf(case).to_hf()
@@ -281,7 +311,7 @@ def test_a_damaged_tokenizer_is_refused_or_read(tiny_dir, tmp_path):
 def test_a_failed_write_leaves_the_old_directory(tmp_path):
     target = write_model(tmp_path / "model", seed=1)
     before = {f.name: f.read_bytes() for f in target.iterdir()}
-    with pytest.raises(KeyboardInterrupt), checkpoint.atomic_directory(target) as work:
+    with pytest.raises(KeyboardInterrupt), files.atomic_directory(target) as work:
         (work / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
     assert {f.name: f.read_bytes() for f in target.iterdir()} == before
@@ -292,7 +322,11 @@ def test_the_export_is_checked_by_reading_it_back(tmp_path, monkeypatch):
     real = checkpoint.save_file
 
     def lossy(tensors, *rest, **more):
-        real({k: v + 0.1 if k == "model.norm.weight" else v for k, v in tensors.items()}, *rest, **more)
+        real(
+            {k: v + 0.1 if k == "model.norm.weight" else v for k, v in tensors.items()},
+            *rest,
+            **more,
+        )
 
     monkeypatch.setattr(checkpoint, "save_file", lossy)
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):

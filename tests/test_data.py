@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import TEACHER
 
-import data
-from recall import PAIRS, Lookups
-from tokenizer import load_tokenizer
+from engine import data
+from engine.lookups import PAIRS, Lookups
+from hub.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,13 @@ def corpus_of(paths, tokenizer, tmp_path):
 
 
 def test_every_kind_of_source_and_the_end_token(tokenizer, tmp_path):
-    texts = {"a.txt": "one two", "b.md": "three", "c.py": "four()", "d.jsonl": "five", "e.jsonl.gz": "six"}
+    texts = {
+        "a.txt": "one two",
+        "b.md": "three",
+        "c.py": "four()",
+        "d.jsonl": "five",
+        "e.jsonl.gz": "six",
+    }
     for name, text in texts.items():
         row = json.dumps({"text": text}) + "\n"
         if name.endswith(".gz"):
@@ -47,7 +53,9 @@ def test_the_order_is_a_function_of_seed_and_step(tokenizer, text_dir, tmp_path)
     assert torch.equal(one[5:9], corpus.batch(0, 5, 4, 32)), "any slice of a run is the same blocks"
     assert not torch.equal(one, corpus.batch(1, 0, 2 * n, 32))
     for epoch in (one[:n], one[n:]):
-        assert len({tuple(row.tolist()) for row in epoch}) >= 0.95 * n, "an epoch visits every block once"
+        assert len({tuple(row.tolist()) for row in epoch}) >= 0.95 * n, (
+            "an epoch visits every block once"
+        )
     assert not torch.equal(one[:n], one[n:]), "epochs differ"
     assert torch.equal(one[0, 1:], torch.from_numpy(np.asarray(one[0, 1:])))
 

@@ -41,7 +41,9 @@ def test_imports_go_one_way():
     edges = {}
     for path in MODULES:
         found = set()
-        for node in ast.parse(path.read_text()).body:  # at the top level: relation_kl imports its kernel lazily
+        for node in ast.parse(
+            path.read_text()
+        ).body:  # at the top level: relation_kl imports its kernel lazily
             if isinstance(node, ast.Import):
                 found |= {a.name for a in node.names}
             elif isinstance(node, ast.ImportFrom):
@@ -66,10 +68,17 @@ def test_every_command_of_the_readme_exists_with_the_flags_it_shows(script):
             shown |= set(re.findall(r"(?<!\w)(--[a-z][\w-]*)", line.split(f"python {script}")[1]))
     assert (ROOT / script).is_file()
     if shown:
-        run = subprocess.run([sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=ROOT)
+        run = subprocess.run(
+            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=ROOT
+        )
         if "{" in run.stdout.split("\n")[0]:  # subcommands have their flags in their own help
             for sub in re.findall(r"\{([\w,]+)\}", run.stdout)[0].split(","):
-                more = subprocess.run([sys.executable, script, sub, "--help"], capture_output=True, text=True, cwd=ROOT)
+                more = subprocess.run(
+                    [sys.executable, script, sub, "--help"],
+                    capture_output=True,
+                    text=True,
+                    cwd=ROOT,
+                )
                 run.stdout += more.stdout
         assert run.returncode == 0 and not [f for f in shown if f not in run.stdout], shown
 
@@ -80,13 +89,20 @@ def test_the_make_targets_of_the_readme_exist():
 
 
 def test_the_project_speaks_of_itself_alone():
-    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    listed = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.split()
     for name in listed:
-        if name.endswith((".py", ".md", ".toml", ".txt", ".sh", "Makefile")) and name != "tests/test_docs.py":
+        if (
+            name.endswith((".py", ".md", ".toml", ".txt", ".sh", "Makefile"))
+            and name != "tests/test_docs.py"
+        ):
             text = (ROOT / name).read_text()
             assert not re.search(r"/work/|/root/|/\.library|http://(?!www)", text), name
 
 
 def test_nothing_large_is_committed():
-    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    listed = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.split()
     assert sum((ROOT / n).stat().st_size for n in listed if (ROOT / n).exists()) < 20_000_000

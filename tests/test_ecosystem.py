@@ -12,16 +12,23 @@ import torch
 import transformers
 from conftest import ROOT, TEACHER, random_model, tiny_config
 
-import checkpoint
-import distill
-from model import Llama
-from tokenizer import load_tokenizer
+from hub import checkpoint
+from hub.tokenizer import load_tokenizer
+from model import Llama, make_student, trainable
 
-V4 = ROOT / ".venv" / "transformers4"  # made by `make test`: transformers 4.57.6 beside the installed 5.x
+V4 = (
+    ROOT / ".venv" / "transformers4"
+)  # made by `make test`: transformers 4.57.6 beside the installed 5.x
 VOCABULARIES = ROOT / ".venv" / "vocabularies"
-needs_v4 = pytest.mark.skipif(not V4.is_dir(), reason="transformers 4.57 is not there; `make test` installs it")
-needs_vocabularies = pytest.mark.skipif(not VOCABULARIES.is_dir(), reason="`make test` installs the vocabularies")
-IDS = torch.randint(0, 4000, (1, 300), generator=torch.Generator().manual_seed(0))  # the native window is 64
+needs_v4 = pytest.mark.skipif(
+    not V4.is_dir(), reason="transformers 4.57 is not there; `make test` installs it"
+)
+needs_vocabularies = pytest.mark.skipif(
+    not VOCABULARIES.is_dir(), reason="`make test` installs the vocabularies"
+)
+IDS = torch.randint(
+    0, 4000, (1, 300), generator=torch.Generator().manual_seed(0)
+)  # the native window is 64
 STUDENTS = {
     "llama linear": ({}, "linear"),
     "llama ntk": ({}, "ntk"),
@@ -50,7 +57,10 @@ np.savez(out, version=transformers.__version__, **logits)
 def run_v4(script: str, *args) -> None:
     environment = dict(os.environ, PYTHONPATH=str(V4), OMP_NUM_THREADS="1")
     run = subprocess.run(
-        [sys.executable, "-c", script, *map(str, args)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, *map(str, args)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert run.returncode == 0, run.stderr[-2000:]
 
@@ -61,8 +71,8 @@ def exports(tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
     out = {}
     for name, (changes, kind) in STUDENTS.items():
         teacher = random_model(**changes)
-        student = distill.make_student(teacher, teacher.config.extended(kind, 8))
-        for p in distill.trainable(student).values():
+        student = make_student(teacher, teacher.config.extended(kind, 8))
+        for p in trainable(student).values():
             p.data *= 1.1
         path = tmp_path_factory.mktemp("exports") / name.replace(" ", "-")
         checkpoint.save_pretrained(student, path, tokenizer_from=TEACHER)
@@ -80,7 +90,9 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_transformers_5_gives_our_logits(name, exports):
     path, ours = exports[name]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", dtype=torch.float32
+    )
     assert theirs.config.max_position_embeddings == (64 if "dynamic" in name else 512)
     with torch.no_grad():
         close(ours, theirs.eval()(IDS).logits)
@@ -89,7 +101,12 @@ def test_transformers_5_gives_our_logits(name, exports):
 @needs_v4
 def test_transformers_4_gives_our_logits(exports, tmp_path):
     np.save(tmp_path / "ids.npy", IDS.numpy())
-    run_v4(THEIRS, tmp_path / "logits.npz", tmp_path / "ids.npy", *(path for path, _ in exports.values()))
+    run_v4(
+        THEIRS,
+        tmp_path / "logits.npz",
+        tmp_path / "ids.npy",
+        *(path for path, _ in exports.values()),
+    )
     theirs = np.load(tmp_path / "logits.npz")
     assert str(theirs["version"]).startswith("4.57")
     for path, ours in exports.values():
@@ -133,7 +150,10 @@ def test_the_exported_tokenizer_is_byte_for_byte_and_loads_in_transformers(expor
 
 
 # -------------------------------------------------------------------------------- real vocabularies, from PyPI packages
-TEXT = "Hello, world! naïve ☃ 12345 and 678\n\n\tdef f(x):\n    return x  \r\n  I'm  here… 東京" + "z" * 1000
+TEXT = (
+    "Hello, world! naïve ☃ 12345 and 678\n\n\tdef f(x):\n    return x  \r\n  I'm  here… 東京"
+    + "z" * 1000
+)
 
 
 def vocabulary(tmp_path: Path, source: Path, name: str, **settings) -> Path:
@@ -146,12 +166,17 @@ def vocabulary(tmp_path: Path, source: Path, name: str, **settings) -> Path:
 
 @needs_vocabularies
 def test_llama3s_rank_file(tmp_path):
-    path = vocabulary(tmp_path, VOCABULARIES / "llama_models" / "llama3" / "tokenizer.model", "tokenizer.model")
+    path = vocabulary(
+        tmp_path, VOCABULARIES / "llama_models" / "llama3" / "tokenizer.model", "tokenizer.model"
+    )
     (path / "config.json").write_text(json.dumps({"eos_token_id": 128001, "bos_token_id": 128000}))
     tok = load_tokenizer(path)
     assert tok.kind == "tiktoken" and tok.size == 128000 and tok.bos_id == 128000
     assert tok.decode(tok.encode(TEXT)) == TEXT
-    assert tok.encode("Hello, world!") == [9906, 11, 1917, 0] and tok.encode("a", bos=True) == [128000, 64]
+    assert tok.encode("Hello, world!") == [9906, 11, 1917, 0] and tok.encode("a", bos=True) == [
+        128000,
+        64,
+    ]
 
 
 @needs_vocabularies
@@ -162,7 +187,9 @@ def test_qwens_rank_file(tmp_path):
 
 
 @needs_vocabularies
-@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"]
+)
 def test_sentencepiece_models_equal_the_library(tmp_path, name):
     sentencepiece = pytest.importorskip("sentencepiece")
     source = VOCABULARIES / "mistral_common" / "data" / name
@@ -175,7 +202,9 @@ def test_sentencepiece_models_equal_the_library(tmp_path, name):
 @needs_vocabularies
 def test_sentencepiece_without_the_package_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    path = vocabulary(tmp_path, VOCABULARIES / "mistral_common" / "data" / "tokenizer.model.v1", "tokenizer.model")
+    path = vocabulary(
+        tmp_path, VOCABULARIES / "mistral_common" / "data" / "tokenizer.model.v1", "tokenizer.model"
+    )
     with pytest.raises(ValueError, match=r"pip install sentencepiece"):
         load_tokenizer(path)
 
@@ -186,7 +215,9 @@ def test_bos_follows_the_tokenizers_files(tmp_path):
     fast = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
     plain = vocabulary(tmp_path, TEACHER / "tokenizer.json", "tokenizer.json")
     assert load_tokenizer(plain).bos_id is None
-    fast.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 4095)])
+    fast.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 4095)]
+    )
     fast.save(str(plain / "tokenizer.json"))
     assert load_tokenizer(plain).encode("a", bos=True)[0] == 4095
     assert load_tokenizer(plain).encode_documents(["a"])[0][0] == 4095
@@ -199,12 +230,19 @@ def test_llama3s_rank_file_takes_its_bos_from_the_tokenizer_json_beside_it(tmp_p
     """The hub's tokenizer_config.json of LLaMA-3 has no add_bos_token; its tokenizer.json's post-processor adds one."""
     from tokenizers import Tokenizer, processors
 
-    path = vocabulary(tmp_path, VOCABULARIES / "llama_models" / "llama3" / "tokenizer.model", "tokenizer.model", x=1)
+    path = vocabulary(
+        tmp_path,
+        VOCABULARIES / "llama_models" / "llama3" / "tokenizer.model",
+        "tokenizer.model",
+        x=1,
+    )
     (path / "config.json").write_text(json.dumps({"eos_token_id": 128001, "bos_token_id": 128000}))
     assert load_tokenizer(path).bos_id == 128000
     fast = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
     fast.save(str(path / "tokenizer.json"))
     assert load_tokenizer(path).bos_id is None
-    fast.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 4095)])
+    fast.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 4095)]
+    )
     fast.save(str(path / "tokenizer.json"))
     assert load_tokenizer(path).bos_id == 4095

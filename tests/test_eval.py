@@ -9,14 +9,13 @@ import pytest
 import torch
 from conftest import random_model, write_model
 
-import checkpoint
-import diagnose
-import distill
 import eval as evaluation
-import longtext
-import report
-from model import Llama, next_token_loss
-from tokenizer import load_tokenizer
+import train
+from evals import layers as diagnose
+from evals import longtext, report
+from hub import checkpoint
+from hub.tokenizer import load_tokenizer
+from model import Llama, make_student, next_token_loss
 
 # Retention
 
@@ -24,7 +23,10 @@ from tokenizer import load_tokenizer
 def results(n=200, seed=0):
     rng = np.random.default_rng(seed)
     luck = rng.random(n)  # the same for all models: the items are paired
-    return {name: (luck < p).astype(float) for name, p in (("teacher", 0.8), ("untrained", 0.4), ("student", 0.7))}
+    return {
+        name: (luck < p).astype(float)
+        for name, p in (("teacher", 0.8), ("untrained", 0.4), ("student", 0.7))
+    }
 
 
 def plain_bootstrap(columns, statistic, resamples=1000):
@@ -42,10 +44,14 @@ def test_retention_equals_a_plain_paired_bootstrap():
     m = {name: x.mean() for name, x in columns.items()}
     kept, share = found["kept"]["student"], found["recovered"]["student"]
     assert kept["value"] == pytest.approx(m["student"] / m["teacher"])
-    assert share["value"] == pytest.approx((m["student"] - m["untrained"]) / (m["teacher"] - m["untrained"]))
+    assert share["value"] == pytest.approx(
+        (m["student"] - m["untrained"]) / (m["teacher"] - m["untrained"])
+    )
     expected = plain_bootstrap(columns, lambda m: m["student"] / m["teacher"])
     assert [kept["low"], kept["high"]] == pytest.approx(expected, abs=0.01)
-    expected = plain_bootstrap(columns, lambda m: (m["student"] - m["untrained"]) / (m["teacher"] - m["untrained"]))
+    expected = plain_bootstrap(
+        columns, lambda m: (m["student"] - m["untrained"]) / (m["teacher"] - m["untrained"])
+    )
     assert [share["low"], share["high"]] == pytest.approx(expected, abs=0.02)
     assert found["items"] == 200 and found["seed"] == 3 and found["resamples"] == 1000
     assert report.retention({"piqa, accuracy": columns}, seed=3)["piqa, accuracy"] == found
@@ -60,13 +66,20 @@ def test_a_task_does_not_move_another_ones_interval():
     average = both["average accuracy"]["kept"]["student"]
     means = {name: (one[name].mean() + two[name].mean()) / 2 for name in one}
     assert average["value"] == pytest.approx(means["student"] / means["teacher"])
-    assert average["high"] - average["low"] < alone["kept"]["student"]["high"] - alone["kept"]["student"]["low"]
+    assert (
+        average["high"] - average["low"]
+        < alone["kept"]["student"]["high"] - alone["kept"]["student"]["low"]
+    )
 
 
 def test_noise_is_not_read_as_a_result():
     rng = np.random.default_rng(0)
-    columns = {name: (rng.random(100) < 0.5).astype(float) for name in ("teacher", "untrained", "student")}
-    assert report.retention({"a, accuracy": columns})["a, accuracy"]["recovered"] == {"student": None}
+    columns = {
+        name: (rng.random(100) < 0.5).astype(float) for name in ("teacher", "untrained", "student")
+    }
+    assert report.retention({"a, accuracy": columns})["a, accuracy"]["recovered"] == {
+        "student": None
+    }
     same = results() | {"student": results()["teacher"]}
     assert report.retention({"a, accuracy": same})["a, accuracy"]["kept"]["student"] == {
         "value": 1.0,
@@ -75,8 +88,12 @@ def test_noise_is_not_read_as_a_result():
     }
     nothing = {name: np.zeros(9) for name in columns}
     assert report.retention({"a, accuracy": nothing})["a, accuracy"]["kept"] == {"student": None}
-    seldom = {name: np.asarray([1.0] * 4 + [0.0] * 36) for name in columns}  # a few draws get none: still a ratio
-    assert report.retention({"a, accuracy": seldom})["a, accuracy"]["kept"]["student"]["high"] == 1.0
+    seldom = {
+        name: np.asarray([1.0] * 4 + [0.0] * 36) for name in columns
+    }  # a few draws get none: still a ratio
+    assert (
+        report.retention({"a, accuracy": seldom})["a, accuracy"]["kept"]["student"]["high"] == 1.0
+    )
     assert "within noise" in report.retention_table(report.retention({"a, accuracy": columns}))
 
 
@@ -89,12 +106,21 @@ def test_retention_of_a_perplexity():
 
 
 def test_write_keeps_its_keys(tmp_path):
-    columns = {"teacher": {"loss at 1x": 2.0}, "untrained": {"loss at 1x": 4.0}, "stage1": {"loss at 1x": 2.5}}
+    columns = {
+        "teacher": {"loss at 1x": 2.0},
+        "untrained": {"loss at 1x": 4.0},
+        "stage1": {"loss at 1x": 2.5},
+    }
     shares = report.recovered(columns, "loss at 1x")
     text = report.write(tmp_path, columns, shares, {"command": "x"})
     body = json.loads((tmp_path / "report.json").read_text())
-    assert list(body) == ["columns", "rows", "recovered", "about"] and body["recovered"] == {"stage1": 0.75}
-    assert text == report.table(columns, shares) and (tmp_path / "report.md").read_text() == text + "\n"
+    assert list(body) == ["columns", "rows", "recovered", "about"] and body["recovered"] == {
+        "stage1": 0.75
+    }
+    assert (
+        text == report.table(columns, shares)
+        and (tmp_path / "report.md").read_text() == text + "\n"
+    )
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -102,7 +128,13 @@ def test_write_keeps_its_keys(tmp_path):
 
 
 def test_every_prediction_is_scored_once_with_enough_before_it():
-    for n, width, stride in ((1000, 512, 256), (512, 512, 256), (100, 512, 256), (1025, 256, 256), (777, 300, 7)):
+    for n, width, stride in (
+        (1000, 512, 256),
+        (512, 512, 256),
+        (100, 512, 256),
+        (1025, 256, 256),
+        (777, 300, 7),
+    ):
         seen = []
         for begin, end, first in longtext.windows(n, width, stride):
             assert end - begin <= width and (first == 0 or first - begin >= width - stride)
@@ -130,7 +162,9 @@ def test_documents_are_whole_and_long_enough(tiny_dir, tmp_path):
     (tmp_path / "short.txt").write_text("import os\n")
     (ids,) = longtext.documents([tmp_path], tokenizer, 40, 8)
     assert ids.tolist() == tokenizer.encode("import os\n" * 50)[:41]
-    with pytest.raises(ValueError, match=r"no document has more than 4000 tokens, the longest has \d+; shorten"):
+    with pytest.raises(
+        ValueError, match=r"no document has more than 4000 tokens, the longest has \d+; shorten"
+    ):
         longtext.documents([tmp_path], tokenizer, 4000, 8)
 
 
@@ -138,7 +172,9 @@ def test_loss_by_position_and_its_octaves():
     model = random_model()
     blocks = torch.randint(0, 4095, (3, 65), generator=torch.Generator().manual_seed(0))
     losses = longtext.loss_by_position(model, blocks, torch.float32)
-    expected = next_token_loss(model, model.hidden(blocks[:, :-1]), blocks[:, 1:], reduction="none").mean(0)
+    expected = next_token_loss(
+        model, model.hidden(blocks[:, :-1]), blocks[:, 1:], reduction="none"
+    ).mean(0)
     assert losses == pytest.approx(expected.numpy(), abs=1e-4)
     scores = report.Scores({"model": {}})
     curve = longtext.position_scores(scores, {"model": model}, blocks, 16)
@@ -168,11 +204,20 @@ def oracle(monkeypatch, tiny_dir):
 def test_passkey_map(oracle, tmp_path):
     scores = report.Scores({"model": {}})
     grid = longtext.passkey_scores(scores, {"model": random_model()}, oracle, [1024, 2048], 20, 42)
-    assert grid["lengths"] == [1024, 2048] and len(grid["depths"]) == 20 and np.shape(grid["model"]) == (20, 2)
+    assert (
+        grid["lengths"] == [1024, 2048]
+        and len(grid["depths"]) == 20
+        and np.shape(grid["model"]) == (20, 2)
+    )
     assert grid["model"][0] == [0.0, 0.0] and grid["model"][19] == [1.0, 1.0]
-    assert scores.columns["model"]["passkey at 2048"] == pytest.approx(np.mean(np.asarray(grid["model"])[:, 1]))
+    assert scores.columns["model"]["passkey at 2048"] == pytest.approx(
+        np.mean(np.asarray(grid["model"])[:, 1])
+    )
     assert scores.columns["model"]["passkey, tokens reached"] == 2048
-    assert scores.facts["passkey at 1024"]["items"] == 20 and scores.facts["passkey at 1024"]["stderr"]["model"] > 0
+    assert (
+        scores.facts["passkey at 1024"]["items"] == 20
+        and scores.facts["passkey at 1024"]["stderr"]["model"] > 0
+    )
     longtext.draw_passkey(tmp_path / "map.png", grid)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
@@ -187,17 +232,27 @@ def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp
     monkeypatch.setattr(longtext, "answers", answers)
     scores, names = report.Scores({"model": {}}), ["vt", "vt_typo", "niah_single_1", "qa_1"]
     able, lacking = longtext.feasible(tokenizer, names, [512, 1024], 42, None)
-    assert able == [(512, "niah_single_1"), (1024, "vt"), (1024, "vt_typo"), (1024, "niah_single_1")]
+    assert able == [
+        (512, "niah_single_1"),
+        (1024, "vt"),
+        (1024, "vt_typo"),
+        (1024, "niah_single_1"),
+    ]
     longtext.ruler_scores(scores, {"model": None}, tokenizer, able, 2, 42, None, tmp_path)
     assert any("qa_1 needs squad.json" in why for why in lacking)
     assert any("length 512 cannot hold vt:" in why for why in lacking)
     column = scores.columns["model"]
-    assert column["RULER vt at 1024"] == pytest.approx(0.2) and column["RULER niah_single_1 at 512"] == 1.0
+    assert (
+        column["RULER vt at 1024"] == pytest.approx(0.2)
+        and column["RULER niah_single_1 at 512"] == 1.0
+    )
     assert column["RULER mean of 3 tasks at 1024"] == pytest.approx((0.2 + 0.2 + 1) / 3)
     assert "'assgined'" in scores.facts["RULER vt_typo at 1024"]["version"]
     assert scores.facts["RULER niah_single_1 at 1024"]["version"] == "not RULER's: own words"
     assert asked == [("niah_single_1", 2), ("vt", 2), ("vt_typo", 2), ("niah_single_1", 2)]
-    kept = [json.loads(line) for line in (tmp_path / "model.vt.1024.jsonl").read_text().splitlines()]
+    kept = [
+        json.loads(line) for line in (tmp_path / "model.vt.1024.jsonl").read_text().splitlines()
+    ]
     assert [row["score"] for row in kept] == [0.2, 0.2]
     with pytest.raises(ValueError, match=r"none of qa_1 can be made: qa_1 needs squad\.json"):
         longtext.feasible(tokenizer, ["qa_1"], [512], 42, None)
@@ -208,13 +263,19 @@ def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp
 
 def test_divergence_is_the_training_loss_head_by_head(tmp_path):
     teacher = random_model()
-    student = distill.make_student(teacher, teacher.config.extended("yarn", 4.0), trained=())
+    student = make_student(teacher, teacher.config.extended("yarn", 4.0), trained=())
     ids = torch.randint(0, 4095, (2, 96), generator=torch.Generator().manual_seed(0))
     found = diagnose.divergence(teacher, student, ids, torch.float32)
-    assert found.shape == (2, 3, 4) and np.isnan(found[:, 1:, 2:]).all() and np.isfinite(found[:, 0]).all()
-    _, parts = distill.relation_loss(teacher, student, ids, torch.float32)
+    assert (
+        found.shape == (2, 3, 4)
+        and np.isnan(found[:, 1:, 2:]).all()
+        and np.isfinite(found[:, 0]).all()
+    )
+    _, parts = train.relation_loss(teacher, student, ids, torch.float32)
     assert np.nanmean(found, axis=-1) == pytest.approx(parts.numpy(), rel=1e-4)
-    assert np.nanmax(diagnose.divergence(teacher, teacher, ids, torch.float32)) == pytest.approx(0, abs=1e-6)
+    assert np.nanmax(diagnose.divergence(teacher, teacher, ids, torch.float32)) == pytest.approx(
+        0, abs=1e-6
+    )
     both = {"before": found, "after": found / 2}
     diagnose.draw(tmp_path / "layers.png", both)
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
@@ -230,9 +291,12 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     teacher = write_model(folder / "teacher", max_position_embeddings=128)
     model = Llama.from_pretrained(teacher)
-    student = distill.make_student(model, model.config.extended("linear", 4.0), trained=())
+    student = make_student(model, model.config.extended("linear", 4.0), trained=())
     checkpoint.save_pretrained(student, folder / "student", tokenizer_from=teacher)
-    rows = [{"query": f"def f{i}(x):", "choices": ["return x", "pass", "yield"], "gold": i % 3} for i in range(12)]
+    rows = [
+        {"query": f"def f{i}(x):", "choices": ["return x", "pass", "yield"], "gold": i % 3}
+        for i in range(12)
+    ]
     (folder / "openbookqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rows = [{"context": f"def f{i}(x): return", "continuation": "x"} for i in range(6)]
     (folder / "lambada.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -246,8 +310,26 @@ def run(pair: Path, text_dir: Path, out: Path, *more: str) -> dict:
 
 
 def test_same_seed_same_report_and_every_figure_says_what_it_is(pair, text_dir, tmp_path, capsys):
-    wanted = ["--tasks", "openbookqa", "lambada_openai", "boolq", "--task-dir", str(pair), "--lengths", "512"]
-    wanted += ["--ppl", "--positions", "--passkey", "--layers", "--ruler", "niah_single_1", "--samples", "2"]
+    wanted = [
+        "--tasks",
+        "openbookqa",
+        "lambada_openai",
+        "boolq",
+        "--task-dir",
+        str(pair),
+        "--lengths",
+        "512",
+    ]
+    wanted += [
+        "--ppl",
+        "--positions",
+        "--passkey",
+        "--layers",
+        "--ruler",
+        "niah_single_1",
+        "--samples",
+        "2",
+    ]
     bodies, tables = [], []
     for _ in range(2):
         bodies.append(run(pair, text_dir, tmp_path / "one", *wanted, "--predictions"))
@@ -255,26 +337,50 @@ def test_same_seed_same_report_and_every_figure_says_what_it_is(pair, text_dir, 
         bodies[-1]["about"].pop("seconds")
     assert bodies[0] == bodies[1] and tables[0] == tables[1]
     body = bodies[0]
-    assert body["columns"] == ["teacher", "untrained", "student"] and set(body["recovered"]) == {"student"}
-    expected = {"loss at 1x", "loss at 4x", "recall at 4x", "openbookqa, accuracy", "openbookqa, accuracy normed"}
-    expected |= {"lambada_openai, perplexity", "sliding perplexity at 512", "loss in 2-4x", "passkey at 512"}
+    assert body["columns"] == ["teacher", "untrained", "student"] and set(body["recovered"]) == {
+        "student"
+    }
+    expected = {
+        "loss at 1x",
+        "loss at 4x",
+        "recall at 4x",
+        "openbookqa, accuracy",
+        "openbookqa, accuracy normed",
+    }
+    expected |= {
+        "lambada_openai, perplexity",
+        "sliding perplexity at 512",
+        "loss in 2-4x",
+        "passkey at 512",
+    }
     expected |= {"RULER niah_single_1 at 512", "average accuracy"}
     assert expected <= set(body["rows"])
     for row in body["rows"]:
         facts = body["facts"][row]
-        assert facts["version"] and facts["items"] > 0 and "seed" in facts and facts["dtype"] == "float32", row
-        assert facts["command"].startswith("python eval.py --model ") and set(facts["stderr"]) == set(
-            body["columns"]
+        assert (
+            facts["version"]
+            and facts["items"] > 0
+            and "seed" in facts
+            and facts["dtype"] == "float32"
         ), row
+        assert facts["command"].startswith("python eval.py --model ") and set(
+            facts["stderr"]
+        ) == set(body["columns"]), row
     assert body["retention"]["average accuracy"]["items"] == 18
-    assert np.shape(body["layers"]["after"][0][0]) == (4,) and np.shape(body["layers"]["before"][1][2]) == (2,)
+    assert np.shape(body["layers"]["after"][0][0]) == (4,) and np.shape(
+        body["layers"]["before"][1][2]
+    ) == (2,)
     assert len(body["missing"]) == 1 and body["missing"][0].startswith("boolq: expected as")
     for name in ("report.png", "passkey.png", "positions.png", "layers.png"):
         assert (tmp_path / "one" / name).read_bytes().startswith(b"\x89PNG")
     items = (tmp_path / "one" / "predictions" / "student.openbookqa.jsonl").read_text().splitlines()
     assert len(items) == 12 and set(json.loads(items[0])) == {"gold", "prediction", "logps"}
     said = capsys.readouterr()
-    assert "boolq: expected as" in said.err and "kept of the teacher" in said.out and "not RULER's" in said.out
+    assert (
+        "boolq: expected as" in said.err
+        and "kept of the teacher" in said.out
+        and "not RULER's" in said.out
+    )
 
 
 def test_one_model_alone(pair, tmp_path):
@@ -288,14 +394,19 @@ def test_one_model_alone(pair, tmp_path):
 
 
 def test_a_window_shorter_than_the_stride_is_refused_at_once(pair):
-    with pytest.raises(ValueError, match="stride, 256 tokens, and --lengths begins at 128; name longer ones"):
+    with pytest.raises(
+        ValueError, match="stride, 256 tokens, and --lengths begins at 128; name longer ones"
+    ):
         evaluation.main(f"--model {pair / 'student'} --ppl --lengths 512 128 --device cpu".split())
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("--layers", "--layers compares a student with its teacher; name the teacher with --against"),
+        (
+            "--layers",
+            "--layers compares a student with its teacher; name the teacher with --against",
+        ),
         ("--ruler passkey", r"--ruler passkey is not one of niah_single_1, "),
         ("--samples 0", "--samples is 0; it must be at least 1"),
         ("--lengths 0", "--lengths 0 is no number of tokens"),

@@ -17,13 +17,15 @@ pytest.importorskip("triton")
 
 from test_kernel import agree, bf16, both, fp16, fp32, inputs
 
-import bench
 import kernel_triton
+from bench import kernel as bench
 from relation_kl import choose, relation_kl
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available() or kernel_triton.INTERPRETED, reason="needs a CUDA GPU"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or kernel_triton.INTERPRETED, reason="needs a CUDA GPU"
+    ),
 ]
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +69,9 @@ def test_agrees_with_the_definition(dtype, D, causal, padded):
 )
 def test_long(H, T, D, dtype):
     x, y, w = inputs(1, H, T, D, dtype, device="cuda")
-    first = agree(x, y, w, impl="tiled")  # linear memory, tested against the definition in test_relation_kl.py
+    first = agree(
+        x, y, w, impl="tiled"
+    )  # linear memory, tested against the definition in test_relation_kl.py
     assert equal(first, agree(x, y, w, impl="tiled"))
 
 
@@ -96,7 +100,9 @@ def test_teacher_scale_layouts_and_padding():
     for z in (x, y, w):
         for b, n in enumerate(lengths.tolist()):
             z[b, :, n:] = float("nan")
-    assert equal(clean, both(lambda x, y: relation_kl(x, y, lengths=lengths, impl="triton"), x, y, w))
+    assert equal(
+        clean, both(lambda x, y: relation_kl(x, y, lengths=lengths, impl="triton"), x, y, w)
+    )
 
 
 def test_offsets_past_2_to_the_31():
@@ -104,7 +110,9 @@ def test_offsets_past_2_to_the_31():
     if torch.cuda.mem_get_info()[0] < 12 * 2**30:
         pytest.skip("needs 12 GiB of free GPU memory")
     packed, y, w = inputs(1, 4, 300, 64, bf16, device="cuda")
-    x = torch.zeros(3 * 2**30 + 300 * 64, dtype=bf16, device="cuda").as_strided((1, 4, 300, 64), (0, 2**30, 64, 1))
+    x = torch.zeros(3 * 2**30 + 300 * 64, dtype=bf16, device="cuda").as_strided(
+        (1, 4, 300, 64), (0, 2**30, 64, 1)
+    )
     x.copy_(packed)
     near = kernel_triton._forward(packed, y, 0.1, 0.1, True, None)
     assert equal(near, kernel_triton._forward(x, y, 0.1, 0.1, True, None))
@@ -139,7 +147,9 @@ def test_under_compile_without_a_graph_break():
 
 def test_under_checkpoint():
     x, y, w = inputs(2, 2, 200, 64, bf16, device="cuda")
-    again = both(lambda x, y: torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=False), x, y, w)
+    again = both(
+        lambda x, y: torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=False), x, y, w
+    )
     assert equal(again, both(loss, x, y, w))
 
 
@@ -206,7 +216,9 @@ def test_on_the_second_gpu():
 # ---- other judges
 
 
-@pytest.mark.skipif("LINEARARD_AUTHORS" not in os.environ, reason="LINEARARD_AUTHORS names no clone")
+@pytest.mark.skipif(
+    "LINEARARD_AUTHORS" not in os.environ, reason="LINEARARD_AUTHORS names no clone"
+)
 def test_agrees_with_the_authors_kernels():
     """In value and gradient, causal and unpadded, where theirs is right. Theirs sums over rows."""
     theirs = bench.authors(Path(os.environ["LINEARARD_AUTHORS"]))
@@ -231,10 +243,23 @@ torch.cuda.synchronize()
 """
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
+@pytest.mark.skipif(
+    shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed"
+)
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SMALL_CASE]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        "-c",
+        SMALL_CASE,
+    ]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stdout[-4000:] + ran.stderr[-2000:]

@@ -24,7 +24,9 @@ import kernel_triton  # noqa: E402
 from kernel_triton import Tile, relation_kl_triton, tile, unsupported  # noqa: E402
 from relation_kl import relation_kl  # noqa: E402
 
-interpreted = pytest.mark.skipif(not kernel_triton.INTERPRETED, reason="runs in test_under_the_interpreter")
+interpreted = pytest.mark.skipif(
+    not kernel_triton.INTERPRETED, reason="runs in test_under_the_interpreter"
+)
 compiled = pytest.mark.skipif(kernel_triton.INTERPRETED, reason="the interpreter compiles nothing")
 bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -63,7 +65,13 @@ def agree(x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None,
     plain = both(lambda x, y: eager(x, y, *arguments), x, y, w)
     true = both(
         lambda x, y: relation_kl(
-            x, y, scale=scale, teacher_scale=teacher_scale, causal=causal, lengths=lengths, impl=impl
+            x,
+            y,
+            scale=scale,
+            teacher_scale=teacher_scale,
+            causal=causal,
+            lengths=lengths,
+            impl=impl,
         ),
         x.double(),
         y.double(),
@@ -72,12 +80,19 @@ def agree(x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None,
     assert kl.dtype == torch.float32 and dx.dtype == x.dtype and dx.shape == x.shape
     # A score S, rounded to float32, is off by |S| 2^-24, and so are its row's lse and the exponent of P: 3 roundings of
     # S and 3 of U reach the loss, and P, Q of relative error that size reach the gradient, times a w x, twice (3).
-    top = max(abs(s) * z.double().square().sum(-1).max().item() for s, z in ((scale, x), (teacher_scale, y)))
+    top = max(
+        abs(s) * z.double().square().sum(-1).max().item()
+        for s, z in ((scale, x), (teacher_scale, y))
+    )
     score = 6 * 2**-24 * (top + 1)
     floors = (score, 2 * score * abs(scale) * w.abs().max().item() * x.double().abs().max().item())
-    for name, ours, theirs, right, floor in zip(("loss", "gradient"), (kl, dx), plain, true, floors, strict=True):
+    for name, ours, theirs, right, floor in zip(
+        ("loss", "gradient"), (kl, dx), plain, true, floors, strict=True
+    ):
         error, allowed = ((z.double() - right).abs().max().item() for z in (ours, theirs))
-        assert error <= 2 * allowed + floor, f"{name}: error {error:.2e}, eager's {allowed:.2e}, floor {floor:.2e}"
+        assert error <= 2 * allowed + floor, (
+            f"{name}: error {error:.2e}, eager's {allowed:.2e}, floor {floor:.2e}"
+        )
     return kl, dx
 
 
@@ -99,9 +114,20 @@ def inputs(B, H, T, D, dtype, layout="BHTD", device="cpu"):
 @compiled
 def test_under_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "--noconftest", "-p", "no:cacheprovider", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        "--noconftest",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
     root = Path(__file__).parents[1]
-    ran = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
 
 
@@ -115,7 +141,9 @@ def poison(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-SMALL = Tile(32, 16, 4, 1)  # several tiles in a short sequence: all three ranges of columns, and ragged ones
+SMALL = Tile(
+    32, 16, 4, 1
+)  # several tiles in a short sequence: all three ranges of columns, and ragged ones
 WIDE = Tile(16, 32, 4, 1)  # the diagonal crosses a tile of more columns than rows
 
 
@@ -126,19 +154,31 @@ WIDE = Tile(16, 32, 4, 1)  # the diagonal crosses a tile of more columns than ro
         pytest.param(fp32, (1, 1, 1, 16), True, None, "BHTD", None, id="one-token"),
         pytest.param(fp32, (1, 2, 15, 16), False, None, "BHTD", None, id="T15-full"),
         pytest.param(fp32, (2, 1, 63, 64), True, None, "BHTD", None, id="T63-shipped-tile"),
-        pytest.param(fp32, (2, 2, 100, 80), True, [37, 100], "BTHD", SMALL, id="T100-D80-lengths-BTHD"),
-        pytest.param(fp32, (2, 2, 100, 80), False, [33, 64], "BTHD", SMALL, id="T100-D80-full-lengths"),
+        pytest.param(
+            fp32, (2, 2, 100, 80), True, [37, 100], "BTHD", SMALL, id="T100-D80-lengths-BTHD"
+        ),
+        pytest.param(
+            fp32, (2, 2, 100, 80), False, [33, 64], "BTHD", SMALL, id="T100-D80-full-lengths"
+        ),
         pytest.param(fp32, (1, 1, 100, 16), True, None, "BHTD", WIDE, id="wide-tile"),
         pytest.param(fp32, (1, 1, 100, 16), False, [90], "BHTD", WIDE, id="wide-tile-full-lengths"),
         pytest.param(fp16, (1, 1, 257, 64), True, None, "BHTD", None, id="fp16-T257-shipped-tile"),
-        pytest.param(fp16, (1, 1, 257, 128), False, None, "BHTD", None, id="fp16-T257-full-shipped-tile"),
-        pytest.param(fp16, (3, 1, 63, 80), True, [0, 1, 63], "qkv", SMALL, id="fp16-D80-empty-row-qkv"),
+        pytest.param(
+            fp16, (1, 1, 257, 128), False, None, "BHTD", None, id="fp16-T257-full-shipped-tile"
+        ),
+        pytest.param(
+            fp16, (3, 1, 63, 80), True, [0, 1, 63], "qkv", SMALL, id="fp16-D80-empty-row-qkv"
+        ),
         pytest.param(bf16, (1, 1, 257, 128), True, None, "BHTD", None, id="bf16-T257-shipped-tile"),
-        pytest.param(bf16, (2, 2, 100, 64), False, [0, 99], "BTHD", SMALL, id="bf16-full-empty-row"),
+        pytest.param(
+            bf16, (2, 2, 100, 64), False, [0, 99], "BTHD", SMALL, id="bf16-full-empty-row"
+        ),
         pytest.param(bf16, (2, 3, 63, 17), True, [63, 16], "BHTD", SMALL, id="bf16-D17"),
     ],
 )
-def test_agrees_with_the_definition(dtype, shape, causal, lengths, layout, override, poison, monkeypatch):
+def test_agrees_with_the_definition(
+    dtype, shape, causal, lengths, layout, override, poison, monkeypatch
+):
     if override:
         monkeypatch.setattr(kernel_triton, "tile", lambda *_: override)
     x, y, w = inputs(*shape, dtype, layout)
@@ -148,9 +188,13 @@ def test_agrees_with_the_definition(dtype, shape, causal, lengths, layout, overr
     assert torch.equal(kl, again) and torch.equal(dx, dx_again)  # bit for bit
     if lengths is not None:
         past = torch.arange(shape[2]) >= lengths[:, None, None]
-        assert (kl.masked_select(past) == 0).all() and (dx.masked_select(past[..., None]) == 0).all()
+        assert (kl.masked_select(past) == 0).all() and (
+            dx.masked_select(past[..., None]) == 0
+        ).all()
     if layout == "BTHD":
-        assert dx.stride() == x.stride()  # written where the transpose's own backward reads it without a copy
+        assert (
+            dx.stride() == x.stride()
+        )  # written where the transpose's own backward reads it without a copy
 
 
 @interpreted
@@ -202,10 +246,14 @@ def test_a_mean_over_many_rows_does_not_underflow_float16(monkeypatch):
     x, y, w = inputs(1, 1, 40, 16, fp16)
     x = 30 * x
     usual, tiny, none = (
-        both(lambda x, y: relation_kl_triton(x, y, 0.01, 0.2, True, None), x, y, w * factor)[1].float()
+        both(lambda x, y: relation_kl_triton(x, y, 0.01, 0.2, True, None), x, y, w * factor)[
+            1
+        ].float()
         for factor in (1, 2**-12, 0)
     )
-    assert ((tiny * 2**12 - usual).abs() <= 2**-12 + 2**-10 * usual.abs()).all() and usual.abs().max() > 1
+    assert (
+        (tiny * 2**12 - usual).abs() <= 2**-12 + 2**-10 * usual.abs()
+    ).all() and usual.abs().max() > 1
     assert (none == 0).all()
 
 
@@ -218,12 +266,16 @@ def test_offsets_past_2_to_the_31(T, head, token, monkeypatch):
     """
     monkeypatch.setattr(kernel_triton, "tile", lambda *_: Tile(64, 64, 4, 1))
     packed, y, w = inputs(1, 3, T, 16, fp16)
-    x = torch.empty(2 * head + (T - 1) * token + 16, dtype=fp16).as_strided((1, 3, T, 16), (0, head, token, 1))
+    x = torch.empty(2 * head + (T - 1) * token + 16, dtype=fp16).as_strided(
+        (1, 3, T, 16), (0, head, token, 1)
+    )
     x.copy_(packed)
     far = relation_kl_triton(x, y, 0.25, 0.25, True, None)
     assert torch.equal(far, relation_kl_triton(packed, y, 0.25, 0.25, True, None))
     _, s_lse, t_lse = kernel_triton._forward(packed, y, 0.25, 0.25, True, None)
-    far, near = (kernel_triton._backward(w, s_lse, t_lse, z, y, 0.25, 0.25, True, None) for z in (x, packed))
+    far, near = (
+        kernel_triton._backward(w, s_lse, t_lse, z, y, 0.25, 0.25, True, None) for z in (x, packed)
+    )
     assert torch.equal(far, near)
 
 
@@ -251,7 +303,9 @@ def test_the_operators_keep_torch_librarys_rules():
     lengths = torch.tensor([10, 4])
     torch.library.opcheck(kernel_triton._forward, (x.requires_grad_(), y, 0.2, 0.3, True, lengths))
     _, s_lse, t_lse = kernel_triton._forward(x.detach(), y, 0.2, 0.3, True, None)
-    torch.library.opcheck(kernel_triton._backward, (w, s_lse, t_lse, x.detach(), y, 0.2, 0.3, True, None))
+    torch.library.opcheck(
+        kernel_triton._backward, (w, s_lse, t_lse, x.detach(), y, 0.2, 0.3, True, None)
+    )
 
 
 @interpreted
@@ -284,7 +338,10 @@ def test_only_first_derivatives_and_only_the_loss_is_differentiable():
 @pytest.mark.parametrize(
     "x, words",
     [
-        (torch.zeros(1, 1, 4, 32, dtype=torch.float64), "float16, bfloat16 or float32, not torch.float64"),
+        (
+            torch.zeros(1, 1, 4, 32, dtype=torch.float64),
+            "float16, bfloat16 or float32, not torch.float64",
+        ),
         (torch.zeros(1, 1, 4, 8), "D from 16 to 256, not 8"),
         (torch.zeros(1, 1, 4, 257), "D from 16 to 256, not 257"),
     ],
@@ -321,9 +378,17 @@ SPILLED = 96
 
 def test_tiles_fall_back_in_order():
     h100, a100, small = ((9, 0), SHARED[90]), ((8, 0), SHARED[80]), ((8, 9), SHARED[89])
-    assert tile("forward", 128, bf16, *h100) == tile("forward", 80, fp16, (10, 0), SHARED[100]) == Tile(128, 128, 8, 2)
+    assert (
+        tile("forward", 128, bf16, *h100)
+        == tile("forward", 80, fp16, (10, 0), SHARED[100])
+        == Tile(128, 128, 8, 2)
+    )
     assert tile("backward", 128, bf16, *h100) == Tile(128, 64, 8, 3)
-    assert tile("forward", 128, bf16, *a100) == tile("forward", 128, bf16, (9, 0), SHARED[80]) == Tile(128, 64, 8, 2)
+    assert (
+        tile("forward", 128, bf16, *a100)
+        == tile("forward", 128, bf16, (9, 0), SHARED[80])
+        == Tile(128, 64, 8, 2)
+    )
     assert tile("backward", 128, bf16, *small) == tile("backward", 128, bf16, (12, 0), SHARED[89])
     assert tile("backward", 128, bf16, *small) != tile("backward", 128, bf16, *a100)
     for direction in ("forward", "backward"):
@@ -338,7 +403,14 @@ def compile_kernel(direction, D, dtype, causal, chip):
     """Compiles one shipped choice for sm_{chip} as a launch would: 16-byte aligned pointers and strides, no lengths."""
     kernel = getattr(kernel_triton, f"_{direction}_kernel")
     BT, BS, num_warps, num_stages = tile(direction, D, dtype, divmod(chip, 10), SHARED[chip])
-    constants = {"D": D, "BD": triton.next_power_of_2(D), "BT": BT, "BS": BS, "CAUSAL": causal, "PRECISION": "ieee"}
+    constants = {
+        "D": D,
+        "BD": triton.next_power_of_2(D),
+        "BT": BT,
+        "BS": BS,
+        "CAUSAL": causal,
+        "PRECISION": "ieee",
+    }
     constants["lengths"] = None
     if direction == "backward" and dtype != fp16:
         constants["w_max"] = None
@@ -352,30 +424,51 @@ def compile_kernel(direction, D, dtype, causal, chip):
             signature[name] = "*fp32"
         else:
             signature[name] = "fp32" if name.endswith("scale") else "i32"
-    aligned = [i for i, (name, type) in enumerate(signature.items()) if type[0] == "*" or "stride" in name]
-    source = triton.compiler.ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    aligned = [
+        i for i, (name, type) in enumerate(signature.items()) if type[0] == "*" or "stride" in name
+    ]
+    source = triton.compiler.ASTSource(
+        kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
     target = triton.backends.compiler.GPUTarget("cuda", chip, 32)
-    return triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    return triton.compile(
+        source, target=target, options={"num_warps": num_warps, "num_stages": num_stages}
+    )
 
 
 def resources(cubin, path):
     """Registers and bytes of stack of a thread, by the cuobjdump that Triton brings."""
     path.write_bytes(cubin)
     program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    said = subprocess.run([program, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(
+        [program, "--dump-resource-usage", path], capture_output=True, text=True, check=True
+    ).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
     return int(registers), int(stack)
 
 
-CHOICES = [(D, dtype, True, chip) for chip in (80, 90, 100) for dtype in (bf16, fp32) for D in (64, 128, 256)]
-CHOICES += [(128, bf16, True, 89), (256, bf16, True, 89), (80, fp16, True, 90), (128, bf16, False, 90)]
+CHOICES = [
+    (D, dtype, True, chip)
+    for chip in (80, 90, 100)
+    for dtype in (bf16, fp32)
+    for D in (64, 128, 256)
+]
+CHOICES += [
+    (128, bf16, True, 89),
+    (256, bf16, True, 89),
+    (80, fp16, True, 90),
+    (128, bf16, False, 90),
+]
 
 
 @compiled
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
     "D, dtype, causal, chip",
-    [pytest.param(*c, id=f"sm{c[3]}-{TYPES[c[1]]}-D{c[0]}-{'causal' if c[2] else 'full'}") for c in CHOICES],
+    [
+        pytest.param(*c, id=f"sm{c[3]}-{TYPES[c[1]]}-D{c[0]}-{'causal' if c[2] else 'full'}")
+        for c in CHOICES
+    ],
 )
 def test_every_shipped_tile_compiles(direction, D, dtype, causal, chip, tmp_path):
     kernel = compile_kernel(direction, D, dtype, causal, chip)

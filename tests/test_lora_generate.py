@@ -8,35 +8,36 @@ import torch
 import transformers
 from conftest import random_model, tiny_config
 
-import checkpoint
-import distill
-import generate
-import lora
+import train
+from engine import lora
+from evals import generate
+from hub import checkpoint
+from model import TRAINED, make_student, trainable
 
 IDS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
 def adapted(dropout: float = 0.0, **changes):
     teacher = random_model(**changes)
-    student = distill.make_student(teacher, teacher.config.extended("linear", 8), trained=())
-    return teacher, lora.adapt(student, distill.TRAINED, 4, 8.0, dropout)
+    student = make_student(teacher, teacher.config.extended("linear", 8), trained=())
+    return teacher, lora.adapt(student, TRAINED, 4, 8.0, dropout)
 
 
 def train_a_little(student) -> None:
     g = torch.Generator().manual_seed(3)
-    for p in distill.trainable(student).values():
+    for p in trainable(student).values():
         p.data += 0.1 * torch.randn(p.shape, generator=g)
 
 
 def test_fresh_adapters_change_nothing_and_alone_learn():
     teacher, student = adapted()
-    plain = distill.make_student(teacher, student.config, trained=())
+    plain = make_student(teacher, student.config, trained=())
     with torch.no_grad():
         assert torch.equal(student(IDS), plain(IDS))
-    assert all("lora_" in name for name in distill.trainable(student)) and len(distill.trainable(student)) == 12
-    loss, _ = distill.relation_loss(teacher, student, IDS, torch.float32)
+    assert all("lora_" in name for name in trainable(student)) and len(trainable(student)) == 12
+    loss, _ = train.relation_loss(teacher, student, IDS, torch.float32)
     loss.backward()
-    assert any(p.grad.abs().max() > 0 for p in distill.trainable(student).values())
+    assert any(p.grad.abs().max() > 0 for p in trainable(student).values())
     assert all(p.grad is None for p in teacher.parameters())
 
 
@@ -61,7 +62,7 @@ def test_peft_loads_the_adapter_onto_the_scaled_base_with_the_same_logits(tmp_pa
     teacher, student = adapted()
     train_a_little(student)
     checkpoint.save_pretrained(teacher, tmp_path / "base")
-    lora.save_adapter(student, tmp_path / "adapter", str(tmp_path / "base"), distill.TRAINED)
+    lora.save_adapter(student, tmp_path / "adapter", str(tmp_path / "base"), TRAINED)
     readme = (tmp_path / "adapter" / "README.md").read_text()
     keys = json.loads(readme.split("```json\n")[1].split("```")[0])
     config = json.loads((tmp_path / "base" / "config.json").read_text()) | keys
@@ -75,15 +76,17 @@ def test_peft_loads_the_adapter_onto_the_scaled_base_with_the_same_logits(tmp_pa
 
 @pytest.mark.parametrize("rank", [-1, 33])
 def test_a_rank_that_cannot_be_is_refused(rank):
-    student = distill.make_student(random_model(), random_model().config, trained=())
+    student = make_student(random_model(), random_model().config, trained=())
     with pytest.raises(ValueError, match=f"--lora-rank is {rank}"):
-        lora.adapt(student, distill.TRAINED, rank, 8.0, 0.0)
+        lora.adapt(student, TRAINED, rank, 8.0, 0.0)
 
 
 KINDS = {
     "default": {},
     "linear": {"rope_scaling": {"type": "linear", "factor": 4.0}},
-    "yarn": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "yarn": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    },
     "window": {"model_type": "mistral", "sliding_window": 12},
     "qwen3": {"model_type": "qwen3"},
 }
@@ -115,11 +118,15 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_generate_prints_text(tiny_dir, capsys):
-    generate.main(["--model", str(tiny_dir), "--prompt", "def main(", "--tokens", "5", "--device", "cpu"])
+    generate.main(
+        ["--model", str(tiny_dir), "--prompt", "def main(", "--tokens", "5", "--device", "cpu"]
+    )
     said = capsys.readouterr()
     assert "tokens/s" in said.err and tiny_config()["vocab_size"] == 4096
 
 
 def test_no_new_tokens_is_refused(tiny_dir):
     with pytest.raises(ValueError, match="--tokens is -5"):
-        generate.main(["--model", str(tiny_dir), "--prompt", "a", "--tokens", "-5", "--device", "cpu"])
+        generate.main(
+            ["--model", str(tiny_dir), "--prompt", "a", "--tokens", "-5", "--device", "cpu"]
+        )

@@ -5,9 +5,9 @@ import torch
 import transformers
 from conftest import random_model, tiny_config
 
-import checkpoint
-import distill
-from model import Llama, LlamaConfig, next_token_loss
+import train
+from hub import checkpoint
+from model import TRAINED, Llama, LlamaConfig, make_student, next_token_loss, trainable
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
 NETWORKS = {
@@ -17,7 +17,9 @@ NETWORKS = {
     "one key head": {"num_key_value_heads": 1},
     "a head_dim of its own": {"head_dim": 16},
     "linear x8": {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 8.0}},
-    "yarn x4": {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+    "yarn x4": {
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    },
     "llama3": {
         "rope_scaling": {
             "rope_type": "llama3",
@@ -27,7 +29,10 @@ NETWORKS = {
             "high_freq_factor": 4.0,
         }
     },
-    "dynamic, beyond its length": {"max_position_embeddings": 20, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "dynamic, beyond its length": {
+        "max_position_embeddings": 20,
+        "rope_scaling": {"type": "dynamic", "factor": 4.0},
+    },
     "biases everywhere": {"attention_bias": True, "mlp_bias": True},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral with a window of 20": {"model_type": "mistral", "sliding_window": 20},
@@ -37,7 +42,9 @@ NETWORKS = {
 
 
 def transformers_model(path, **options):
-    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, **options).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, **options
+    ).eval()
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -67,11 +74,15 @@ def test_a_directory_written_by_transformers_loads(name, tmp_path):
 
 def test_the_student_shares_every_frozen_tensor():
     teacher = random_model()
-    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
+    student = make_student(teacher, teacher.config.extended("linear", 8))
     theirs = dict(teacher.named_parameters())
     for name, p in student.named_parameters():
-        if any(part in name for part in distill.TRAINED):
-            assert p.requires_grad and p.dtype == torch.float32 and p.data_ptr() != theirs[name].data_ptr()
+        if any(part in name for part in TRAINED):
+            assert (
+                p.requires_grad
+                and p.dtype == torch.float32
+                and p.data_ptr() != theirs[name].data_ptr()
+            )
             assert torch.equal(p, theirs[name].float())
         else:
             assert p is theirs[name] and not p.requires_grad
@@ -92,13 +103,15 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones():
 
 def test_checkpointing_changes_nothing_but_memory():
     teacher = random_model()
-    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
+    student = make_student(teacher, teacher.config.extended("linear", 8))
 
     def gradients(checkpointing: bool):
-        loss, parts = distill.relation_loss(teacher, student, IDS, torch.float32, checkpointing=checkpointing)
+        loss, parts = train.relation_loss(
+            teacher, student, IDS, torch.float32, checkpointing=checkpointing
+        )
         loss.backward()
-        out = [p.grad.clone() for p in distill.trainable(student).values()]
-        for p in distill.trainable(student).values():
+        out = [p.grad.clone() for p in trainable(student).values()]
+        for p in trainable(student).values():
             p.grad = None
         return [loss.detach(), parts, *out]
 
@@ -108,19 +121,19 @@ def test_checkpointing_changes_nothing_but_memory():
 
 def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
     teacher = random_model()
-    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
-    _, parts = distill.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
-    _, dense = distill.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
+    student = make_student(teacher, teacher.config.extended("linear", 8))
+    _, parts = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
+    _, dense = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
     torch.testing.assert_close(parts, dense)
-    loss, _ = distill.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
+    loss, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
     weights = torch.tensor([1.0, 0.5, 0.5])  # Hkv / H = 2 / 4
     torch.testing.assert_close(loss.detach(), (parts * weights).sum(-1).mean())
 
 
 def test_unscaled_student_has_no_relation_loss():
     teacher = random_model()
-    same = distill.make_student(teacher, teacher.config)
-    loss, _ = distill.relation_loss(teacher, same, IDS, torch.float32)
+    same = make_student(teacher, teacher.config)
+    loss, _ = train.relation_loss(teacher, same, IDS, torch.float32)
     assert loss.item() == 0
 
 
@@ -148,22 +161,22 @@ def test_refusals_name_the_key_and_value(change, said):
 
 def test_the_logit_term_is_the_plain_kl_and_none_without_scaling():
     teacher = random_model()
-    student = distill.make_student(teacher, teacher.config.extended("linear", 8))
-    alone, _ = distill.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = distill.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
+    student = make_student(teacher, teacher.config.extended("linear", 8))
+    alone, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
     p, q = student(IDS).log_softmax(-1), teacher(IDS).log_softmax(-1)
     torch.testing.assert_close(both - alone, 0.5 * (q.exp() * (q - p)).sum(-1).mean())
-    same = distill.make_student(teacher, teacher.config)
-    assert distill.relation_loss(teacher, same, IDS, torch.float32, logit_weight=1.0)[0].abs() < 1e-6
+    same = make_student(teacher, teacher.config)
+    assert train.relation_loss(teacher, same, IDS, torch.float32, logit_weight=1.0)[0].abs() < 1e-6
 
 
 def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     """The reason for the logit term: turn the value projection of every head by one rotation."""
     teacher = random_model()
-    student = distill.make_student(teacher, teacher.config)
+    student = make_student(teacher, teacher.config)
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     v = student.model.layers[1].self_attn.v_proj.weight
     v.data = (turn @ v.data.view(2, 8, 32)).view(16, 32)
-    relations, _ = distill.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = distill.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
+    relations, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1

@@ -12,8 +12,7 @@ import pytest
 from conftest import ROOT, write_model
 from safetensors.torch import load_file
 
-import parallel
-import resume
+from engine import parallel, resume
 
 STEPS1, STEPS2 = 5, 3
 ADAPTERS = ("--lora-rank", "4", "--lora-dropout", "0.3", "--micro", "1", "--logit-weight", "0.5")
@@ -21,16 +20,44 @@ ADAPTERS = ("--lora-rank", "4", "--lora-dropout", "0.3", "--micro", "1", "--logi
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    return write_model(tmp_path_factory.mktemp("models") / "small", num_hidden_layers=3, hidden_size=48)
+    return write_model(
+        tmp_path_factory.mktemp("models") / "small", num_hidden_layers=3, hidden_size=48
+    )
 
 
-def start(processes: int, small: Path, text_dir: Path, out: Path, *more: str, script=ROOT / "train.py"):
+def start(
+    processes: int, small: Path, text_dir: Path, out: Path, *more: str, script=ROOT / "train.py"
+):
     launch = [sys.executable]
     if processes > 1:
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    sizes = ["--tokens1", str(STEPS1 * 4 * 64), "--tokens2", str(STEPS2 * 2 * 128), "--batch1", "4", "--batch2", "2"]
+        launch += [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(processes),
+        ]
+    sizes = [
+        "--tokens1",
+        str(STEPS1 * 4 * 64),
+        "--tokens2",
+        str(STEPS2 * 2 * 128),
+        "--batch1",
+        "4",
+        "--batch2",
+        "2",
+    ]
     sizes += ["--lr1", "0.01", "--lr2", "0.003", "--scale", "2", "--eval-blocks", "1"]
-    places = ["--teacher", str(small), "--data", str(text_dir), "--out", str(out), "--cache", str(out.parent / "cache")]
+    places = [
+        "--teacher",
+        str(small),
+        "--data",
+        str(text_dir),
+        "--out",
+        str(out),
+        "--cache",
+        str(out.parent / "cache"),
+    ]
     command = [*launch, str(script), *places, *sizes, "--device", "cpu", *more]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     pipe = subprocess.PIPE
@@ -66,7 +93,9 @@ def same_to_rounding(a: Path, b: Path) -> None:
     gradient nearly cancels may differ more, as Adam divides by the gradient's size: so weights are held to a thousandth
     of the way that training moved them, in norm, tensor by tensor; frozen ones to no difference at all.
     """
-    assert [(r["stage"], r["step"], r["lr"]) for r in rows(a)] == [(r["stage"], r["step"], r["lr"]) for r in rows(b)]
+    assert [(r["stage"], r["step"], r["lr"]) for r in rows(a)] == [
+        (r["stage"], r["step"], r["lr"]) for r in rows(b)
+    ]
     for x, y in zip(rows(a), rows(b), strict=True):
         assert x["loss"] == pytest.approx(y["loss"], rel=1e-5) and x["grad_norm"] == pytest.approx(
             y["grad_norm"], rel=1e-4
@@ -74,7 +103,9 @@ def same_to_rounding(a: Path, b: Path) -> None:
         assert x.get("layers", []) == pytest.approx(y.get("layers", []), rel=1e-4)
     one, two = (load_file(p / "student" / "model.safetensors") for p in (a, b))
     assert one.keys() == two.keys()
-    begun = load_file(Path(json.loads((a / "run.json").read_text())["arguments"]["teacher"]) / "model.safetensors")
+    begun = load_file(
+        Path(json.loads((a / "run.json").read_text())["arguments"]["teacher"]) / "model.safetensors"
+    )
     for name, w in one.items():
         moved, apart = (w - begun[name]).norm(), (w - two[name]).norm()
         assert apart <= 1e-3 * moved, f"{name}: {apart} apart after moving {moved}"
@@ -86,7 +117,9 @@ def test_two_processes_give_the_result_of_one(full, small, text_dir, tmp_path):
     said = finish(start(2, small, text_dir, tmp_path / "two"))
     same_to_rounding(full, tmp_path / "two")
     assert said.count("exported to") == 1 and said.count("parameters") == 1, "rank 0 alone speaks"
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in full.iterdir())
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
+        p.name for p in full.iterdir()
+    )
 
 
 def test_the_noise_of_dropout_does_not_depend_on_the_processes(one, small, text_dir, tmp_path):
@@ -128,7 +161,7 @@ def test_sharded_with_recomputation(full, small, text_dir, tmp_path):
     """As if memory were short, so that every layer is computed again in the backward."""
     script = tmp_path / "short.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport plan\nplan.needs_checkpointing = lambda *_: True\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom engine import plan\nplan.needs_checkpointing = lambda *_: True\n"
         "import train\ntrain.main()\n"
     )
     finish(start(2, small, text_dir, tmp_path / "two", "--shard", script=script))
@@ -140,7 +173,9 @@ def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and not (tmp_path / "out").exists()
     said = [line for line in errors.splitlines() if line.startswith("train.py:")]
-    assert said == ["train.py: --batch1 is 3 and there are 2 processes; it must be a multiple of that"]
+    assert said == [
+        "train.py: --batch1 is 3 and there are 2 processes; it must be a multiple of that"
+    ]
 
 
 def test_shard_alone_is_refused(small, text_dir, tmp_path):

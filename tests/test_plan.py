@@ -9,35 +9,48 @@ from conftest import random_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench_step
-import distill
-import lora
 import model as model_file
-import plan
+import train
+from bench import step as bench_step
+from engine import lora, plan
+from model import TRAINED, make_student
 
 SHAPES = {
-    "grouped": {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "head_dim": 16},
-    "wide": {"hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 4, "num_key_value_heads": 4},
+    "grouped": {
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+        "head_dim": 16,
+    },
+    "wide": {
+        "hidden_size": 96,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 4,
+    },
     "qwen3": {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 3, "head_dim": 32},
 }
 
 
 def pair(shape: str, rank: int | None, dtype: torch.dtype = torch.float32):
     teacher = random_model(**SHAPES[shape], vocab_size=512, max_position_embeddings=64).to(dtype)
-    student = distill.make_student(teacher, teacher.config.extended("linear", 2), () if rank else distill.TRAINED)
-    return teacher, lora.adapt(student, distill.TRAINED, rank, 2.0 * rank, 0.0) if rank else student
+    student = make_student(teacher, teacher.config.extended("linear", 2), () if rank else TRAINED)
+    return teacher, lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0) if rank else student
 
 
 def loss_of(stage: plan.Stage, teacher, student, dtype: torch.dtype, checkpointing: bool):
     ids = torch.randint(0, 512, (2, stage.T + 1), generator=torch.Generator().manual_seed(0))
     if stage.objective == "relation":
         more = {"checkpointing": checkpointing, "logit_weight": float(stage.logits)}
-        return distill.relation_loss(teacher, student, ids[:, :-1], dtype, **more)[0]
+        return train.relation_loss(teacher, student, ids[:, :-1], dtype, **more)[0]
     h = student.hidden(ids[:, :-1], dtype, checkpointing)
     return model_file.next_token_loss(student, h, ids[:, 1:])
 
 
-KINDS = {"relation": ("stage1", "relation", False), "relation and logits": ("stage1", "relation", True)}
+KINDS = {
+    "relation": ("stage1", "relation", False),
+    "relation and logits": ("stage1", "relation", True),
+}
 KINDS |= {"next token": ("stage2", "next token", False)}
 
 
@@ -74,7 +87,9 @@ def test_activations_are_what_autograd_keeps(shape, kind, rank, dtype):
         loss_of(stage, teacher, student, dtype, False)
     parts = plan.activation_bytes(student.config, stage, dtype, 2, False, rank)
     said = parts["activations"] + parts.get("relations", 0)
-    if "logits" in parts:  # a peak; of it, a single chunk's log-softmax is kept until the backward, and the teacher's
+    if (
+        "logits" in parts
+    ):  # a peak; of it, a single chunk's log-softmax is kept until the backward, and the teacher's
         said += 4 * 2 * stage.T * 512 * (2 if stage.logits else 1)
     assert said == pytest.approx(kept.bytes, rel=0.15)
 
@@ -87,11 +102,13 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
     teacher, student = pair(shape, rank)
     stage = stage_of(kind)
     weights = [*teacher.parameters(), *student.parameters()]
-    inputs, layers, recompute = Kept(weights), [], distill.recompute
+    inputs, layers, recompute = Kept(weights), [], train.recompute
 
     def counted(f, *args, **more):
         for tensor in torch.utils._pytree.tree_leaves(args):
-            if isinstance(tensor, torch.Tensor) and tensor.dim() == 3:  # h, not the positions that all layers share
+            if (
+                isinstance(tensor, torch.Tensor) and tensor.dim() == 3
+            ):  # h, not the positions that all layers share
                 inputs(tensor)
 
         def again(*args):
@@ -103,14 +120,22 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
         again(*[a.detach().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args])
         return recompute(f, *args, **more)
 
-    monkeypatch.setattr(distill, "recompute", counted)
-    monkeypatch.setattr(model_file, "recompute", lambda f, *a, **k: (counted if len(a) > 1 else recompute)(f, *a, **k))
+    monkeypatch.setattr(train, "recompute", counted)
+    monkeypatch.setattr(
+        model_file,
+        "recompute",
+        lambda f, *a, **k: (counted if len(a) > 1 else recompute)(f, *a, **k),
+    )
     monkeypatch.setattr(model_file, "next_token_loss", lambda student, h, targets: h.sum())
-    monkeypatch.setattr(distill, "logit_kl", lambda teacher, student, h_teacher, h_student: h_student.mean())
+    monkeypatch.setattr(
+        train, "logit_kl", lambda teacher, student, h_teacher, h_student: h_student.mean()
+    )
     loss_of(stage, teacher, student, torch.float32, True)
     assert len(layers) == student.config.n_layer
     parts = plan.activation_bytes(student.config, stage, torch.float32, 2, True, rank)
-    head = 2 * 64 * (8 * student.config.width + 12) if "logits" in parts else 0  # the last norm's, outside the layers
+    head = (
+        2 * 64 * (8 * student.config.width + 12) if "logits" in parts else 0
+    )  # the last norm's, outside the layers
     said = parts["activations"] + parts.get("relations", 0) - head
     assert said == pytest.approx(inputs.bytes + max(layer.bytes for layer in layers), rel=0.15)
 
@@ -122,26 +147,38 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
     teacher, student = pair("grouped", rank)
     stage = stage_of(kind)
     c = student.config
-    monkeypatch.setattr(model_file.F, "scaled_dot_product_attention", lambda q, k, v, **_: q + k.mean() + v.mean())
-    monkeypatch.setattr(distill, "relation_kl", lambda x, y, **_: (x - y).square().sum(-1))
-    monkeypatch.setattr(model_file, "recompute", lambda f, *a, **_: f(*a))  # the head's, made again, is not counted
+    monkeypatch.setattr(
+        model_file.F, "scaled_dot_product_attention", lambda q, k, v, **_: q + k.mean() + v.mean()
+    )
+    monkeypatch.setattr(train, "relation_kl", lambda x, y, **_: (x - y).square().sum(-1))
+    monkeypatch.setattr(
+        model_file, "recompute", lambda f, *a, **_: f(*a)
+    )  # the head's, made again, is not counted
     with FlopCounterMode(display=False) as counter:
         loss_of(stage, teacher, student, torch.float32, False).backward()
     parts = plan.flops(c, stage, rank)
     free = parts.pop("relation", 0)
     attention = 2 * c.head_dim * c.n_head * stage.T * stage.T * stage.batch
-    forwards = {"relation": 4 * (c.n_layer - 1), "relation and logits": 4 * c.n_layer, "next token": 3 * c.n_layer}[
-        kind
-    ]
-    assert sum(parts.values()) - forwards * attention == pytest.approx(counter.get_total_flops(), rel=0.01)
+    forwards = {
+        "relation": 4 * (c.n_layer - 1),
+        "relation and logits": 4 * c.n_layer,
+        "next token": 3 * c.n_layer,
+    }[kind]
+    assert sum(parts.values()) - forwards * attention == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
     assert free == (
-        0 if kind == "next token" else c.n_layer * 12 * c.head_dim * stage.T**2 / 2 * stage.batch * (4 + 2 * 2)
+        0
+        if kind == "next token"
+        else c.n_layer * 12 * c.head_dim * stage.T**2 / 2 * stage.batch * (4 + 2 * 2)
     )
 
 
 def test_sharding_divides_what_it_cuts():
     c = random_model().config
-    whole, half = (plan.memory(c, stage_of("relation"), torch.float32, 1, False, None, n) for n in (1, 2))
+    whole, half = (
+        plan.memory(c, stage_of("relation"), torch.float32, 1, False, None, n) for n in (1, 2)
+    )
     assert half["trained weights, gradients, Adam"] * 2 == whole["trained weights, gradients, Adam"]
     assert half["activations"] == whole["activations"] and half["gathered layers"] > 0
 
@@ -160,10 +197,15 @@ def test_bench_step_on_a_cpu(tmp_path, monkeypatch, rank, capsys):
     bench_step.add_flags(parser)
     with (tmp_path / "step.jsonl").open("w") as log:
         bench_step.bench_step(
-            parser.parse_args(flags + ["--lora-rank", str(rank)] * bool(rank)), {"device": "CPU"}, log
+            parser.parse_args(flags + ["--lora-rank", str(rank)] * bool(rank)),
+            {"device": "CPU"},
+            log,
         )
     rows = [json.loads(line) for line in (tmp_path / "step.jsonl").read_text().splitlines()]
-    assert [(r["stage"], r["T"], r["micro"]) for r in rows] == [("stage1", 32, 1), ("stage2", 256, 1)]
+    assert [(r["stage"], r["T"], r["micro"]) for r in rows] == [
+        ("stage1", 32, 1),
+        ("stage2", 256, 1),
+    ]
     for r in rows:
         assert r["mfu"] > 0 and sum(r["parts"].values()) == pytest.approx(r["seconds"])
         assert r["tokens_per_second"] == pytest.approx(r["batch"] * r["T"] / r["seconds"])
@@ -171,6 +213,10 @@ def test_bench_step_on_a_cpu(tmp_path, monkeypatch, rank, capsys):
     assert "MFU" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, millions", [("llama2-7b", 6738), ("llama3-8b", 8030), ("smollm2-135m", 135)])
+@pytest.mark.parametrize(
+    "name, millions", [("llama2-7b", 6738), ("llama3-8b", 8030), ("smollm2-135m", 135)]
+)
 def test_the_named_shapes_have_their_models_size(name, millions):
-    assert round(plan.parameters(bench_step.config_of(name))[0] / 1e6) == pytest.approx(millions, abs=1)
+    assert round(plan.parameters(bench_step.config_of(name))[0] / 1e6) == pytest.approx(
+        millions, abs=1
+    )

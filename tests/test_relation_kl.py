@@ -16,7 +16,9 @@ def inputs(B=2, H=2, T=15, D=8, dtype=torch.float64, seed=0):
 
 
 def upstream(shape, dtype=torch.float64):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
 
 
 def value_and_grad(x, y, **options):
@@ -32,11 +34,19 @@ def test_dense_is_the_definition_written_as_loops():
     a = 3**-0.5
     kl = relation_kl(x, y, impl="dense")[0, 0]
     for i in range(5):
-        s = [a * sum(x[0, 0, i, d].item() * x[0, 0, j, d].item() for d in range(3)) for j in range(i + 1)]
-        u = [a * sum(y[0, 0, i, d].item() * y[0, 0, j, d].item() for d in range(3)) for j in range(i + 1)]
+        s = [
+            a * sum(x[0, 0, i, d].item() * x[0, 0, j, d].item() for d in range(3))
+            for j in range(i + 1)
+        ]
+        u = [
+            a * sum(y[0, 0, i, d].item() * y[0, 0, j, d].item() for d in range(3))
+            for j in range(i + 1)
+        ]
         p = [math.exp(v) / sum(map(math.exp, s)) for v in s]
         q = [math.exp(v) / sum(map(math.exp, u)) for v in u]
-        assert kl[i].item() == pytest.approx(sum(b * math.log(b / c) for b, c in zip(q, p, strict=True)), abs=1e-12)
+        assert kl[i].item() == pytest.approx(
+            sum(b * math.log(b / c) for b, c in zip(q, p, strict=True)), abs=1e-12
+        )
 
 
 def test_dense_gradient_is_equation_3():
@@ -103,15 +113,21 @@ class TestProperties:
 
     def test_unchanged_by_a_rotation_of_the_features(self, impl):
         x, y = inputs(T=40)
-        turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))).Q
-        torch.testing.assert_close(relation_kl(x @ turn, y, impl=impl), relation_kl(x, y, impl=impl))
+        turn = torch.linalg.qr(
+            torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        ).Q
+        torch.testing.assert_close(
+            relation_kl(x @ turn, y, impl=impl), relation_kl(x, y, impl=impl)
+        )
 
     def test_row_i_is_blind_to_later_rows(self, impl):
         x, y = inputs(T=70)
         changed = x.clone()
         changed[..., 41:, :] += 1
         before, after = relation_kl(x, y, impl=impl), relation_kl(changed, y, impl=impl)
-        assert torch.equal(before[..., :41], after[..., :41]) and not torch.equal(before[..., 41:], after[..., 41:])
+        assert torch.equal(before[..., :41], after[..., :41]) and not torch.equal(
+            before[..., 41:], after[..., 41:]
+        )
 
     def test_padding_is_as_if_it_were_not_there(self, impl):
         x, y = inputs(B=1, T=50)
@@ -129,7 +145,8 @@ class TestProperties:
     def test_teacher_scale_scales_the_teacher_alone(self, impl):
         x, y = inputs(T=20)
         torch.testing.assert_close(
-            relation_kl(x, y, scale=0.3, teacher_scale=0.6, impl=impl), relation_kl(x, y * 2**0.5, scale=0.3, impl=impl)
+            relation_kl(x, y, scale=0.3, teacher_scale=0.6, impl=impl),
+            relation_kl(x, y * 2**0.5, scale=0.3, impl=impl),
         )
 
     def test_same_bits_twice_and_for_strided_views(self, impl):
@@ -194,7 +211,9 @@ def test_tiled_memory_grows_linearly():
     """Peak extra memory at 4 x T is at most 4 x as much (dense: 16 x), in fresh processes."""
 
     def extra(T: int) -> int:
-        out = subprocess.run([sys.executable, "-c", MEASURE, str(T)], capture_output=True, text=True, check=True)
+        out = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(T)], capture_output=True, text=True, check=True
+        )
         return int(out.stdout)
 
     small, large = extra(2048), extra(8192)

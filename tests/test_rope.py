@@ -35,7 +35,12 @@ GOLDEN = {
                 6.64786967e-06, 3.06892588e-07], 5.38605826, 1),
 }
 # fmt: on
-BASE = {"max_position_embeddings": 4096, "rope_theta": 10000.0, "head_dim": 128, "num_attention_heads": 1}
+BASE = {
+    "max_position_embeddings": 4096,
+    "rope_theta": 10000.0,
+    "head_dim": 128,
+    "num_attention_heads": 1,
+}
 
 
 def keys(name: str) -> dict:
@@ -48,7 +53,9 @@ def test_golden_values(name):
     _, seq_len, values, total, factor = GOLDEN[name]
     w, attention = frequencies(RopeConfig.from_hf(keys(name)), 128, seq_len)
     torch.testing.assert_close(w[INDEX], torch.tensor(values), rtol=2e-6, atol=0)
-    assert w.double().sum().item() == pytest.approx(total, rel=1e-6) and attention == pytest.approx(factor, rel=1e-6)
+    assert w.double().sum().item() == pytest.approx(total, rel=1e-6) and attention == pytest.approx(
+        factor, rel=1e-6
+    )
 
 
 TABLES = {name: dict(keys(name)["rope_scaling"] or {"rope_type": "default"}) for name in GOLDEN} | {
@@ -91,7 +98,9 @@ def test_a_round_trip_through_either_dialect_alone_changes_nothing(name):
     for config in (written, without_v5, without_v4):
         again = RopeConfig.from_hf(config)
         for seq_len in (100, 9000):
-            assert torch.equal(frequencies(again, 128, seq_len)[0], frequencies(rope, 128, seq_len)[0])
+            assert torch.equal(
+                frequencies(again, 128, seq_len)[0], frequencies(rope, 128, seq_len)[0]
+            )
         assert again.length == rope.length
 
 
@@ -118,7 +127,9 @@ def test_ntk_is_a_plain_theta():
     longer = RopeConfig(max_position=4096, head_dim=128).scaled("ntk", 8)
     assert longer.kind == "default" and longer.to_hf()["rope_scaling"] is None
     assert longer.theta == pytest.approx(10000.0 * 8 ** (128 / 126))
-    assert frequencies(longer, 128)[0][-1].item() == pytest.approx(10000.0 ** (-126 / 128) / 8, rel=1e-5)
+    assert frequencies(longer, 128)[0][-1].item() == pytest.approx(
+        10000.0 ** (-126 / 128) / 8, rel=1e-5
+    )
 
 
 def test_a_scaled_teacher_is_scaled_by_its_own_kind_or_refused():
@@ -141,7 +152,10 @@ def test_a_scaled_teacher_is_scaled_by_its_own_kind_or_refused():
         ({"rope_theta": -1}, "rope_theta"),
         ({"rope_theta": float("nan")}, "rope_theta"),
         ({"max_position_embeddings": 0}, "max_position_embeddings"),
-        ({"rope_scaling": {"type": "longrope", "factor": 2.0, "long_factor": [1.0]}}, "short_factor"),
+        (
+            {"rope_scaling": {"type": "longrope", "factor": 2.0, "long_factor": [1.0]}},
+            "short_factor",
+        ),
     ],
 )
 def test_refusals_name_the_key(config, said):
@@ -159,14 +173,23 @@ def test_rotation_depends_on_distance_alone():
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=g)
     turn = [t.double() for t in rotation(RopeConfig(), 16, torch.arange(100), 100, torch.float32)]
-    score = lambda i, j: (rotate(q, turn[0][i], turn[1][i]) * rotate(k, turn[0][j], turn[1][j])).sum().item()  # noqa: E731
+
+    def score(i, j):
+        return (rotate(q, turn[0][i], turn[1][i]) * rotate(k, turn[0][j], turn[1][j])).sum().item()
+
     assert score(17, 5) == pytest.approx(score(90, 78), abs=1e-4)
 
 
 def test_yarn_on_yarn_derives_its_temperature_anew_or_refuses():
     table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-    derived = RopeConfig.from_hf(dict(BASE, rope_scaling=table | {"attention_factor": 0.1 * math.log(4) + 1}))
+    derived = RopeConfig.from_hf(
+        dict(BASE, rope_scaling=table | {"attention_factor": 0.1 * math.log(4) + 1})
+    )
     longer = derived.scaled("yarn", 8)
-    assert longer.factor == 32 and frequencies(longer, 128)[1] == pytest.approx(0.1 * math.log(32) + 1)
+    assert longer.factor == 32 and frequencies(longer, 128)[1] == pytest.approx(
+        0.1 * math.log(32) + 1
+    )
     with pytest.raises(ValueError, match="attention_factor of its own"):
-        RopeConfig.from_hf(dict(BASE, rope_scaling=table | {"attention_factor": 2.0})).scaled("yarn", 8)
+        RopeConfig.from_hf(dict(BASE, rope_scaling=table | {"attention_factor": 2.0})).scaled(
+            "yarn", 8
+        )

@@ -12,8 +12,7 @@ import re
 import numpy as np
 import pytest
 
-import ruler
-import ruler_data
+from evals import ruler, ruler_data
 
 
 def tokens(text: str) -> int:
@@ -34,8 +33,14 @@ def inputs(folder):
         end = rng.choice([".", ".", ".", "?", "!", '."', ".)"])
         return ('"' if end == '."' else "(" if end == ".)" else "") + text(4, 18).capitalize() + end
 
-    lists = {"adjectivelist.txt": [word() for _ in range(30)], "nounlist.txt": [word() for _ in range(50)]}
-    lists["adjectivelist.txt"] += [lists["adjectivelist.txt"][3] + "-eyed", lists["adjectivelist.txt"][3]]
+    lists = {
+        "adjectivelist.txt": [word() for _ in range(30)],
+        "nounlist.txt": [word() for _ in range(50)],
+    }
+    lists["adjectivelist.txt"] += [
+        lists["adjectivelist.txt"][3] + "-eyed",
+        lists["adjectivelist.txt"][3],
+    ]
     lists["verblist.txt"] = [word() for _ in range(20)]
     for name, words in lists.items():
         (folder / name).write_text("\n".join(words) + "\n")
@@ -44,10 +49,22 @@ def inputs(folder):
     articles = []
     for _ in range(12):
         contexts = [text(15, 30) for _ in range(rng.randint(2, 14))]
-        articles.append({"paragraphs": [{"context": c, "qas": [question(rng, c) for _ in "ab"]} for c in contexts]})
-    titles = [[word().capitalize(), [text(8, 12) + ".", " " + text(8, 12) + "."]] for _ in range(60)]
+        articles.append(
+            {
+                "paragraphs": [
+                    {"context": c, "qas": [question(rng, c) for _ in "ab"]} for c in contexts
+                ]
+            }
+        )
+    titles = [
+        [word().capitalize(), [text(8, 12) + ".", " " + text(8, 12) + "."]] for _ in range(60)
+    ]
     hotpot = [
-        {"question": f"Is {word()} é?", "answer": rng.choice(["yes", "Zoë"]), "context": rng.sample(titles, 10)}
+        {
+            "question": f"Is {word()} é?",
+            "answer": rng.choice(["yes", "Zoë"]),
+            "context": rng.sample(titles, 10),
+        }
         for _ in range(9)
     ]
     files = {
@@ -64,7 +81,11 @@ def inputs(folder):
 
 def question(rng, context: str) -> dict:
     answers = [{"text": word} for word in context.split()[: rng.randint(1, 3)]]
-    return {"question": f"What is {rng.random()}?", "is_impossible": rng.random() < 0.4, "answers": answers}
+    return {
+        "question": f"What is {rng.random()}?",
+        "is_impossible": rng.random() < 0.4,
+        "answers": answers,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +115,11 @@ ORIGINAL = (
     ("qa_1", "c3b56923b672cfcc 64d85b1676d5cb1b f307948d3c821cb9"),
     ("qa_2", "e930d291de2cfe00 e0a6909d17919e75 a3db9238a6a43137"),
 )
-GOLDEN = {(task, *case): expected for task, row in ORIGINAL for case, expected in zip(CASES, row.split(), strict=True)}
+GOLDEN = {
+    (task, *case): expected
+    for task, row in ORIGINAL
+    for case, expected in zip(CASES, row.split(), strict=True)
+}
 
 
 @pytest.mark.parametrize(("task", "length", "seed"), GOLDEN, ids=lambda x: str(x))
@@ -111,8 +136,14 @@ def test_length_is_filled(data, task, length):
     """Never over; under by one shrink (`step` units) and one unit at most. `unit` bounds the tokens of one."""
     kind = ruler.TASKS[task].kind
     essay = ruler.TASKS[task].haystack == "essay"
-    unit = {"qa": 110, "fwe": 5, "cwe": 9 * (3 if length == 4096 else 1)}.get(kind, 3 if essay else 60)
-    step = 500 if essay else {"fwe": length // 32, "passkey": 1}.get(kind, 10 if kind in ("cwe", "qa") else 25)
+    unit = {"qa": 110, "fwe": 5, "cwe": 9 * (3 if length == 4096 else 1)}.get(
+        kind, 3 if essay else 60
+    )
+    step = (
+        500
+        if essay
+        else {"fwe": length // 32, "passkey": 1}.get(kind, 10 if kind in ("cwe", "qa") else 25)
+    )
     for s in ruler.generate(task, length, 4, tokens, data_dir=data):
         assert s.length == tokens(s.prompt + s.answer_prefix) + s.max_new_tokens
         assert length - (step + 1) * unit <= s.length <= length
@@ -141,10 +172,14 @@ def test_passkey_depths_are_a_grid():
     assert [s.depth for s in samples] == pytest.approx([*np.linspace(0, 1, 32)] * 2)
     for s in samples:
         key = s.outputs[0]
-        before, after = s.prompt.split(f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n")
+        before, after = s.prompt.split(
+            f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+        )
         before = before.removeprefix(ruler.TASKS["passkey"].template.split("{before}")[0])
         after = after.removesuffix("\nWhat is the pass key?")
-        assert s.depth == pytest.approx(len(before) / (len(before) + len(after)), abs=40 / len(before + after))
+        assert s.depth == pytest.approx(
+            len(before) / (len(before) + len(after)), abs=40 / len(before + after)
+        )
         assert s.answer_prefix == " The pass key is"
 
 
@@ -179,10 +214,15 @@ def test_vt_chain_leads_from_value_to_every_variable():
 
 def test_cwe_and_fwe_answers_are_the_most_frequent():
     for s in ruler.generate("cwe", 4096, 2, tokens):
-        words = re.findall(r"\d+\. (\S+)", s.prompt[s.prompt.rindex("Below is a numbered") :].split("\nQuestion")[0])
+        words = re.findall(
+            r"\d+\. (\S+)",
+            s.prompt[s.prompt.rindex("Below is a numbered") :].split("\nQuestion")[0],
+        )
         assert {w for w in words if words.count(w) == 30} == set(s.outputs) and len(s.outputs) == 10
     for s in ruler.generate("fwe", 4096, 2, tokens):
-        words = re.findall(r"\b[a-z]{6}\b", s.prompt.split("coded words. ", 1)[1].split("\nQuestion")[0])
+        words = re.findall(
+            r"\b[a-z]{6}\b", s.prompt.split("coded words. ", 1)[1].split("\nQuestion")[0]
+        )
         assert sorted(set(words), key=words.count)[-3:][::-1] == s.outputs
 
 
@@ -210,7 +250,10 @@ def test_score_refuses_what_does_not_match():
 
 
 def test_missing_names_file_and_source(tmp_path, data):
-    for task, name, source in (("qa_1", "squad.json", "SQuAD-explorer"), ("qa_2", "hotpotqa.json", "hotpot_dev")):
+    for task, name, source in (
+        ("qa_1", "squad.json", "SQuAD-explorer"),
+        ("qa_2", "hotpotqa.json", "hotpot_dev"),
+    ):
         assert name in ruler.missing(task) and source in ruler.missing(task)
         assert str(tmp_path) in ruler.missing(task, tmp_path)
         assert ruler.missing(task, data) is None
@@ -218,7 +261,9 @@ def test_missing_names_file_and_source(tmp_path, data):
             ruler.generate(task, 4096, 1, tokens)
     assert all(ruler.missing(task) is None for task in ruler.TASKS if not task.startswith("qa"))
     (tmp_path / "nounlist.txt").write_text("stone\n")
-    with pytest.raises(FileNotFoundError, match=r"lacks adjectivelist\.txt: get it from .*wonderwords"):
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks adjectivelist\.txt: get it from .*wonderwords"
+    ):
         ruler.generate("niah_single_1", 1024, 1, tokens, data_dir=tmp_path)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
         ruler.generate("vt", 1024, 1, tokens, data_dir="nowhere")
@@ -226,7 +271,9 @@ def test_missing_names_file_and_source(tmp_path, data):
 
 @pytest.mark.parametrize("task", ruler.TASKS)
 def test_a_length_too_short_names_the_least_that_works(data, task):
-    with pytest.raises(ValueError, match=rf"length 60 cannot hold {task}: .* least that works is \d+") as caught:
+    with pytest.raises(
+        ValueError, match=rf"length 60 cannot hold {task}: .* least that works is \d+"
+    ) as caught:
         ruler.generate(task, 60, 1, tokens, data_dir=data)
     least = int(str(caught.value).split()[-1])
     (sample,) = ruler.generate(task, least, 1, tokens, data_dir=data)
@@ -275,14 +322,22 @@ def test_essays_without_their_sentences_say_so(tmp_path):
 
 
 def test_essay_prefix_is_cut_at_the_word_and_repeats(data):
-    words = re.sub(r"\s+", " ", json.loads((data / "PaulGrahamEssays.json").read_text())["text"]).split(" ")
+    words = re.sub(
+        r"\s+", " ", json.loads((data / "PaulGrahamEssays.json").read_text())["text"]
+    ).split(" ")
     first = ruler_data.essays_of(data, [])
     for n in (1, 2, 17, 500, len(words) - 1, len(words)):
         assert " ".join(first(n)) == " ".join(words[:n]).strip()
-    assert " ".join(first(len(words) + 20)).split() == (words + words[:20])[: len(words) - 1] + words[:20]
+    assert (
+        " ".join(first(len(words) + 20)).split()
+        == (words + words[:20])[: len(words) - 1] + words[:20]
+    )
 
 
 def test_pairs_are_the_sorted_set():
-    firsts, seconds = ["blue", "blue-eyed", "blu", "b", "b-", "red", "red"], ["x", "eyed-x", "a", "x", "-z"]
+    firsts, seconds = (
+        ["blue", "blue-eyed", "blu", "b", "b-", "red", "red"],
+        ["x", "eyed-x", "a", "x", "-z"],
+    )
     pairs = ruler_data.Pairs(firsts, seconds)
     assert list(pairs) == sorted({f"{a}-{b}" for a in firsts for b in seconds})

@@ -15,10 +15,9 @@ import transformers
 from tokenizers import Tokenizer as Fast
 
 import eval as evaluation
-import report
-import tasks
+from evals import report, tasks
+from hub.tokenizer import load_tokenizer
 from model import Llama
-from tokenizer import load_tokenizer
 
 LABELS = {"text": ["in the sea", "on land"], "label": ["A", "B"]}
 ROWS = {
@@ -63,7 +62,13 @@ ROWS = {
 }
 REQUESTS = {
     "lambada_openai": ([('He said: "go home" and they\n\nwent ', " home")], 0),
-    "piqa": ([("Question: open a jar \nAnswer:", " turn the lid"), ("Question: open a jar \nAnswer:", " hit it.")], 1),
+    "piqa": (
+        [
+            ("Question: open a jar \nAnswer:", " turn the lid"),
+            ("Question: open a jar \nAnswer:", " hit it."),
+        ],
+        1,
+    ),
     "arc_easy": (
         [
             ("Question: Where do fish live?\nAnswer:", " in the sea"),
@@ -71,7 +76,10 @@ REQUESTS = {
         ],
         1,
     ),
-    "arc_challenge": ([("Question: Where?\nAnswer:", " here"), ("Question: Where?\nAnswer:", " there")], 1),
+    "arc_challenge": (
+        [("Question: Where?\nAnswer:", " here"), ("Question: Where?\nAnswer:", " there")],
+        1,
+    ),
     "hellaswag": (
         [
             ("Baking: A man stands.. He The oven", " opens it now."),
@@ -80,7 +88,10 @@ REQUESTS = {
         1,
     ),
     "winogrande": (
-        [("Ann thanked Eva because Ann", " had helped."), ("Ann thanked Eva because Eva", " had helped.")],
+        [
+            ("Ann thanked Eva because Ann", " had helped."),
+            ("Ann thanked Eva because Eva", " had helped."),
+        ],
         1,
     ),
     "openbookqa": ([("Fish live", " in the sea"), ("Fish live", " on land")], 0),
@@ -92,11 +103,18 @@ REQUESTS = {
         1,
     ),
     "social_iqa": (
-        [("Q: Ann ran. Why?\nA:", " to win"), ("Q: Ann ran. Why?\nA:", " to lose"), ("Q: Ann ran. Why?\nA:", " no")],
+        [
+            ("Q: Ann ran. Why?\nA:", " to win"),
+            ("Q: Ann ran. Why?\nA:", " to lose"),
+            ("Q: Ann ran. Why?\nA:", " no"),
+        ],
         2,
     ),
     "mathqa": (
-        [("Question: what is 1 + 1 ?\nAnswer:", f" {o}") for o in ("2", "3", "rs . 4", "1 / 2", "none of these")],
+        [
+            ("Question: what is 1 + 1 ?\nAnswer:", f" {o}")
+            for o in ("2", "3", "rs . 4", "1 / 2", "none of these")
+        ],
         2,
     ),
 }
@@ -113,18 +131,31 @@ def write(file, rows):
 def test_requests_equal_the_harness(tmp_path, name):
     task = tasks.load(write(tmp_path / f"{name}.jsonl.gz", [ROWS[name]]))
     assert (list(task.items[0].requests), task.items[0].gold) == REQUESTS[name]
-    assert task.name == name and task.version.startswith("lm-eval ") and task.metrics == tasks.DATASETS[name].metrics
+    assert (
+        task.name == name
+        and task.version.startswith("lm-eval ")
+        and task.metrics == tasks.DATASETS[name].metrics
+    )
 
 
 def mmlu_row(i, subject="high_school_physics"):
-    return {"question": f" q{i}?\n", "subject": subject, "choices": [f"w{i}", "x", "y", "z"], "answer": i % 4}
+    return {
+        "question": f" q{i}?\n",
+        "subject": subject,
+        "choices": [f"w{i}", "x", "y", "z"],
+        "answer": i % 4,
+    }
 
 
 def test_mmlu_shows_its_first_five_dev_rows_in_order(tmp_path):
     write(tmp_path / "mmlu_dev.jsonl", [mmlu_row(9, "law"), *(mmlu_row(i) for i in range(6))])
     task = tasks.load(write(tmp_path / "mmlu.jsonl", [mmlu_row(7)]))
-    head = "The following are multiple choice questions (with answers) about high school physics.\n\n"
-    shots = "".join(f"q{i}?\nA. w{i}\nB. x\nC. y\nD. z\nAnswer: {'ABCD'[i % 4]}\n\n" for i in range(5))
+    head = (
+        "The following are multiple choice questions (with answers) about high school physics.\n\n"
+    )
+    shots = "".join(
+        f"q{i}?\nA. w{i}\nB. x\nC. y\nD. z\nAnswer: {'ABCD'[i % 4]}\n\n" for i in range(5)
+    )
     context = head + shots + "q7?\nA. w7\nB. x\nC. y\nD. z\nAnswer:"
     assert task.items[0].requests == tuple((context, f" {letter}") for letter in "ABCD")
     assert task.items[0].gold == 3 and task.metrics == ("accuracy",)
@@ -138,8 +169,13 @@ def test_plain_layouts_and_names(tmp_path):
     one, two = tasks.load(write(tmp_path / "openbook_qa.jsonl", rows)).items
     assert one.requests == (("Question: Why?\nAnswer:", " a"), ("Question: Why?\nAnswer:", " bc"))
     assert one.characters == (1, 2) and two.requests == (("It", " a"),)
-    task = tasks.load(write(tmp_path / "mine.jsonl", [{"context": "a b ", "continuation": "\n\nc"}]))
-    assert task.items[0].requests == (("a b ", " \n\nc"),) and task.metrics == ("accuracy", "perplexity")
+    task = tasks.load(
+        write(tmp_path / "mine.jsonl", [{"context": "a b ", "continuation": "\n\nc"}])
+    )
+    assert task.items[0].requests == (("a b ", " \n\nc"),) and task.metrics == (
+        "accuracy",
+        "perplexity",
+    )
     assert task.version.startswith("own task")
 
 
@@ -147,14 +183,25 @@ def test_plain_layouts_and_names(tmp_path):
 
 
 def items(n=24):
-    rng, words = np.random.default_rng(0), ["the", "def", "return", "self", "import", "of", "and", "12", "(x)", "é"]
+    rng, words = (
+        np.random.default_rng(0),
+        ["the", "def", "return", "self", "import", "of", "and", "12", "(x)", "é"],
+    )
 
     def some(low, high):
         return " ".join(rng.choice(words, rng.integers(low, high)))
 
-    rows = [{"query": some(1, 40), "choices": [some(1, 6) for _ in range(3)], "gold": 0} for _ in range(n)]
-    rows += [{"query": some(90, 120) + "\n ", "choices": ["a", "b"], "gold": 1}]  # longer than the model
-    return [*rows, {"query": "", "choices": ["the def", "self"], "gold": 1}]  # nothing before the choice
+    rows = [
+        {"query": some(1, 40), "choices": [some(1, 6) for _ in range(3)], "gold": 0}
+        for _ in range(n)
+    ]
+    rows += [
+        {"query": some(90, 120) + "\n ", "choices": ["a", "b"], "gold": 1}
+    ]  # longer than the model
+    return [
+        *rows,
+        {"query": "", "choices": ["the def", "self"], "gold": 1},
+    ]  # nothing before the choice
 
 
 @pytest.fixture(params=[False, True], ids=["no BOS", "BOS"])
@@ -165,7 +212,12 @@ def folder(model_copy, request):
         bos = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
         shape = [bos, {"Sequence": {"id": "A", "type_id": 0}}]
         special = {"<|end|>": {"id": "<|end|>", "ids": [4095], "tokens": ["<|end|>"]}}
-        template = {"type": "TemplateProcessing", "single": shape, "pair": shape, "special_tokens": special}
+        template = {
+            "type": "TemplateProcessing",
+            "single": shape,
+            "pair": shape,
+            "special_tokens": special,
+        }
         file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": template}))
         (model_copy / "tokenizer_config.json").write_text("{}")
     return model_copy
@@ -192,13 +244,17 @@ def test_scores_equal_transformers_one_at_a_time(folder, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     encode = Fast.from_file(str(folder / "tokenizer.json")).encode
     result = tasks.score(model, tokenizer, task, torch.float32)
-    for item, logps, greedy, chosen in zip(task.items, result.logps, result.greedy, result.predictions, strict=True):
+    for item, logps, greedy, chosen in zip(
+        task.items, result.logps, result.greedy, result.predictions, strict=True
+    ):
         expected = [one_at_a_time(theirs, encode, *request) for request in item.requests]
         assert logps == pytest.approx([s for s, _ in expected], abs=1e-3)
         assert greedy.tolist() == [g for _, g in expected]
         assert chosen == int(np.argmax([s for s, _ in expected]))
     characters = [[len(c) - 1 for _, c in item.requests] for item in task.items]
-    normed = [int(np.argmax(s / np.asarray(n))) for s, n in zip(result.logps, characters, strict=True)]
+    normed = [
+        int(np.argmax(s / np.asarray(n))) for s, n in zip(result.logps, characters, strict=True)
+    ]
     gold = [item.gold for item in task.items]
     assert result.values["mine, accuracy"].tolist() == (result.predictions == gold).tolist()
     assert result.values["mine, accuracy normed"].tolist() == (np.asarray(normed) == gold).tolist()
@@ -210,7 +266,11 @@ def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
     for i in range(200):  # contexts whose most likely next token reads as a word
         ids = tokenizer.encode(f"def f{i}(x):")
         word = tokenizer.decode([model(torch.tensor([ids]))[0, -1].argmax().item()])
-        if word.startswith(" ") and word.strip().isalpha() and tokenizer.encode(f"def f{i}(x):{word}")[:-1] == ids:
+        if (
+            word.startswith(" ")
+            and word.strip().isalpha()
+            and tokenizer.encode(f"def f{i}(x):{word}")[:-1] == ids
+        ):
             rows += [
                 {"context": f"def f{i}(x):", "continuation": word[1:]},
                 {"context": f"def f{i}(x):", "continuation": "zq"},
@@ -218,7 +278,9 @@ def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
         if len(rows) >= 6:
             break
     assert rows
-    result = tasks.score(model, tokenizer, tasks.load(write(tmp_path / "lambada.jsonl", rows)), torch.float32)
+    result = tasks.score(
+        model, tokenizer, tasks.load(write(tmp_path / "lambada.jsonl", rows)), torch.float32
+    )
     assert result.values["lambada_openai, accuracy"].tolist() == [1.0, 0.0] * (len(rows) // 2)
     found = report.summary(result.values)
     logps = [float(s[0]) for s in result.logps]
@@ -226,7 +288,10 @@ def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
     assert perplexity == pytest.approx(math.exp(-statistics.mean(logps)))
     assert error == pytest.approx(perplexity * statistics.stdev(logps) / len(logps) ** 0.5)
     right, error = found["lambada_openai, accuracy"]
-    assert (right, error) == (0.5, pytest.approx(statistics.stdev([1.0, 0.0] * (len(rows) // 2)) / len(rows) ** 0.5))
+    assert (right, error) == (
+        0.5,
+        pytest.approx(statistics.stdev([1.0, 0.0] * (len(rows) // 2)) / len(rows) ** 0.5),
+    )
 
 
 def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_dir, monkeypatch):
@@ -238,7 +303,9 @@ def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_di
     alone = [tasks.likelihoods(model, tokenizer, [pair], torch.float32)[0] for pair in pairs]
     rows = []
     hidden = Llama.hidden
-    monkeypatch.setattr(Llama, "hidden", lambda self, ids, *a: rows.append(len(ids)) or hidden(self, ids, *a))
+    monkeypatch.setattr(
+        Llama, "hidden", lambda self, ids, *a: rows.append(len(ids)) or hidden(self, ids, *a)
+    )
     for tokens in (1, 16, 4096):
         rows.clear()
         together = tasks.likelihoods(model, tokenizer, pairs, torch.float32, tokens)
@@ -277,7 +344,9 @@ def test_files_that_cannot_be_used(tmp_path):
         tasks.load(tmp_path / "none.jsonl")
     with pytest.raises(ValueError, match=r"holds no items"):
         tasks.load(write(tmp_path / "empty.jsonl", []))
-    with pytest.raises(ValueError, match=r"line 1: not a task row, its keys 'a', 'b' are those of none of .*PIQA"):
+    with pytest.raises(
+        ValueError, match=r"line 1: not a task row, its keys 'a', 'b' are those of none of .*PIQA"
+    ):
         tasks.load(write(tmp_path / "odd.jsonl", [{"a": 1, "b": 2}]))
     whole = write(tmp_path / "piqa.jsonl.gz", [ROWS["piqa"]] * 50).read_bytes()
     (tmp_path / "piqa.jsonl.gz").write_bytes(whole[:-12])
@@ -286,10 +355,14 @@ def test_files_that_cannot_be_used(tmp_path):
     (tmp_path / "bytes.jsonl").write_bytes(b'{"text": "\xff"}\n')
     with pytest.raises(ValueError, match=r"bytes\.jsonl is not UTF-8"):
         tasks.load(tmp_path / "bytes.jsonl")
-    with pytest.raises(ValueError, match=r"needs its five examples in .*mmlu_dev\.jsonl .*split='dev'"):
+    with pytest.raises(
+        ValueError, match=r"needs its five examples in .*mmlu_dev\.jsonl .*split='dev'"
+    ):
         tasks.load(write(tmp_path / "mmlu.jsonl", [mmlu_row(0)]))
     write(tmp_path / "mmlu_dev.jsonl", [mmlu_row(i) for i in range(4)])
-    with pytest.raises(ValueError, match=r"line 1: .*the dev file has 4 rows of subject 'high_school_physics'; 5"):
+    with pytest.raises(
+        ValueError, match=r"line 1: .*the dev file has 4 rows of subject 'high_school_physics'; 5"
+    ):
         tasks.load(tmp_path / "mmlu.jsonl")
 
 
@@ -306,9 +379,17 @@ def test_missing_sets_are_listed_with_file_and_source(tmp_path):
         assert [f.name for f in files] == ["piqa.jsonl.gz", "siqa.jsonl"]
         assert len(lacking) == len(tasks.DATASETS) - 2
         boolq = next(line for line in lacking if line.startswith("boolq"))
-        assert str(tmp_path / "boolq.jsonl") in boolq and "load_dataset('aps/super_glue', 'boolq'" in boolq
-    assert "split='dev').to_json('mmlu_dev.jsonl')" in next(line for line in lacking if line.startswith("mmlu"))
+        assert (
+            str(tmp_path / "boolq.jsonl") in boolq
+            and "load_dataset('aps/super_glue', 'boolq'" in boolq
+        )
+    assert "split='dev').to_json('mmlu_dev.jsonl')" in next(
+        line for line in lacking if line.startswith("mmlu")
+    )
     files, lacking = evaluation.find_tasks(["piqa", str(tmp_path / "siqa.jsonl")], tmp_path)
     assert len(files) == 2 and not lacking
-    with pytest.raises(ValueError, match="--tasks piq is neither a file, a folder, 'all', nor one of lambada_openai"):
+    with pytest.raises(
+        ValueError,
+        match="--tasks piq is neither a file, a folder, 'all', nor one of lambada_openai",
+    ):
         evaluation.find_tasks(["piq"], tmp_path)

@@ -16,9 +16,8 @@ import torch
 from conftest import ROOT, TEACHER, write_model
 from safetensors.torch import load_file
 
-import plan
-import resume
 import train
+from engine import plan, resume
 
 STEPS1, STEPS2 = 6, 3
 
@@ -30,16 +29,36 @@ def small(tmp_path_factory) -> Path:
 
 
 def arguments(small: Path, text_dir: Path, out: Path, *more: str) -> list[str]:
-    sizes = ["--tokens1", str(STEPS1 * 4 * 128), "--tokens2", str(STEPS2 * 512), "--batch1", "4", "--batch2", "1"]
+    sizes = [
+        "--tokens1",
+        str(STEPS1 * 4 * 128),
+        "--tokens2",
+        str(STEPS2 * 512),
+        "--batch1",
+        "4",
+        "--batch2",
+        "1",
+    ]
     sizes += ["--lr1", "0.01", "--lr2", "0.003", "--scale", "4", "--eval-blocks", "1"]
-    places = ["--teacher", str(small), "--data", str(text_dir), "--out", str(out), "--cache", str(out.parent / "cache")]
+    places = [
+        "--teacher",
+        str(small),
+        "--data",
+        str(text_dir),
+        "--out",
+        str(out),
+        "--cache",
+        str(out.parent / "cache"),
+    ]
     return [*places, *sizes, "--device", "cpu", *more]
 
 
 def shell(args: list[str], **more) -> subprocess.Popen:
     environment = dict(os.environ, OMP_NUM_THREADS="1", **more.pop("env", {}))
     command = [sys.executable, str(more.pop("script", ROOT / "train.py")), *args]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +90,13 @@ def test_a_run_leaves_everything_it_promises(whole, small):
     report = json.loads((whole / "report.json").read_text())
     assert report["columns"] == ["teacher", "untrained", "stage1", "stage2"]
     assert set(report["recovered"]) == {"stage1", "stage2"}
-    assert {"loss at 1x", "loss at 4x", "perplexity at 1x", "next-token accuracy", "recall at 4x"} <= set(
-        report["rows"]
-    )
+    assert {
+        "loss at 1x",
+        "loss at 4x",
+        "perplexity at 1x",
+        "next-token accuracy",
+        "recall at 4x",
+    } <= set(report["rows"])
     figures = {c: report["rows"]["loss at 1x"][c] for c in report["columns"]}
     share = (figures["untrained"] - figures["stage2"]) / (figures["untrained"] - figures["teacher"])
     assert report["recovered"]["stage2"] == pytest.approx(share)
@@ -84,10 +107,14 @@ def test_a_run_leaves_everything_it_promises(whole, small):
     assert "lost loss recovered" in said and "python eval.py --model" in said and "linear" in said
     config = json.loads((whole / "student" / "config.json").read_text())
     assert config["max_position_embeddings"] == 512 and config["rope_parameters"]["factor"] == 4.0
-    assert (whole / "student" / "tokenizer.json").read_bytes() == (small / "tokenizer.json").read_bytes()
+    assert (whole / "student" / "tokenizer.json").read_bytes() == (
+        small / "tokenizer.json"
+    ).read_bytes()
     trained = [k for k, v in load_file(whole / "student" / "model.safetensors").items()
                if not torch.equal(v, load_file(small / "model.safetensors")[k])]  # fmt: skip
-    assert len(trained) == 6 and all(k.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for k in trained)
+    assert len(trained) == 6 and all(
+        k.split(".")[-2] in ("q_proj", "k_proj", "v_proj") for k in trained
+    )
 
 
 def test_transformers_loads_the_export_with_the_same_logits(whole):
@@ -95,7 +122,9 @@ def test_transformers_loads_the_export_with_the_same_logits(whole):
 
     from model import Llama
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(whole / "student", dtype=torch.float32).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        whole / "student", dtype=torch.float32
+    ).eval()
     ours = Llama.from_pretrained(whole / "student")
     ids = torch.randint(0, 4096, (1, 500), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -133,7 +162,9 @@ def test_killed_at_random_moments_and_resumed(whole, small, text_dir, tmp_path):
         run = shell(arguments(small, text_dir, out, "--resume", "--save-minutes", "0"))
         log, seen = out / "metrics.jsonl", rng.randrange(1, 4)
         start = log.read_text().count("\n") if log.exists() else 0
-        while run.poll() is None and not (log.exists() and log.read_text().count("\n") >= start + seen):
+        while run.poll() is None and not (
+            log.exists() and log.read_text().count("\n") >= start + seen
+        ):
             time.sleep(0.002)
         time.sleep(rng.random() * 0.02)
         run.kill()
@@ -212,7 +243,9 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path
     stopped.communicate()
     before = {p: p.read_bytes() for p in (out / "state").glob("step-*/*")}
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    run = shell([*arguments(small, text_dir, out), "--save-minutes", "0", "--resume"], preexec_fn=limit)
+    run = shell(
+        [*arguments(small, text_dir, out), "--save-minutes", "0", "--resume"], preexec_fn=limit
+    )
     _, errors = run.communicate()
     assert run.returncode == 2 and errors.count("\n") == 1 and "Traceback" not in errors
     assert "cannot write to" in errors and "MiB free" in errors and "--resume" in errors
@@ -223,11 +256,13 @@ def test_a_second_ctrl_c_leaves_at_once(small, text_dir, tmp_path):
     """The first one is asked for while a state is being written, which a pause makes long."""
     script = tmp_path / "slow.py"
     script.write_text(
-        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport resume, train\nwrite = resume.write\n"
+        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom engine import resume\nwrite = resume.write\n"
         "def slow(*a):\n    print('writing', flush=True)\n    time.sleep(60)\n    write(*a)\n"
         "resume.write = slow\ntrain.main()\n"
     )
-    run = shell([*arguments(small, text_dir, tmp_path / "out"), "--save-minutes", "0"], script=script)
+    run = shell(
+        [*arguments(small, text_dir, tmp_path / "out"), "--save-minutes", "0"], script=script
+    )
     while "writing" not in run.stdout.readline():
         assert run.poll() is None
     run.send_signal(signal.SIGINT)
@@ -249,11 +284,20 @@ def signals():
 
 
 def quick(small, text_dir, tmp_path, *more: str) -> list[str]:
-    return [*arguments(small, text_dir, tmp_path / "out"), "--eval-blocks", "0", "--save-minutes", "0", *more]
+    return [
+        *arguments(small, text_dir, tmp_path / "out"),
+        "--eval-blocks",
+        "0",
+        "--save-minutes",
+        "0",
+        *more,
+    ]
 
 
 @pytest.mark.parametrize("stage", ["1", "2"])
-def test_a_non_finite_loss_names_step_layer_and_blocks(small, text_dir, tmp_path, monkeypatch, signals, stage):
+def test_a_non_finite_loss_names_step_layer_and_blocks(
+    small, text_dir, tmp_path, monkeypatch, signals, stage
+):
     """Poisoned before the third step: the second layer's values overflow."""
     after = 2
 
@@ -273,9 +317,17 @@ def test_a_non_finite_loss_names_step_layer_and_blocks(small, text_dir, tmp_path
     monkeypatch.setattr(plan, "learning_rate", poison)
     said = refused(quick(small, text_dir, tmp_path, "--stage", stage))
     blocks = "8..11" if stage == "1" else "2..2"
-    assert f"stage{stage}, step 2, layer 1: loss" in said and f"on blocks {blocks}" in said and f"--lr{stage}" in said
-    assert [resume.load_info(s)["total"] for s in sorted((tmp_path / "out" / "state").iterdir())] == [1, 2]
-    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2, "the bad step is not logged"
+    assert (
+        f"stage{stage}, step 2, layer 1: loss" in said
+        and f"on blocks {blocks}" in said
+        and f"--lr{stage}" in said
+    )
+    assert [
+        resume.load_info(s)["total"] for s in sorted((tmp_path / "out" / "state").iterdir())
+    ] == [1, 2]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2, (
+        "the bad step is not logged"
+    )
 
 
 def test_a_non_finite_gradient_names_its_weight(small, text_dir, tmp_path, monkeypatch, signals):
@@ -296,7 +348,7 @@ def test_out_of_memory_names_the_flags_that_help(small, text_dir, tmp_path, monk
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(train.distill, "relation_loss", full)
+    monkeypatch.setattr(train, "relation_loss", full)
     said = refused(quick(small, text_dir, tmp_path))
     assert said.startswith("stage1 ran out of memory on cpu") and "\n" not in said
     assert all(flag in said for flag in ("--length1", "--micro", "--lora-rank", "--shard"))
@@ -309,7 +361,10 @@ def test_watching(whole):
         assert 0 < r["mfu"] < 2
     etas = [r["eta_seconds"] for r in rows]
     assert etas[-1] == 0 and etas[0] > 0
-    assert all(len(r["layers"]) == 2 and set(r["relations"]) == {"Q/Q", "K/K", "V/V"} for r in rows[:STEPS1])
+    assert all(
+        len(r["layers"]) == 2 and set(r["relations"]) == {"Q/Q", "K/K", "V/V"}
+        for r in rows[:STEPS1]
+    )
     assert all(sum(r["layers"]) / 2 == pytest.approx(r["loss"]) for r in rows[:STEPS1])
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     said = (whole / "said.txt").read_text()
@@ -341,11 +396,20 @@ def test_parameter_count_is_the_models():
     from model import Llama, LlamaConfig
 
     config = json.loads((TEACHER / "config.json").read_text())
-    for change in ({}, {"tie_word_embeddings": False}, {"model_type": "qwen2"}, {"model_type": "qwen3"}):
+    for change in (
+        {},
+        {"tie_word_embeddings": False},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen3"},
+    ):
         c = LlamaConfig.from_hf(config | change)
         with torch.device("meta"):
             model = Llama(c)
-        qkv = sum(p.numel() for n, p in model.named_parameters() if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj"))
+        qkv = sum(
+            p.numel()
+            for n, p in model.named_parameters()
+            if n.split(".")[-2] in ("q_proj", "k_proj", "v_proj")
+        )
         assert plan.parameters(c) == (sum(p.numel() for p in model.parameters()), qkv)
 
 
@@ -375,25 +439,41 @@ def test_more_bad_arguments(small, text_dir, tmp_path, more, said):
 def test_an_out_that_is_a_file_or_lies_under_one_is_refused(small, text_dir, tmp_path):
     (tmp_path / "file").write_text("kept")
     for out in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        assert "is a file" in refused([*arguments(small, text_dir, tmp_path / "out"), "--out", str(out)])
+        assert "is a file" in refused(
+            [*arguments(small, text_dir, tmp_path / "out"), "--out", str(out)]
+        )
     assert (tmp_path / "file").read_text() == "kept"
 
 
 @pytest.mark.parametrize("stored", [torch.float16, torch.float32], ids=str)
-def test_frozen_tensors_keep_every_bit_when_the_run_computes_in_bfloat16(stored, text_dir, tmp_path, monkeypatch):
+def test_frozen_tensors_keep_every_bit_when_the_run_computes_in_bfloat16(
+    stored, text_dir, tmp_path, monkeypatch
+):
     """The teacher in memory is rounded then; the export must not be, nor the masters' start."""
     from conftest import random_model
 
-    import checkpoint
     import eval as evaluation
+    from hub import checkpoint
 
     checkpoint.save_pretrained(
         random_model(max_position_embeddings=128).to(stored), tmp_path / "t", tokenizer_from=TEACHER
     )
     monkeypatch.setattr(evaluation, "compute_dtype", lambda device: torch.bfloat16)
     out = tmp_path / "out"
-    train.main([*arguments(tmp_path / "t", text_dir, out), "--eval-blocks", "0", "--lr1", "1e-12", "--lr2", "1e-12"])
+    train.main(
+        [
+            *arguments(tmp_path / "t", text_dir, out),
+            "--eval-blocks",
+            "0",
+            "--lr1",
+            "1e-12",
+            "--lr2",
+            "1e-12",
+        ]
+    )
     ours, theirs = (load_file(p / "model.safetensors") for p in (out / "student", tmp_path / "t"))
     for name, value in theirs.items():
         assert ours[name].dtype == stored and torch.equal(ours[name], value), name
-    assert (out / "student" / "model.safetensors").stat().st_mode & 0o044, "others may read the export"
+    assert (out / "student" / "model.safetensors").stat().st_mode & 0o044, (
+        "others may read the export"
+    )

@@ -23,9 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distill import RELATIONS
 from model import Llama
-from relation_kl import relation_kl
+from relation_kl import RELATIONS, relation_kl
 from rope import frequencies
 
 
@@ -35,7 +34,8 @@ def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtyp
     device = teacher.model.embed_tokens.weight.device
     c, T = teacher.config, blocks.shape[1]
     scales = [
-        m.config.head_dim**-0.5 / frequencies(m.config.rope, m.config.head_dim, T)[1] ** 2 for m in (teacher, student)
+        m.config.head_dim**-0.5 / frequencies(m.config.rope, m.config.head_dim, T)[1] ** 2
+        for m in (teacher, student)
     ]
     total = np.full((c.n_layer, 3, c.n_head), np.nan)
     total[:, 0], total[:, 1:, : c.n_kv_head] = 0.0, 0.0
@@ -65,7 +65,9 @@ def table(found: dict[str, np.ndarray]) -> str:
         for r in range(3):
             for name in names:
                 heads = found[name][l, r]
-                cells.append(f"{np.nanmean(heads):.4f} ({np.nanmax(heads):.4f}, head {int(np.nanargmax(heads))})")
+                cells.append(
+                    f"{np.nanmean(heads):.4f} ({np.nanmax(heads):.4f}, head {int(np.nanargmax(heads))})"
+                )
         lines.append(f"| {l} | " + " | ".join(cells) + " |")
     means = [f"{np.nanmean(found[name][:, r]):.4f}" for r in range(3) for name in names]
     return "\n".join([*lines, "| all | " + " | ".join(means) + " |"])
@@ -76,16 +78,25 @@ def draw(file: Path, found: dict[str, np.ndarray]) -> None:
     from matplotlib.colors import LogNorm
     from matplotlib.figure import Figure
 
-    everything = np.concatenate([x[np.isfinite(x) & (x > 0)] for x in found.values()] or [np.ones(1)])
+    everything = np.concatenate(
+        [x[np.isfinite(x) & (x > 0)] for x in found.values()] or [np.ones(1)]
+    )
     top = float(everything.max()) if everything.size else 1.0
-    norm = LogNorm(vmin=max(float(everything.min()) if everything.size else 1e-6, top * 1e-6) * 0.999, vmax=top * 1.001)
+    norm = LogNorm(
+        vmin=max(float(everything.min()) if everything.size else 1e-6, top * 1e-6) * 0.999,
+        vmax=top * 1.001,
+    )
     figure = Figure(figsize=(10, 1 + 2.6 * len(found)), layout="constrained")
     axes = figure.subplots(len(found), 3, squeeze=False)
     for i, (name, x) in enumerate(found.items()):
         for r, relation in enumerate(RELATIONS):
             heads = x[:, r, np.isfinite(x[0, r])]
-            image = axes[i, r].imshow(np.clip(heads, norm.vmin, None), norm=norm, cmap="magma", aspect="auto")
-            axes[i, r].set_title(f"{relation} {name}: mean {np.nanmean(heads):.4f} nats", fontsize=9)
+            image = axes[i, r].imshow(
+                np.clip(heads, norm.vmin, None), norm=norm, cmap="magma", aspect="auto"
+            )
+            axes[i, r].set_title(
+                f"{relation} {name}: mean {np.nanmean(heads):.4f} nats", fontsize=9
+            )
             axes[i, r].set_xlabel("head", fontsize=8)
             axes[i, r].set_ylabel("layer", fontsize=8)
             axes[i, r].xaxis.get_major_locator().set_params(integer=True)

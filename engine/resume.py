@@ -16,27 +16,22 @@ second or more after the first. torchrun kills what is not done 30 seconds after
 """
 
 import argparse
-import contextlib
-import errno
 import json
 import os
-import re
 import shutil
 import signal
 import time
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import checkpoint
-import parallel
+from engine import parallel
+from hub import files
 
 STOPPED = 3  # exit code of a run that was asked to stop and saved its state
 _KEEP = 2
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 
 
 class StopRequest:
@@ -51,7 +46,9 @@ class StopRequest:
             return
         if self.asked or "TORCHELASTIC_RUN_ID" not in os.environ:
             for n in self._before:
-                signal.signal(n, signal.SIG_DFL)  # not KeyboardInterrupt, which waits for torch to come back
+                signal.signal(
+                    n, signal.SIG_DFL
+                )  # not KeyboardInterrupt, which waits for torch to come back
         if self.asked:
             os.kill(os.getpid(), number)
         self.asked = time.monotonic()
@@ -64,12 +61,16 @@ class StopRequest:
         return self.asked > 0
 
 
-def save(folder: Path, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, info: dict) -> None:
+def save(
+    folder: Path, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, info: dict
+) -> None:
     """Writes folder/step-<info["total"]>; what it raises (a full disk, say) leaves everything older intact."""
     write(folder, gather(weights, optimiser), info)
 
 
-def gather(weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, keep: bool = True) -> dict[str, Tensor]:
+def gather(
+    weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, keep: bool = True
+) -> dict[str, Tensor]:
     """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one may keep them."""
     tensors = {}
     for name, p in weights.items():
@@ -83,11 +84,13 @@ def gather(weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, k
 
 
 def write(folder: Path, tensors: dict[str, Tensor], info: dict) -> None:
-    with checkpoint.atomic_directory(folder / f"step-{info['total']:08d}") as work:
+    with files.atomic_directory(folder / f"step-{info['total']:08d}") as work:
         save_file(tensors, work / "state.safetensors")
         (work / "state.json").write_text(json.dumps(info) + "\n")
     for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-        old.rename(old.with_name(f".{old.name}.old"))  # a kill while it is removed must not leave half a state
+        old.rename(
+            old.with_name(f".{old.name}.old")
+        )  # a kill while it is removed must not leave half a state
     for rest in folder.glob(".step-*"):  # also what earlier kills left
         shutil.rmtree(rest)
 
@@ -99,24 +102,43 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_info(state: Path) -> dict:
-    return checkpoint.read_json(state / "state.json")
+    return files.read_json(state / "state.json")
 
 
-def load(state: Path, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer | None, step: int) -> None:
+def load(
+    state: Path,
+    weights: dict[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer | None,
+    step: int,
+) -> None:
     """Puts weights and, unless None, Adam's moments back; `step` is how many updates the optimiser has made."""
     tensors = load_file(state / "state.safetensors")
     for name, p in weights.items():
         if name not in tensors or tensors[name].shape != p.shape:
-            raise ValueError(f"{state} holds no {name} of shape {list(p.shape)}; it is another run's")
+            raise ValueError(
+                f"{state} holds no {name} of shape {list(p.shape)}; it is another run's"
+            )
         p.data.copy_(parallel.part(tensors[name], p))
         if optimiser is not None and step:
-            moments = {k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")}
+            moments = {
+                k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
+            }
             optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
 
 
 def matters(args: argparse.Namespace) -> dict:
     """The arguments that decide the result: a resumed run must have the same."""
-    keys = ["scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "logit_weight", "lookups"]
+    keys = [
+        "scale",
+        "rope",
+        "stage",
+        "seed",
+        "lora_rank",
+        "lora_alpha",
+        "lora_dropout",
+        "logit_weight",
+        "lookups",
+    ]
     keys += ["eval_blocks"]
     keys += [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
@@ -131,7 +153,9 @@ def claim_out(args: argparse.Namespace) -> dict | None:
         same_run(info["arguments"], matters(args))
         return info | {"from": found}
     if (args.out / "run.json").exists() and not args.resume:
-        raise ValueError(f"--out {args.out} holds another run; add --resume to go on with it, or name another --out")
+        raise ValueError(
+            f"--out {args.out} holds another run; add --resume to go on with it, or name another --out"
+        )
     return None
 
 
@@ -146,8 +170,12 @@ def same_run(saved: dict, now: dict) -> None:
 def cut_log(file: Path, total: int) -> None:
     """Drops what an interrupted run logged after the state that is resumed."""
     if file.is_file():
-        rows = [line for line in file.read_text().splitlines() if _number(line) is not None and _number(line) < total]
-        checkpoint.write_atomic(file, "".join(f"{r}\n" for r in rows))
+        rows = [
+            line
+            for line in file.read_text().splitlines()
+            if _number(line) is not None and _number(line) < total
+        ]
+        files.write_atomic(file, "".join(f"{r}\n" for r in rows))
 
 
 def _number(line: str) -> int | None:
@@ -160,28 +188,3 @@ def _number(line: str) -> int | None:
 def reseed(seed: int, total: int, block: int) -> None:
     """The noise of a step (LoRA's dropout) depends on its number and on the first block it is for, on no process."""
     torch.manual_seed(hash((seed, total, block)) % (1 << 63))
-
-
-@contextlib.contextmanager
-def disk_sentences(folder: Path):
-    """Turns a full, read-only or failing disk into a ValueError of one sentence."""
-    try:
-        yield
-    except SafetensorError as e:
-        code = re.search(r"os error (\d+)", str(e))  # how safetensors' writer says it
-        if not code:
-            raise
-        raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder)) from None
-    except OSError as e:
-        if e.errno not in _DISK:
-            raise
-        raise ValueError(disk_sentence(e, folder)) from None
-
-
-def disk_sentence(e: OSError, folder: Path) -> str:
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free / 2**20
-    return (
-        f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO)} ({free:.0f} MiB free); earlier states are "
-        "intact, --resume goes on from the last one"
-    )

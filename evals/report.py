@@ -33,7 +33,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
+from hub import files
 
 TEACHER, UNTRAINED = "teacher", "untrained"
 RESAMPLES = 1000
@@ -48,16 +48,27 @@ class Scores:
     dtype: torch.dtype = torch.float32
     command: str = ""
     facts: dict[str, dict] = field(default_factory=dict)
-    values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # row -> column -> per item
+    values: dict[str, dict[str, np.ndarray]] = field(
+        default_factory=dict
+    )  # row -> column -> per item
 
-    def add(self, column: str, row: str, value: float, *, error=None, values=None, items=None, **facts) -> None:
+    def add(
+        self, column: str, row: str, value: float, *, error=None, values=None, items=None, **facts
+    ) -> None:
         """One figure. values: the items' own, whose mean it is; facts: version, seed and what else it depends on."""
         self.columns[column][row] = float(value)
         if values is not None:
             self.values.setdefault(row, {})[column] = values
             items = len(values)
-            error = float(np.std(values, ddof=1) / items**0.5) if error is None and items > 1 else error
-        kept = {"items": items, "dtype": str(self.dtype).removeprefix("torch."), "command": self.command, "stderr": {}}
+            error = (
+                float(np.std(values, ddof=1) / items**0.5) if error is None and items > 1 else error
+            )
+        kept = {
+            "items": items,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "command": self.command,
+            "stderr": {},
+        }
         about = self.facts.setdefault(row, facts | kept)
         about["stderr"][column] = None if error is None else float(error)
 
@@ -88,7 +99,9 @@ def retention(values: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict[s
             items[f"average {kind}"] = sum(items[row] for row in rows)
     names = list(next(iter(values.values())))
     about = {"seed": seed, "resamples": RESAMPLES}
-    return {row: {"items": items[row], **about, **_shares(m, names, row)} for row, m in means.items()}
+    return {
+        row: {"items": items[row], **about, **_shares(m, names, row)} for row, m in means.items()
+    }
 
 
 def _resampled(results: np.ndarray, seed: int, row: str) -> np.ndarray:
@@ -121,7 +134,9 @@ def _shares(means: np.ndarray, names: list[str], row: str) -> dict[str, dict]:
 def _interval(x: np.ndarray) -> dict[str, float] | None:
     """The figure x[0] and the middle 95 % of x[1:]; None where the denominator is too often 0 for an interval."""
     drawn = np.where(np.isnan(x[1:]), np.inf, x[1:])  # 0 / 0: as good as no bound
-    low = np.percentile(drawn, 2.5, method="lower")  # real draws: between a number and infinity nothing lies
+    low = np.percentile(
+        drawn, 2.5, method="lower"
+    )  # real draws: between a number and infinity nothing lies
     high = np.percentile(drawn, 97.5, method="higher")
     if not np.isfinite([x[0], low, high]).all():
         return None
@@ -161,7 +176,12 @@ def table(columns: dict[str, dict[str, float]], shares: dict[str, float]) -> str
     for key in next(iter(columns.values())):
         rows.append([key, *(_figure(key, columns[c].get(key)) for c in names)])
     if shares:
-        rows.append(["lost loss recovered", *(f"{100 * shares[c]:.1f} %" if c in shares else "" for c in names)])
+        rows.append(
+            [
+                "lost loss recovered",
+                *(f"{100 * shares[c]:.1f} %" if c in shares else "" for c in names),
+            ]
+        )
     return _aligned(rows)
 
 
@@ -171,23 +191,36 @@ def retention_table(kept: dict[str, dict]) -> str:
     many = len(names) > 1
     rows = [["", "items"]]
     for name in names:
-        rows[0] += [f"{name}: " * many + "kept of the teacher [95 %]", f"{name}: " * many + "recovered [95 %]"]
+        rows[0] += [
+            f"{name}: " * many + "kept of the teacher [95 %]",
+            f"{name}: " * many + "recovered [95 %]",
+        ]
     for row, found in kept.items():
         rows.append([row, str(found["items"])])
         for name in names:
-            rows[-1] += [_percent(found["kept"][name], "-"), _percent(found["recovered"].get(name), "within noise")]
+            rows[-1] += [
+                _percent(found["kept"][name], "-"),
+                _percent(found["recovered"].get(name), "within noise"),
+            ]
     return _aligned(rows)
 
 
 def _percent(found: dict | None, otherwise: str) -> str:
-    return f"{100 * found['value']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]" if found else otherwise
+    return (
+        f"{100 * found['value']:.1f} % [{100 * found['low']:.1f}, {100 * found['high']:.1f}]"
+        if found
+        else otherwise
+    )
 
 
 def _aligned(rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = [
         "| "
-        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        + " | ".join(
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(r, widths, strict=True))
+        )
         + " |"
         for r in rows
     ]
@@ -208,13 +241,22 @@ def _figure(key: str, value: float | None) -> str:
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
-def write(out: Path, columns: dict[str, dict[str, float]], shares: dict[str, float], about: dict) -> str:
+def write(
+    out: Path, columns: dict[str, dict[str, float]], shares: dict[str, float], about: dict
+) -> str:
     """Writes report.json, report.md and report.png into `out`; returns the table."""
     return render(out, Scores(columns), shares, about)
 
 
 def render(
-    out: Path | None, scores: Scores, shares: dict[str, float], about: dict, *, kept=None, more=None, notes=()
+    out: Path | None,
+    scores: Scores,
+    shares: dict[str, float],
+    about: dict,
+    *,
+    kept=None,
+    more=None,
+    notes=(),
 ) -> str:
     """The Markdown of a whole evaluation; also written, with JSON and picture, into `out` if there is one.
 
@@ -225,21 +267,30 @@ def render(
     text += "\n\n" + retention_table(kept) if kept else ""
     text = (text + "".join(f"\n\n{note}" for note in notes)).strip()
     if out:
-        rows = {key: {c: columns[c].get(key) for c in columns} for key in next(iter(columns.values()))}
+        rows = {
+            key: {c: columns[c].get(key) for c in columns} for key in next(iter(columns.values()))
+        }
         body = {"columns": list(columns), "rows": rows, "recovered": shares, "about": about}
         body |= {"facts": scores.facts} if scores.facts else {}
         body |= {"retention": kept} if kept else {}
-        checkpoint.write_atomic(out / "report.json", json.dumps(body | (more or {}), indent=1) + "\n")
-        checkpoint.write_atomic(out / "report.md", text + "\n")
+        files.write_atomic(out / "report.json", json.dumps(body | (more or {}), indent=1) + "\n")
+        files.write_atomic(out / "report.md", text + "\n")
         _draw(out / "report.png", columns, shares, kept or {})
     return text
 
 
-def _draw(file: Path, columns: dict[str, dict[str, float]], shares: dict[str, float], kept: dict[str, dict]) -> None:
+def _draw(
+    file: Path,
+    columns: dict[str, dict[str, float]],
+    shares: dict[str, float],
+    kept: dict[str, dict],
+) -> None:
     from matplotlib.figure import Figure  # no pyplot: no global state and no display
 
     keys = next(iter(columns.values()))
-    groups = [("loss (nats a token, held-out text)", [k for k in keys if k.startswith("loss")], 1.0)]
+    groups = [
+        ("loss (nats a token, held-out text)", [k for k in keys if k.startswith("loss")], 1.0)
+    ]
     groups.append(("right (%)", [k for k in keys if _share(k)], 100.0))
     groups = [g for g in groups if g[1]] or groups[:1]
     drawn = {row: found for row, found in kept.items() if any(found["kept"].values())}
@@ -251,7 +302,9 @@ def _draw(file: Path, columns: dict[str, dict[str, float]], shares: dict[str, fl
     for axis, (title, names, times) in zip(axes, groups, strict=False):
         for i, (column, figures) in enumerate(columns.items()):
             x = [n + (i - (len(columns) - 1) / 2) * 0.8 / len(columns) for n in range(len(names))]
-            label = column + (f" ({100 * shares[column]:.0f} % recovered)" if column in shares else "")
+            label = column + (
+                f" ({100 * shares[column]:.0f} % recovered)" if column in shares else ""
+            )
             heights = [times * figures.get(k, math.nan) for k in names]
             axis.bar(x, heights, 0.8 / len(columns), label=label, color=COLOURS[i % 5])
         labels = [k.replace(", ", "\n").replace(" at ", "\nat ") for k in names]
@@ -261,7 +314,13 @@ def _draw(file: Path, columns: dict[str, dict[str, float]], shares: dict[str, fl
         axis.spines[["top", "right"]].set_visible(False)
     if drawn:
         _draw_kept(axes[-1], drawn)
-    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside upper left", ncols=5)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        fontsize=8,
+        frameon=False,
+        loc="outside upper left",
+        ncols=5,
+    )
     figure.savefig(file, dpi=130)
 
 
@@ -270,7 +329,9 @@ def _draw_kept(axis, drawn: dict[str, dict]) -> None:
     for y, found in enumerate(drawn.values()):
         for i, one in enumerate(found["kept"].values()):
             if one:
-                axis.plot([100 * one["low"], 100 * one["high"]], [y, y], color=COLOURS[(i + 2) % 5], lw=2)
+                axis.plot(
+                    [100 * one["low"], 100 * one["high"]], [y, y], color=COLOURS[(i + 2) % 5], lw=2
+                )
                 axis.plot(100 * one["value"], y, "o", color=COLOURS[(i + 2) % 5], ms=5)
     axis.axvline(100, color="0.6", lw=1)
     axis.set_yticks(range(len(drawn)), list(drawn), fontsize=8)

@@ -10,7 +10,9 @@ linear scaling, and multiplies it by the factor: --max-model-len says what is ri
 from model import LlamaConfig
 
 
-def model_card(teacher: LlamaConfig, student: LlamaConfig, name: str, plan: list, scores: str, recipe: dict) -> str:
+def model_card(
+    teacher: LlamaConfig, student: LlamaConfig, name: str, plan: list, scores: str, recipe: dict
+) -> str:
     """Markdown. name: of the teacher; plan: its stages (plan.py); scores: a table; recipe: arguments that mattered."""
     old, new = teacher.rope, student.rope
     stages = "\n".join(
@@ -18,9 +20,13 @@ def model_card(teacher: LlamaConfig, student: LlamaConfig, name: str, plan: list
         for s in plan
     )
     changed = f"{old.kind} RoPE, theta {old.theta:g}, {old.length:,} tokens"
-    changed += f" -> {new.kind} RoPE, factor {new.factor:g}, theta {new.theta:g}, {new.length:,} tokens"
+    changed += (
+        f" -> {new.kind} RoPE, factor {new.factor:g}, theta {new.theta:g}, {new.length:,} tokens"
+    )
     arguments = ", ".join(
-        f"{k} {v}" for k, v in recipe.items() if v not in (None, [], "") and k not in ("teacher", "data")
+        f"{k} {v}"
+        for k, v in recipe.items()
+        if v not in (None, [], "") and k not in ("teacher", "data")
     )
     text = f"""---
 library_name: transformers

@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import data
-import ruler
-from generate import generate
+from engine import data
+from evals import ruler
+from evals.generate import generate
+from evals.report import COLOURS, Scores
+from hub.tokenizer import Tokenizer
 from model import Llama, next_token_loss
-from report import COLOURS, Scores
-from tokenizer import Tokenizer
 
 STRIDE = 256
 REACHED = 0.2  # the share of passkeys that makes a length count
@@ -64,7 +64,9 @@ def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -
         if len(ids) > length and len(out) < most:
             out.append(np.asarray(ids[: length + 1], dtype=np.int64))
     if not out:
-        raise ValueError(f"no document has more than {length} tokens, the longest has {longest}; shorten --lengths")
+        raise ValueError(
+            f"no document has more than {length} tokens, the longest has {longest}; shorten --lengths"
+        )
     return out
 
 
@@ -83,9 +85,13 @@ def sliding_loss(
 ) -> list[np.ndarray]:
     """The loss in nats of every token but the first of each document, with a window of `width` tokens."""
     if not 0 < stride <= width:
-        raise ValueError(f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths")
-    device = model.model.embed_tokens.weight.device
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}  # windows of one shape go through together
+        raise ValueError(
+            f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths"
+        )
+    device = model.device
+    groups: dict[
+        tuple[int, int], list[tuple[int, int]]
+    ] = {}  # windows of one shape go through together
     for d, ids in enumerate(texts):
         for begin, end, first in windows(len(ids) - 1, width, stride):
             groups.setdefault((end - begin, end - first), []).append((d, begin))
@@ -94,9 +100,16 @@ def sliding_loss(
     for (long, scored), where in groups.items():
         rows = max(1, batch_tokens(device) // long)
         for part in (where[i : i + rows] for i in range(0, len(where), rows)):
-            ids = torch.from_numpy(np.stack([texts[d][begin : begin + long + 1] for d, begin in part])).to(device)
+            ids = torch.from_numpy(
+                np.stack([texts[d][begin : begin + long + 1] for d, begin in part])
+            ).to(device)
             h = model.hidden(ids[:, :-1], dtype)[:, long - scored :]
-            loss = next_token_loss(model, h, ids[:, long - scored + 1 :], reduction="none").double().cpu().numpy()
+            loss = (
+                next_token_loss(model, h, ids[:, long - scored + 1 :], reduction="none")
+                .double()
+                .cpu()
+                .numpy()
+            )
             for (d, begin), row in zip(part, loss, strict=True):
                 losses[d][begin + long - scored : begin + long] = row
             bar.update(len(part))
@@ -105,11 +118,21 @@ def sliding_loss(
 
 
 def sliding_scores(
-    scores: Scores, models: dict[str, Llama], tokenizer: Tokenizer, texts: list[np.ndarray], lengths: list[int], **facts
+    scores: Scores,
+    models: dict[str, Llama],
+    tokenizer: Tokenizer,
+    texts: list[np.ndarray],
+    lengths: list[int],
+    **facts,
 ) -> None:
     """Adds "sliding perplexity at w" for every w of `lengths`."""
     size = sum(len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in texts)
-    about = facts | {"documents": len(texts), "tokens each": len(texts[0]) - 1, "stride": STRIDE, "bits per byte": {}}
+    about = facts | {
+        "documents": len(texts),
+        "tokens each": len(texts[0]) - 1,
+        "stride": STRIDE,
+        "bits per byte": {},
+    }
     for width in lengths:
         row = f"sliding perplexity at {width}"
         for name, model in models.items():
@@ -118,7 +141,9 @@ def sliding_scores(
             every = np.concatenate(losses)
             value = math.exp(min(every.mean(), 700.0))
             error = value * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else None
-            scores.add(name, row, value, error=error, items=len(every), **about, weighting="by token")
+            scores.add(
+                name, row, value, error=error, items=len(every), **about, weighting="by token"
+            )
             scores.facts[row]["bits per byte"] = scores.facts[row]["bits per byte"] | {
                 name: float(every.sum() / math.log(2) / size)
             }
@@ -130,7 +155,7 @@ def sliding_scores(
 @torch.no_grad()
 def loss_by_position(model: Llama, blocks: Tensor, dtype: torch.dtype) -> np.ndarray:
     """Mean loss [T] in nats at every position of blocks [n, T + 1]."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     rows = max(1, batch_tokens(device) // (blocks.shape[1] - 1))
     total = np.zeros(blocks.shape[1] - 1)
     for part in blocks.split(rows):
@@ -140,7 +165,9 @@ def loss_by_position(model: Llama, blocks: Tensor, dtype: torch.dtype) -> np.nda
     return total / len(blocks)
 
 
-def position_scores(scores: Scores, models: dict[str, Llama], blocks: Tensor, native: int, **facts) -> dict:
+def position_scores(
+    scores: Scores, models: dict[str, Llama], blocks: Tensor, native: int, **facts
+) -> dict:
     """Adds "loss in a-bx" by octaves of the native length; returns the curve, {"positions", column: losses}."""
     T = blocks.shape[1] - 1
     cuts = [0, *(native * 2**k for k in range(64) if native * 2**k < T), T]
@@ -151,7 +178,14 @@ def position_scores(scores: Scores, models: dict[str, Llama], blocks: Tensor, na
         curve[name] = [float(losses[a:b].mean()) for a, b in itertools.pairwise(edges)]
         for a, b in itertools.pairwise(cuts):
             row = f"loss in {a / native:g}-{b / native:g}x"
-            scores.add(name, row, float(losses[a:b].mean()), items=(b - a) * len(blocks), blocks=len(blocks), **facts)
+            scores.add(
+                name,
+                row,
+                float(losses[a:b].mean()),
+                items=(b - a) * len(blocks),
+                blocks=len(blocks),
+                **facts,
+            )
     return curve
 
 
@@ -161,7 +195,9 @@ def draw_positions(file: Path, curve: dict[str, list], native: int) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for i, name in enumerate(name for name in curve if name != "positions"):
-        axis.plot(np.asarray(curve["positions"]) / native, curve[name], label=name, color=COLOURS[i % 5])
+        axis.plot(
+            np.asarray(curve["positions"]) / native, curve[name], label=name, color=COLOURS[i % 5]
+        )
     axis.set_xlabel(f"position, in native lengths of {native} tokens")
     axis.set_ylabel("loss (nats a token)")
     axis.axvline(1, color="0.7", lw=1, ls=":")
@@ -173,17 +209,23 @@ def draw_positions(file: Path, curve: dict[str, list], native: int) -> None:
 # Prompts that are answered: passkey and RULER
 
 
-def answers(model: Llama, tokenizer: Tokenizer, samples: list[ruler.Sample], dtype: torch.dtype) -> list[str]:
+def answers(
+    model: Llama, tokenizer: Tokenizer, samples: list[ruler.Sample], dtype: torch.dtype
+) -> list[str]:
     """What the model says to each sample, greedily, the samples in batches of like length."""
     prompts = [tokenizer.encode(s.prompt + s.answer_prefix, bos=True) for s in samples]
     order = sorted(range(len(samples)), key=lambda i: -len(prompts[i]))
-    said, device = [""] * len(samples), model.model.embed_tokens.weight.device
+    said, device = [""] * len(samples), model.device
     bar = tqdm(total=len(samples), unit=" prompts", leave=False, disable=None)
     while order:
         rows = max(1, batch_tokens(device) // len(prompts[order[0]]))
         now, order = order[:rows], order[rows:]
         new = max(samples[i].max_new_tokens for i in now)
-        for i, ids in zip(now, generate(model, [prompts[i] for i in now], new, dtype, tokenizer.eos_id), strict=True):
+        for i, ids in zip(
+            now,
+            generate(model, [prompts[i] for i in now], new, dtype, tokenizer.eos_id),
+            strict=True,
+        ):
             said[i] = tokenizer.decode(ids)
         bar.update(len(now))
     bar.close()
@@ -192,7 +234,9 @@ def answers(model: Llama, tokenizer: Tokenizer, samples: list[ruler.Sample], dty
 
 def marks(task: str, said: list[str], samples: list[ruler.Sample]) -> np.ndarray:
     """Each sample's own score, 0 .. 1; their mean is the task's."""
-    return np.asarray([ruler.score(task, [a], [s.outputs]) / 100 for a, s in zip(said, samples, strict=True)])
+    return np.asarray(
+        [ruler.score(task, [a], [s.outputs]) / 100 for a, s in zip(said, samples, strict=True)]
+    )
 
 
 def feasible(
@@ -207,7 +251,9 @@ def feasible(
         if ruler.missing(task, folder):
             continue
         try:
-            ruler.generate(task, length, 1, lambda t: len(tokenizer.encode(t)), seed=seed, data_dir=folder)
+            ruler.generate(
+                task, length, 1, lambda t: len(tokenizer.encode(t)), seed=seed, data_dir=folder
+            )
             able.append((length, task))
         except ruler.TooShort as e:
             lacking.append(str(e))
@@ -217,14 +263,23 @@ def feasible(
 
 
 def passkey_scores(
-    scores: Scores, models: dict[str, Llama], tokenizer: Tokenizer, lengths: list[int], samples: int, seed: int
+    scores: Scores,
+    models: dict[str, Llama],
+    tokenizer: Tokenizer,
+    lengths: list[int],
+    samples: int,
+    seed: int,
 ) -> dict:
     """Adds "passkey at L" and the tokens reached; returns the map, {"lengths", "depths", column: [depth][length]}."""
     depths = np.linspace(0, 1, min(samples, 32)).tolist()
-    grid: dict[str, list] = {"lengths": lengths, "depths": depths} | {name: [[] for _ in depths] for name in models}
+    grid: dict[str, list] = {"lengths": lengths, "depths": depths} | {
+        name: [[] for _ in depths] for name in models
+    }
     reached, about = dict.fromkeys(models, 0), {"seed": seed, "depths": len(depths)}
     for length in lengths:
-        made = ruler.generate("passkey", length, samples, lambda t: len(tokenizer.encode(t)), seed=seed)
+        made = ruler.generate(
+            "passkey", length, samples, lambda t: len(tokenizer.encode(t)), seed=seed
+        )
         about["version"] = made[0].variant
         for name, model in models.items():
             right = marks("passkey", answers(model, tokenizer, made, scores.dtype), made)
@@ -234,7 +289,9 @@ def passkey_scores(
             if right.mean() >= REACHED:
                 reached[name] = max(reached[name], length)
     for name in models:
-        scores.add(name, "passkey, tokens reached", reached[name], items=samples * len(lengths), **about)
+        scores.add(
+            name, "passkey, tokens reached", reached[name], items=samples * len(lengths), **about
+        )
     return grid
 
 
@@ -246,10 +303,22 @@ def draw_passkey(file: Path, grid: dict[str, list]) -> None:
     figure = Figure(figsize=(1.5 + 3.2 * len(names), 4), layout="constrained")
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for axis, name in zip(axes, names, strict=True):
-        image = axis.imshow(grid[name], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper")
-        axis.set_xticks(range(len(grid["lengths"])), [f"{n:,}" for n in grid["lengths"]], fontsize=8, rotation=45)
+        image = axis.imshow(
+            grid[name], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper"
+        )
+        axis.set_xticks(
+            range(len(grid["lengths"])),
+            [f"{n:,}" for n in grid["lengths"]],
+            fontsize=8,
+            rotation=45,
+        )
         step = max(1, len(grid["depths"]) // 8)
-        axis.set_yticks(*zip(*[(i, f"{100 * d:.0f} %") for i, d in enumerate(grid["depths"])][::step], strict=True))
+        axis.set_yticks(
+            *zip(
+                *[(i, f"{100 * d:.0f} %") for i, d in enumerate(grid["depths"])][::step],
+                strict=True,
+            )
+        )
         axis.set_title(name, fontsize=10)
     axes[0].set_ylabel("depth of the key")
     figure.supxlabel("tokens", fontsize=9)
@@ -270,7 +339,9 @@ def ruler_scores(
     """Adds "RULER task at L" of every (L, task), and their mean at every L. said_to: a folder for the predictions."""
     versions: dict[int, dict[str, str]] = {}
     for length, task in able:
-        made = ruler.generate(task, length, samples, lambda t: len(tokenizer.encode(t)), seed=seed, data_dir=folder)
+        made = ruler.generate(
+            task, length, samples, lambda t: len(tokenizer.encode(t)), seed=seed, data_dir=folder
+        )
         row, version = f"RULER {task} at {length}", made[0].variant
         versions.setdefault(length, {})[task] = version
         for name, model in models.items():
@@ -281,10 +352,16 @@ def ruler_scores(
             if said_to:
                 _keep(said_to / f"{name}.{task}.{length}.jsonl", said, made, right)
     for length, done in versions.items():
-        kind = "13" if set(done) == set(ruler.RULER_TASKS) else f"{len(done)} task{'s' * (len(done) > 1)}"
+        kind = (
+            "13"
+            if set(done) == set(ruler.RULER_TASKS)
+            else f"{len(done)} task{'s' * (len(done) > 1)}"
+        )
         version = "; ".join(f"{task}: {variant}" for task, variant in done.items())
         for name in models:
-            value = float(np.mean([scores.columns[name][f"RULER {task} at {length}"] for task in done]))
+            value = float(
+                np.mean([scores.columns[name][f"RULER {task} at {length}"] for task in done])
+            )
             row = f"RULER mean of {kind} at {length}"
             scores.add(name, row, value, items=samples * len(done), version=version, seed=seed)
 
@@ -293,7 +370,15 @@ def _keep(file: Path, said: list[str], samples: list[ruler.Sample], right: np.nd
     """One line a sample: what was expected, what was said, and what it scored."""
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [
-        {"index": s.index, "outputs": s.outputs, "prediction": a, "score": float(r), "tokens": s.length}
+        {
+            "index": s.index,
+            "outputs": s.outputs,
+            "prediction": a,
+            "score": float(r),
+            "tokens": s.length,
+        }
         for s, a, r in zip(samples, said, right, strict=True)
     ]
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    file.write_text(
+        "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+    )

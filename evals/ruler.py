@@ -58,11 +58,22 @@ from pathlib import Path
 
 import numpy as np
 
-from ruler_data import FILES, Pairs, english_of, essays_of, folder_of, hotpotqa, squad, words_of
+from evals.ruler_data import (
+    FILES,
+    Pairs,
+    english_of,
+    essays_of,
+    folder_of,
+    hotpotqa,
+    squad,
+    words_of,
+)
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
-DEPTHS = [round(float(depth)) for depth in np.linspace(0, 100, num=40)]  # percent of an essay's sentences
+DEPTHS = [
+    round(float(depth)) for depth in np.linspace(0, 100, num=40)
+]  # percent of an essay's sentences
 TRIES = 500  # draws of a sample at the smallest haystack until one fits: RULER draws for ever
 HOPELESS = 50  # of them while all are over by an eighth
 
@@ -167,7 +178,9 @@ class Sample:
     outputs: list[str]  # the references
     max_new_tokens: int
     length: int  # tokens of prompt + answer_prefix, plus max_new_tokens
-    depth: float | None  # niah: characters before the first reference / characters of the prompt; passkey: as asked
+    depth: (
+        float | None
+    )  # niah: characters before the first reference / characters of the prompt; passkey: as asked
     variant: str  # which RULER this is, or that it is not RULER's and why
 
 
@@ -223,9 +236,13 @@ def score(task: str, predictions: Sequence[str], references: Sequence[Sequence[s
     """0..100 by the task's rule (module docstring). references: each sample's `outputs`."""
     metric = _row(task).metric
     if not predictions or len(predictions) != len(references):
-        raise ValueError(f"{task}: {len(predictions)} predictions for {len(references)} samples; one each is needed")
+        raise ValueError(
+            f"{task}: {len(predictions)} predictions for {len(references)} samples; one each is needed"
+        )
     if not all(references):
-        raise ValueError(f"{task}: sample {[bool(r) for r in references].index(False)} has no references")
+        raise ValueError(
+            f"{task}: sample {[bool(r) for r in references].index(False)} has no references"
+        )
     total = 0.0
     for prediction, wanted in zip(predictions, references, strict=True):
         said = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
@@ -265,7 +282,9 @@ class _World:
         self.np_rng = np.random.RandomState(self.seed)
 
     def shuffled(self, items: list) -> list:
-        random.Random(self.seed).shuffle(items)  # RULER shuffles every list with the first seed anew
+        random.Random(self.seed).shuffle(
+            items
+        )  # RULER shuffles every list with the first seed anew
         return items
 
     @property
@@ -319,7 +338,9 @@ def _largest(recipe: _Recipe, count: Callable, length: int, budget: int) -> int:
         return count(prompt + prefix)
 
     per_unit = tokens(recipe.probe) / recipe.probe
-    estimate = int(length // per_unit) * 2 if recipe.slack == 2 else int(length / per_unit * 3)  # as RULER rounds
+    estimate = (
+        int(length // per_unit) * 2 if recipe.slack == 2 else int(length / per_unit * 3)
+    )  # as RULER rounds
     low, high, best = recipe.step, max(estimate, recipe.step * 2), recipe.step
     while low <= high:
         middle = (low + high) // 2
@@ -371,9 +392,16 @@ def _niah(row: Task, world: _World) -> _Recipe:
             context = "\n".join(lines)
         asked = rng.sample(range(row.keys), row.queries)
         outputs = [value for i in asked for value in values[i]]
-        query = ", ".join(keys[i] for i in asked[:-1]) + ", and " * (len(asked) > 1) + keys[asked[-1]]
+        query = (
+            ", ".join(keys[i] for i in asked[:-1]) + ", and " * (len(asked) > 1) + keys[asked[-1]]
+        )
         prompt = template.format(type_needle_v=kind, context=context, query=query)
-        return prompt, prefix.format(type_needle_v=kind, query=query), outputs, prompt.find(outputs[0]) / len(prompt)
+        return (
+            prompt,
+            prefix.format(type_needle_v=kind, query=query),
+            outputs,
+            prompt.find(outputs[0]) / len(prompt),
+        )
 
     step = 500 if essay else 5 if world.short else 25
     return _Recipe(make, step, probe=step)
@@ -417,8 +445,12 @@ def _vt(row: Task, world: _World, hops: int = 4) -> _Recipe:
 
     worked = _Recipe(lambda units, index: ask(units, 3), step=5, probe=5)
     try:
-        _, prompt, prefix, names, _ = _sized(worked, world.count, length=500, samples=1, budget=0)[0]
-    except _TooShort:  # five noise lines are over 500 tokens with this tokenizer: RULER never returns; take them
+        _, prompt, prefix, names, _ = _sized(worked, world.count, length=500, samples=1, budget=0)[
+            0
+        ]
+    except (
+        _TooShort
+    ):  # five noise lines are over 500 tokens with this tokenizer: RULER never returns; take them
         prompt, prefix, names, _ = ask(5, 3)
     example = f"{prompt}{prefix} {' '.join(names)}\n"
 
@@ -445,7 +477,9 @@ def _cwe(row: Task, world: _World, common: int = 10) -> _Recipe:
     def listed(units: int, often: int, seldom: int) -> tuple[str, list[str]]:
         pool = words if units <= len(words) else english()
         if units > len(pool):
-            raise ValueError(f"length {world.length}: cwe has {len(pool)} different words and needs {units}")
+            raise ValueError(
+                f"length {world.length}: cwe has {len(pool)} different words and needs {units}"
+            )
         drawn = world.rng.sample(pool, units)
         context = world.shuffled(drawn[:common] * often + drawn[common:] * seldom)
         return _numbered(context), drawn[:common]
@@ -454,7 +488,12 @@ def _cwe(row: Task, world: _World, common: int = 10) -> _Recipe:
         context, answer = listed(*shown)
         example = row.template.format(context=context) + row.answer_prefix + " " + _numbered(answer)
         context, answer = listed(units, *asked)
-        return example + "\n" + row.template.format(context=context), row.answer_prefix, answer, None
+        return (
+            example + "\n" + row.template.format(context=context),
+            row.answer_prefix,
+            answer,
+            None,
+        )
 
     return _Recipe(make, step=10, probe=4096, slack=2)
 
@@ -467,7 +506,11 @@ def _fwe(row: Task, world: _World) -> list[tuple]:
     """[(tokens, prompt, prefix, references, depth)]"""
     made = _coded(row, world, world.length, world.samples)
     if made is None:
-        raise _TooShort(next(n for n in itertools.count(world.length + 1) if _coded(row, world, n, world.samples)))
+        raise _TooShort(
+            next(
+                n for n in itertools.count(world.length + 1) if _coded(row, world, n, world.samples)
+            )
+        )
     return made
 
 
@@ -487,7 +530,9 @@ def _coded(row: Task, world: _World, length: int, samples: int) -> list[tuple] |
 
     def prompt(words: list[str], total: int) -> str:
         counts = (total * share / (math.pi**2 / 6)).astype(int)  # zeta(2) normalises k^-2
-        coded = world.shuffled([word for word, n in zip(words, counts, strict=True) for _ in range(n)])
+        coded = world.shuffled(
+            [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
+        )
         return row.template.format(context=" ".join(coded))
 
     def tokens(words: list[str], total: int) -> int:
@@ -500,9 +545,13 @@ def _coded(row: Task, world: _World, length: int, samples: int) -> list[tuple] |
         words, kept = vocabulary(), total - step
         while (size := tokens(words, kept)) > room and kept >= 27:
             kept -= step
-        if kept < 27:  # 27 / 4^2 / zeta(2) > 1: the fewest words among which rank 4, the third answer, occurs
+        if (
+            kept < 27
+        ):  # 27 / 4^2 / zeta(2) > 1: the fewest words among which rank 4, the third answer, occurs
             return None
-        made.append((size + row.max_new_tokens, prompt(words, kept), row.answer_prefix, words[1:4], None))
+        made.append(
+            (size + row.max_new_tokens, prompt(words, kept), row.answer_prefix, words[1:4], None)
+        )
     return made
 
 
@@ -510,7 +559,9 @@ def _qa(row: Task, world: _World) -> _Recipe:
     path = world.folder / row.haystack
     questions, documents = (squad if row.haystack == "squad.json" else hotpotqa)(path)
     if world.samples > len(questions):
-        raise ValueError(f"samples {world.samples}: {path} has {len(questions)} questions that can be answered")
+        raise ValueError(
+            f"samples {world.samples}: {path} has {len(questions)} questions that can be answered"
+        )
 
     def make(units: int, index: int | None) -> Drawn:
         query, outputs, own, related = questions[index or 0]
@@ -520,7 +571,10 @@ def _qa(row: Task, world: _World) -> _Recipe:
         elif units - len(own) > len(related):
             taken = {*own, *related}
             others = [i for i in range(len(documents)) if i not in taken]
-            chosen = [documents[i] for i in own + related + world.rng.sample(others, units - len(own) - len(related))]
+            chosen = [
+                documents[i]
+                for i in own + related + world.rng.sample(others, units - len(own) - len(related))
+            ]
         else:
             chosen = [documents[i] for i in own + world.rng.sample(related, units - len(own))]
         world.shuffled(chosen)

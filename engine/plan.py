@@ -27,8 +27,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from distill import TRAINED
-from model import LlamaConfig
+from model import TRAINED, LlamaConfig
 
 HEAD_CHUNK = 4096  # tokens whose logits exist at once, see model.next_token_loss
 
@@ -51,9 +50,23 @@ class Stage:
 def stages(args, config: LlamaConfig, length: int) -> list[Stage]:
     """The stages that --stage asks for: stage 1 at the native length, stage 2 at the extended `length`."""
     lr = 2e-3 * (576 / config.width) ** 2.3
-    first = _stage("stage1", "relation", args.length1 or config.rope.length, args.batch1, args.tokens1, args.lr1 or lr)
+    first = _stage(
+        "stage1",
+        "relation",
+        args.length1 or config.rope.length,
+        args.batch1,
+        args.tokens1,
+        args.lr1 or lr,
+    )
     first = replace(first, logits=args.logit_weight > 0)
-    second = _stage("stage2", "next token", args.length2 or length, args.batch2, args.tokens2, args.lr2 or lr / 6)
+    second = _stage(
+        "stage2",
+        "next token",
+        args.length2 or length,
+        args.batch2,
+        args.tokens2,
+        args.lr2 or lr / 6,
+    )
     return {"1": [first], "2": [second], "both": [first, second]}[args.stage]
 
 
@@ -64,8 +77,15 @@ def _stage(name: str, objective: str, T: int, batch: int | None, tokens: int, lr
 
 def parameters(c: LlamaConfig) -> tuple[int, int]:
     """(all, those of q_proj, k_proj and v_proj) of a network of this shape."""
-    qkv = c.width * c.head_dim * (c.n_head + 2 * c.n_kv_head) + c.qkv_bias * c.head_dim * (c.n_head + 2 * c.n_kv_head)
-    rest = c.n_head * c.head_dim * c.width + 3 * c.width * c.mlp_width + 2 * c.width + c.qk_norm * 2 * c.head_dim
+    qkv = c.width * c.head_dim * (c.n_head + 2 * c.n_kv_head) + c.qkv_bias * c.head_dim * (
+        c.n_head + 2 * c.n_kv_head
+    )
+    rest = (
+        c.n_head * c.head_dim * c.width
+        + 3 * c.width * c.mlp_width
+        + 2 * c.width
+        + c.qk_norm * 2 * c.head_dim
+    )
     heads = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
     biases = c.out_bias * c.width + c.mlp_bias * (2 * c.mlp_width + c.width)
     return c.n_layer * (qkv + rest + biases) + heads, c.n_layer * qkv
@@ -93,29 +113,46 @@ def layer_bytes(c: LlamaConfig, b: int, full: bool, rank: int | None, last: bool
     if last:
         return projections
     attention = b * c.n_head * c.head_dim + 4 * c.n_head  # its output and log-sum-exps
-    return projections + attention + 4 * C + 4 + 3 * b * M  # the second norm; gate, silu(gate) and up
+    return (
+        projections + attention + 4 * C + 4 + 3 * b * M
+    )  # the second norm; gate, silu(gate) and up
 
 
 def activation_bytes(
-    c: LlamaConfig, stage: Stage, dtype: torch.dtype, micro: int, checkpointing: bool, rank: int | None = None
+    c: LlamaConfig,
+    stage: Stage,
+    dtype: torch.dtype,
+    micro: int,
+    checkpointing: bool,
+    rank: int | None = None,
 ) -> dict[str, int]:
     """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or logits."""
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
     one, cut = layer_bytes(c, b, not rank, rank), stage1 and not stage.logits
-    if checkpointing:  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
+    if (
+        checkpointing
+    ):  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
         kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
     else:
         kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, last=True)
-        kept -= 4 * c.width if b == 4 or not rank else 0  # the embeddings, frozen, need no norm's backward
-    kept += 0 if cut else b * c.width + 4 * c.width + 4 + 8  # the last norm's input and output, the targets
+        kept -= (
+            4 * c.width if b == 4 or not rank else 0
+        )  # the embeddings, frozen, need no norm's backward
+    kept += (
+        0 if cut else b * c.width + 4 * c.width + 4 + 8
+    )  # the last norm's input and output, the targets
     beside = {}
     if stage1:  # the teacher's q, k and v; they are the only ones kept beside the student's
         beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
     if not cut:  # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
-        beside["logits"] = min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * stage1)
+        beside["logits"] = (
+            min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * stage1)
+        )
     if b == 2:  # autograd keeps the bfloat16 copies of float32 weights
-        kept_casts = (1 if checkpointing else c.n_layer) * b * trained_parameters(c, rank) // c.n_layer
+        kept_casts = (
+            (1 if checkpointing else c.n_layer) * b * trained_parameters(c, rank) // c.n_layer
+        )
     return {"activations": kept * tokens + (kept_casts if b == 2 else 0)} | beside
 
 
@@ -139,7 +176,9 @@ def memory(
         "trained weights, gradients, Adam": trained * 16 // shards,
     }
     if shards > 1:  # the layer at work and the next one, gathered, and the gradients of one
-        parts["gathered layers"] = (2 * (everything - ends + trained) * b + 4 * trained) // c.n_layer
+        parts["gathered layers"] = (
+            2 * (everything - ends + trained) * b + 4 * trained
+        ) // c.n_layer
     parts |= activation_bytes(c, stage, dtype, micro, checkpointing, rank)
     # One relation's student in float32 and its gradient, and what it hands on: the largest is Q/Q
     parts["at work"] = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
@@ -151,7 +190,16 @@ def needs_checkpointing(need: dict[str, int], free: int) -> bool:
     return sum(need.values()) > 0.8 * free
 
 
-def settle(c: LlamaConfig, stage: Stage, dtype: torch.dtype, micro: int | None, rank, shards: int, own: int, free: int):
+def settle(
+    c: LlamaConfig,
+    stage: Stage,
+    dtype: torch.dtype,
+    micro: int | None,
+    rank,
+    shards: int,
+    own: int,
+    free: int,
+):
     """(blocks at a time, checkpointing, memory by part) of a process that does `own` blocks of each step."""
     micro = min(micro or max(1, 8192 // stage.T), own)
     checkpointing = needs_checkpointing(memory(c, stage, dtype, micro, False, rank, shards), free)
@@ -198,7 +246,9 @@ class OutOfMemory(ValueError):
     """The device's memory ran out during a step, on one process or more."""
 
     def __init__(self, stage: Stage, device: torch.device):
-        super().__init__(f"{stage.name} ran out of memory on {device}: {remedy(stage)}. The last saved state is kept")
+        super().__init__(
+            f"{stage.name} ran out of memory on {device}: {remedy(stage)}. The last saved state is kept"
+        )
 
 
 def remedy(stage: Stage) -> str:
@@ -210,16 +260,22 @@ def remedy(stage: Stage) -> str:
     )
 
 
-def describe(c: LlamaConfig, student: LlamaConfig, plan: list[Stage], parts: list[dict[str, int]], rank=None) -> str:
+def describe(
+    c: LlamaConfig, student: LlamaConfig, plan: list[Stage], parts: list[dict[str, int]], rank=None
+) -> str:
     """What is printed before the run: the positions old and new, the parameters, the stages and their memory."""
     everything, _ = parameters(c)
     lines = [f"{'':12}{'kind':>10}{'factor':>9}{'theta':>12}{'length':>10}"]
     for name, config in (("teacher", c), ("student", student)):
         r = config.rope
         lines.append(f"{name:12}{r.kind:>10}{r.factor:>9g}{r.theta:>12g}{r.length:>10,}")
-    lines.append(f"parameters  {everything:,} in all, {trained_parameters(c, rank):,} trained ({', '.join(TRAINED)})")
+    lines.append(
+        f"parameters  {everything:,} in all, {trained_parameters(c, rank):,} trained ({', '.join(TRAINED)})"
+    )
     if c.window:
-        lines.append(f"the teacher attends over a sliding window of {c.window:,}; the student over its whole length")
+        lines.append(
+            f"the teacher attends over a sliding window of {c.window:,}; the student over its whole length"
+        )
     for stage, part in zip(plan, parts, strict=True):
         lines.append(
             f"{stage.name}      {stage.objective}, {stage.steps} steps of {stage.batch} x {stage.T:,} tokens "
@@ -229,7 +285,9 @@ def describe(c: LlamaConfig, student: LlamaConfig, plan: list[Stage], parts: lis
     return "\n".join(lines)
 
 
-def describe_time(c: LlamaConfig, plan: list[Stage], rank: int | None, rate: float, size: int, given: bool) -> str:
+def describe_time(
+    c: LlamaConfig, plan: list[Stage], rank: int | None, rate: float, size: int, given: bool
+) -> str:
     """The work of each stage, and its time at half of `rate` flop/s on each of `size` devices."""
     lines = []
     for stage in plan:
@@ -246,10 +304,18 @@ def describe_time(c: LlamaConfig, plan: list[Stage], rank: int | None, rate: flo
 def clock(seconds: float) -> str:
     """12s, 3m20s, 5h07m."""
     s = round(seconds)
-    return f"{s}s" if s < 60 else f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    return (
+        f"{s}s"
+        if s < 60
+        else f"{s // 60}m{s % 60:02d}s"
+        if s < 3600
+        else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    )
 
 
 def learning_rate(stage: Stage, step: int) -> float:
     """Up over the first twentieth, never from 0, then down in a straight line to a fiftieth."""
     warm = math.ceil(stage.steps / 20)
-    return stage.lr * min((step + 1) / (warm + 1), max(0.02, (stage.steps - step) / max(1, stage.steps - warm)))
+    return stage.lr * min(
+        (step + 1) / (warm + 1), max(0.02, (stage.steps - step) / max(1, stage.steps - warm))
+    )

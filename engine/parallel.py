@@ -47,7 +47,9 @@ class World:
         if self.device.type == "cuda":
             local, there = _variable("LOCAL_RANK", 0), torch.cuda.device_count()
             if local >= there:
-                raise ValueError(f"LOCAL_RANK is {local} and this machine has {there} GPUs; lower --nproc_per_node")
+                raise ValueError(
+                    f"LOCAL_RANK is {local} and this machine has {there} GPUs; lower --nproc_per_node"
+                )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
         dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=_PATIENCE)
@@ -112,7 +114,9 @@ class World:
 def _variable(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
-        raise ValueError(f"the environment's {name} is {text!r}; start several processes with torchrun, or unset it")
+        raise ValueError(
+            f"the environment's {name} is {text!r}; start several processes with torchrun, or unset it"
+        )
     return int(text)
 
 
@@ -121,7 +125,9 @@ class Reducer:
 
     def __init__(self, weights, world: World):
         self.world, self.last, self.working = world, False, []
-        self.hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in weights if world.size > 1]
+        self.hooks = [
+            p.register_post_accumulate_grad_hook(self._ready) for p in weights if world.size > 1
+        ]
 
     def _ready(self, p: nn.Parameter) -> None:
         if self.last and not hasattr(p, "device_mesh"):  # FSDP reduces its own
@@ -153,7 +159,10 @@ class _Routed:
     """layer(...) by way of its unit, for whoever runs one model alone (stage 2, measuring)."""
 
     def __init__(self, unit: Unit, layer: nn.Module):
-        self.unit, self.plain = [unit], layer.forward  # in a list: the unit must not become the layer's child
+        self.unit, self.plain = (
+            [unit],
+            layer.forward,
+        )  # in a list: the unit must not become the layer's child
 
     def __call__(self, *args):
         return self.unit[0](self.plain, *args)
@@ -170,14 +179,18 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
                 p.data = p.data.to(world.device)
     mesh = init_device_mesh(world.device.type, (world.size,))
     low = None if dtype == torch.float32 else dtype
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     units = [Unit(*pair) for pair in zip(teacher.model.layers, student.model.layers, strict=True)]
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for layer in unit.layers:
             layer.forward = _Routed(unit, layer)
     root = fully_shard(Unit(*units), mesh=mesh, mp_policy=policy)
-    root(lambda: None)  # FSDP takes what runs first for the root; from here on units run on their own
+    root(
+        lambda: None
+    )  # FSDP takes what runs first for the root; from here on units run on their own
     return units
 
 
@@ -189,7 +202,11 @@ def unshard(student: Llama, world: World) -> None:
         full = whole(p)  # all ranks take part
         if world.main:
             owner, _, leaf = name.rpartition(".")
-            setattr(student.get_submodule(owner), leaf, nn.Parameter(full.cpu(), requires_grad=p.requires_grad))
+            setattr(
+                student.get_submodule(owner),
+                leaf,
+                nn.Parameter(full.cpu(), requires_grad=p.requires_grad),
+            )
     if student.config.tied:
         student.lm_head.weight = student.model.embed_tokens.weight
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenizer import Tokenizer
+from hub.tokenizer import Tokenizer
 
 PAIRS = 8
 _WORD = re.compile(r" [a-z]{4,9}")
@@ -33,15 +33,23 @@ class Lookups:
         # Decoded after another token, as sentencepiece drops the space that a text begins with
         before = tokenizer.encode("a")[-1:]
         cut = len(tokenizer.decode(before))
-        words = [i for i in range(tokenizer.size) if _WORD.fullmatch(tokenizer.decode([*before, i])[cut:])]
+        words = [
+            i
+            for i in range(tokenizer.size)
+            if _WORD.fullmatch(tokenizer.decode([*before, i])[cut:])
+        ]
         if len(words) < 64:
-            raise ValueError(f"the vocabulary has only {len(words)} tokens that are words; recall needs 64")
+            raise ValueError(
+                f"the vocabulary has only {len(words)} tokens that are words; recall needs 64"
+            )
         picks = np.linspace(0, len(words) - 1, min(512, len(words))).astype(int)
         self.words = np.asarray(words, dtype=np.int64)[picks]
         self.set, self.ask = tokenizer.encode("\n# remember"), tokenizer.encode("\n# recall")
         self.filler = filler
 
-    def document(self, rng: np.random.Generator, T: int, spread: str) -> tuple[np.ndarray, np.ndarray]:
+    def document(
+        self, rng: np.random.Generator, T: int, spread: str
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(ids [T + 1], where [n]): the token at where + 1 is the value that the token at `where` asks for."""
         set_at, ask_at = self._places(rng, T, spread)
         words = rng.choice(self.words, size=(2, PAIRS), replace=False)
@@ -78,7 +86,9 @@ class Lookups:
             early, late = np.sort(taken[:PAIRS]), taken[PAIRS:]
             pairs = rng.integers(0, PAIRS, asks)
         if slots < 2 * PAIRS:
-            raise ValueError(f"a look-up document of {T} tokens cannot hold {2 * PAIRS} lines of {line} tokens")
+            raise ValueError(
+                f"a look-up document of {T} tokens cannot hold {2 * PAIRS} lines of {line} tokens"
+            )
         set_at = [(int(s) * line, p) for p, s in enumerate(early)]
         ask_at = [(int(s) * line, int(p)) for s, p in zip(late, pairs, strict=True) if s > early[p]]
         return set_at, sorted(ask_at)

@@ -18,10 +18,8 @@ with the remedy named.
 Source.  The safetensors format description; the layout of transformers 4.57 and 5.
 """
 
-import contextlib
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -30,8 +28,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-_DTYPES = {"F64": (torch.float64, 8), "F32": (torch.float32, 4), "F16": (torch.float16, 2), "BF16": (torch.bfloat16, 2)}
-_MAX_JSON = 128 << 20  # bytes; the longest real header seen, of a 405B model, is under 1 MiB
+from hub.files import MAX_JSON, atomic_directory, parse_json, read_json
+
+_DTYPES = {
+    "F64": (torch.float64, 8),
+    "F32": (torch.float32, 4),
+    "F16": (torch.float16, 2),
+    "BF16": (torch.bfloat16, 2),
+}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -46,52 +50,33 @@ TOKENIZER_FILES = (
 )
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError in one sentence for everything that can be wrong with it."""
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; a model directory holds config.json, safetensors and a tokenizer")
-    if path.stat().st_size > _MAX_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; no {path.name} is that large")
-    return _parse(path.read_bytes(), str(path))
-
-
-def _parse(data: bytes, name: str) -> dict:
-    def once(pairs: list) -> dict:  # json would silently keep the last of two equal keys
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            raise ValueError("a key stands twice in one object")
-        return out
-
-    try:
-        value = json.loads(data, object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError(f"{name} is nested too deeply to be real") from None
-    except ValueError as e:  # includes JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"{name} is not valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} must hold a JSON object, not {type(value).__name__}")
-    return value
-
-
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{tensor name: (dtype, shape)} of one safetensors file, from its header alone, all of it checked."""
     size = path.stat().st_size
     with path.open("rb") as f:
         length = int.from_bytes(f.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_JSON):
-            raise ValueError(f"{path} is truncated or not safetensors: {size} bytes, a header of {length}")
-        header = _parse(f.read(length), f"the header of {path}")
+        if size < 8 or length > min(size - 8, MAX_JSON):
+            raise ValueError(
+                f"{path} is truncated or not safetensors: {size} bytes, a header of {length}"
+            )
+        header = parse_json(f.read(length), f"the header of {path}")
     header.pop("__metadata__", None)
     ranges, out = [], {}
     for name, entry in header.items():
         try:
-            dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+            dtype, shape, (start, end) = (
+                entry["dtype"],
+                tuple(entry["shape"]),
+                entry["data_offsets"],
+            )
             if not all(type(n) is int and n >= 0 for n in (*shape, start, end)):
                 raise ValueError
         except (TypeError, KeyError, ValueError):
             raise ValueError(f"{path}: tensor {name!r} has a malformed header entry") from None
         if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype][1]:
-            raise ValueError(f"{path}: tensor {name!r} has {end - start} bytes, but {dtype} {list(shape)} needs others")
+            raise ValueError(
+                f"{path}: tensor {name!r} has {end - start} bytes, but {dtype} {list(shape)} needs others"
+            )
         ranges.append((start, end, name))
         out[name] = (dtype, shape)
     position = 0
@@ -100,7 +85,9 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise ValueError(f"{path}: tensor {name!r} overlaps another or leaves a gap")
         position = end
     if position != size - 8 - length:
-        raise ValueError(f"{path} is truncated: {position} bytes of tensors promised, {size - 8 - length} there")
+        raise ValueError(
+            f"{path} is truncated: {position} bytes of tensors promised, {size - 8 - length} there"
+        )
     return out
 
 
@@ -109,7 +96,9 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        if not isinstance(weight_map, dict) or not all(
+            isinstance(v, str) for v in weight_map.values()
+        ):
             raise ValueError(f"{index} has no weight_map from tensor names to file names")
         files = sorted(set(weight_map.values()))
     elif single.is_file():
@@ -121,9 +110,13 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
         file = _inside(path, name)
         for tensor, (dtype, shape) in read_header(file).items():
             if tensor in found:
-                raise ValueError(f"tensor {tensor!r} stands in both {found[tensor][0].name} and {name}")
+                raise ValueError(
+                    f"tensor {tensor!r} stands in both {found[tensor][0].name} and {name}"
+                )
             if weight_map is not None and weight_map.get(tensor) != name:
-                raise ValueError(f"tensor {tensor!r} is in {name}, but the index says {weight_map.get(tensor)!r}")
+                raise ValueError(
+                    f"tensor {tensor!r} is in {name}, but the index says {weight_map.get(tensor)!r}"
+                )
             found[tensor] = (file, dtype, shape)
     absent = sorted(set(weight_map or ()) - set(found))
     if absent:
@@ -134,13 +127,19 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 def _inside(path: Path, name: str) -> Path:
     """The shard's file, refused if it is not this directory's own (or, in the hub's cache, that cache's blob)."""
     if Path(name).name != name or not name.endswith(".safetensors"):
-        raise ValueError(f"the index names the shard {name!r}; shards must be .safetensors files in {path}")
+        raise ValueError(
+            f"the index names the shard {name!r}; shards must be .safetensors files in {path}"
+        )
     file = (path / name).resolve()
     allowed = [path.resolve()]
-    if path.resolve().parent.name == "snapshots":  # the hub's cache links snapshots/<revision>/x to blobs/<hash>
+    if (
+        path.resolve().parent.name == "snapshots"
+    ):  # the hub's cache links snapshots/<revision>/x to blobs/<hash>
         allowed.append(path.resolve().parent.parent / "blobs")
     if file.parent not in allowed:
-        raise ValueError(f"{path / name} is a link to {file}, outside the model's directory; copy the file there")
+        raise ValueError(
+            f"{path / name} is a link to {file}, outside the model's directory; copy the file there"
+        )
     if not file.is_file():
         raise ValueError(f"{path / name} is missing; download the directory again")
     return file
@@ -160,15 +159,27 @@ def _no_weights(path: Path) -> str:
 def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
     """Fills a model built on `meta`, strictly: every missing, extra or mis-shaped tensor is named."""
     found = find_tensors(path)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}  # a tied head appears once
+    wanted = {
+        name: tuple(p.shape) for name, p in model.named_parameters()
+    }  # a tied head appears once
     if getattr(model.config, "tied", False):
         found.pop("lm_head.weight", None)  # some writers store the tied copy too
-    found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}  # buffers of old LLaMA files
-    wrong = [f"{n} is {list(found[n][2])}, not {list(s)}" for n, s in wanted.items() if n in found and found[n][2] != s]
+    found = {
+        k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")
+    }  # buffers of old LLaMA files
+    wrong = [
+        f"{n} is {list(found[n][2])}, not {list(s)}"
+        for n, s in wanted.items()
+        if n in found and found[n][2] != s
+    ]
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    wrong += [f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES]
+    wrong += [
+        f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES
+    ]
     if missing or extra or wrong:
-        said = [f"missing: {_some(missing)}"] * bool(missing) + [f"not in the model: {_some(extra)}"] * bool(extra)
+        said = [f"missing: {_some(missing)}"] * bool(missing) + [
+            f"not in the model: {_some(extra)}"
+        ] * bool(extra)
         said += [f"of another shape or dtype: {_some(wrong)}"] * bool(wrong)
         raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(said)}")
     tied = getattr(model.config, "tied", False)
@@ -183,10 +194,14 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: str) -> None:
+def _place(
+    model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: str
+) -> None:
     low, high = torch.aminmax(tensor)  # NaN goes through both; no copy of the tensor is made
     if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError(f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged")
+        raise ValueError(
+            f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged"
+        )
     owner, _, leaf = name.rpartition(".")
     moved = tensor.to(device=device, dtype=dtype or tensor.dtype)
     setattr(model.get_submodule(owner), leaf, nn.Parameter(moved, requires_grad=False))
@@ -194,52 +209,6 @@ def _place(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | Non
 
 def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-@contextlib.contextmanager
-def atomic_directory(path: Path):
-    """Yields a temporary neighbour of `path` to write into; on success it is synced and takes the name `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
-    try:
-        yield work
-        readable = 0o666 & ~_umask()  # safetensors writes files that their owner alone may read
-        for file in sorted(work.rglob("*")):
-            if file.is_file():
-                file.chmod(readable)
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
-        work.rename(path)
-        _sync_directory(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """One file, written beside its name, synced and renamed."""
-    work = path.with_name(f".{path.name}.writing")
-    work.write_bytes(data.encode() if isinstance(data, str) else data)
-    with work.open("rb") as f:
-        os.fsync(f.fileno())
-    work.replace(path)
 
 
 def save_pretrained(
@@ -261,13 +230,24 @@ def save_pretrained(
     Raises RuntimeError if what is on disk does not give the same logits.
     """
     path = Path(path)
-    tensors = {n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()}
+    tensors = {
+        n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()
+    }
     if frozen_from:
-        tensors |= read_tensors(frozen_from, [n for n in tensors if n.split(".")[-2] not in trained])
+        tensors |= read_tensors(
+            frozen_from, [n for n in tensors if n.split(".")[-2] not in trained]
+        )
     config = model.config.to_hf()
     config.pop("dtype", None)
-    names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
-    config["torch_dtype"] = names[tensors["model.embed_tokens.weight"].dtype]  # every transformers reads this key
+    names = {
+        torch.float32: "float32",
+        torch.bfloat16: "bfloat16",
+        torch.float16: "float16",
+        torch.float64: "float64",
+    }
+    config["torch_dtype"] = names[
+        tensors["model.embed_tokens.weight"].dtype
+    ]  # every transformers reads this key
     with atomic_directory(path) as work:
         (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _write_shards(tensors, work, shard_bytes)
@@ -295,17 +275,22 @@ def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> N
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, work / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
+        "weight_map": weight_map,
+    }
     (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
     """The directory must load, hold exactly these bytes, and give the logits of the model in memory."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     again = type(model).from_pretrained(work, device=str(device))
     for name, p in again.named_parameters():
         if not torch.equal(p.cpu(), tensors[name]):
-            raise RuntimeError(f"the export in {work} does not hold {name} as it was written; the disk may be failing")
+            raise RuntimeError(
+                f"the export in {work} does not hold {name} as it was written; the disk may be failing"
+            )
     ids = torch.arange(8, device=device)[None] % model.config.vocab_size
     held, compute = model.model.embed_tokens.weight.dtype, again.model.embed_tokens.weight.dtype
     with torch.no_grad():
@@ -314,9 +299,14 @@ def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
     # float32 throughout agrees to rounding; weights that were held in fewer bits than they are written do not
     allowed = 1e-2 if held == compute else 1e-1
     if not torch.allclose(
-        ours, theirs, rtol=1e-4 if held == compute == torch.float32 else 2e-2, atol=allowed * ours.std().item()
+        ours,
+        theirs,
+        rtol=1e-4 if held == compute == torch.float32 else 2e-2,
+        atol=allowed * ours.std().item(),
     ):
-        raise RuntimeError(f"the export in {work} gives other logits than the model: {(ours - theirs).abs().max()}")
+        raise RuntimeError(
+            f"the export in {work} gives other logits than the model: {(ours - theirs).abs().max()}"
+        )
 
 
 def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:

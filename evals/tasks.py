@@ -42,15 +42,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hub.tokenizer import Tokenizer
 from model import Llama
-from tokenizer import Tokenizer
 
 ACC, NORMED, PERPLEXITY = "accuracy", "accuracy normed", "perplexity"
 
 
 @dataclass(frozen=True)
 class Item:
-    requests: tuple[tuple[str, str], ...]  # (context, continuation); one: a continuation that must be the greedy one
+    requests: tuple[
+        tuple[str, str], ...
+    ]  # (context, continuation); one: a continuation that must be the greedy one
     gold: int
     characters: tuple[int, ...]  # of each choice, for the normed accuracy
 
@@ -69,7 +71,9 @@ class Result:
 
     logps: list[np.ndarray]  # s_c of each choice
     greedy: list[np.ndarray]  # of each choice: is every token the most likely one
-    values: dict[str, np.ndarray] = field(default_factory=dict)  # row -> [items]: 0 or 1, or s for a perplexity
+    values: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # row -> [items]: 0 or 1, or s for a perplexity
 
     @property
     def predictions(self) -> np.ndarray:
@@ -88,7 +92,11 @@ def text(row: dict, key: str) -> str:
 
 
 def texts(row: dict, key: str) -> list[str]:
-    if not isinstance(row[key], list) or not row[key] or not all(isinstance(x, str) for x in row[key]):
+    if (
+        not isinstance(row[key], list)
+        or not row[key]
+        or not all(isinstance(x, str) for x in row[key])
+    ):
         raise ValueError(f"{key} is {row[key]!r}, not a list of texts")
     return row[key]
 
@@ -106,7 +114,9 @@ def number(row: dict, key: str) -> int:
 def choose(context: str, choices: list[str], gold: int) -> Item:
     if not 0 <= gold < len(choices):
         raise ValueError(f"the answer is number {gold} of {len(choices)} choices")
-    return Item(tuple((context, " " + c) for c in choices), gold, tuple(max(1, len(c)) for c in choices))
+    return Item(
+        tuple((context, " " + c) for c in choices), gold, tuple(max(1, len(c)) for c in choices)
+    )
 
 
 def labelled(row: dict, context: str, answer: str) -> Item:
@@ -168,34 +178,48 @@ def openbookqa(row: dict) -> Item:
 
 def boolq(row: dict) -> Item:
     gold = number(row, "label" if "label" in row else "answer")
-    return choose(f"{text(row, 'passage')}\nQuestion: {text(row, 'question')}?\nAnswer:", ["no", "yes"], gold)
+    return choose(
+        f"{text(row, 'passage')}\nQuestion: {text(row, 'question')}?\nAnswer:", ["no", "yes"], gold
+    )
 
 
 def siqa(row: dict) -> Item:
     answers = [text(row, f"answer{letter}") for letter in "ABC"]
-    return choose(f"Q: {text(row, 'context')} {text(row, 'question')}\nA:", answers, number(row, "label") - 1)
+    return choose(
+        f"Q: {text(row, 'context')} {text(row, 'question')}\nA:", answers, number(row, "label") - 1
+    )
 
 
 def mathqa(row: dict) -> Item:
     options = re.findall(r"[abcd] \) .*?, |e \) .*?$", text(row, "options"))
     gold = "abcde".index(text(row, "correct"))
-    return choose(f"Question: {text(row, 'Problem')}\nAnswer:", [o[4:].rstrip(" ,") for o in options], gold)
+    return choose(
+        f"Question: {text(row, 'Problem')}\nAnswer:", [o[4:].rstrip(" ,") for o in options], gold
+    )
 
 
 def mmlu(row: dict, shots: dict[str, list[str]]) -> Item:
     subject = text(row, "subject")
     if len(shots.get(subject, ())) < 5:
-        raise ValueError(f"the dev file has {len(shots.get(subject, ()))} rows of subject {subject!r}; 5 are shown")
+        raise ValueError(
+            f"the dev file has {len(shots.get(subject, ()))} rows of subject {subject!r}; 5 are shown"
+        )
     head = f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
-    return choose(head + "".join(shots[subject][:5]) + _ask(row), list("ABCD"), number(row, "answer"))
+    return choose(
+        head + "".join(shots[subject][:5]) + _ask(row), list("ABCD"), number(row, "answer")
+    )
 
 
 def _ask(row: dict) -> str:
-    listed = "".join(f"\n{letter}. {c}" for letter, c in zip("ABCD", texts(row, "choices"), strict=True))
+    listed = "".join(
+        f"\n{letter}. {c}" for letter, c in zip("ABCD", texts(row, "choices"), strict=True)
+    )
     return f"{text(row, 'question').strip()}{listed}\nAnswer:"
 
 
-LAYOUTS: dict[str, tuple[tuple[str, ...], Callable[..., Item]]] = {  # the keys that tell a layout, and its function
+LAYOUTS: dict[
+    str, tuple[tuple[str, ...], Callable[..., Item]]
+] = {  # the keys that tell a layout, and its function
     "context/continuation": (("context", "continuation"), pair),
     "query/choices/gold": (("query", "choices", "gold"), plain),
     "MMLU": (("question", "subject", "choices", "answer"), mmlu),
@@ -221,7 +245,9 @@ class Dataset:
 
 BOTH = (ACC, NORMED)
 DATASETS = {
-    "lambada_openai": Dataset("EleutherAI/lambada_openai default test", (ACC, PERPLEXITY), "1.0", ("lambada",)),
+    "lambada_openai": Dataset(
+        "EleutherAI/lambada_openai default test", (ACC, PERPLEXITY), "1.0", ("lambada",)
+    ),
     "piqa": Dataset("baber/piqa - validation", BOTH, "1.0"),
     "arc_easy": Dataset("allenai/ai2_arc ARC-Easy test", BOTH, "1.0"),
     "arc_challenge": Dataset("allenai/ai2_arc ARC-Challenge test", BOTH, "1.0"),
@@ -240,23 +266,35 @@ def fetch(name: str) -> str:
     path, config, split = DATASETS[name].hub.split()
     which = f"'{path}'" + (f", '{config}'" if config != "-" else "")
     write = f"load_dataset({which}, split='{split}').to_json('{name}.jsonl')"
-    more = "" if name != "mmlu" else "; " + write.replace("'test'", "'dev'").replace("mmlu.jsonl", "mmlu_dev.jsonl")
+    more = (
+        ""
+        if name != "mmlu"
+        else "; " + write.replace("'test'", "'dev'").replace("mmlu.jsonl", "mmlu_dev.jsonl")
+    )
     return f'python -c "from datasets import load_dataset; {write}{more}"'
 
 
 def rows(file: Path) -> Iterator[tuple[int, dict]]:
     """(line number, row). Raises ValueError naming the line that is no JSON object, or the damage."""
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as f:
+    with (
+        gzip.open(file, "rt", encoding="utf-8")
+        if file.suffix == ".gz"
+        else file.open(encoding="utf-8") as f
+    ):
         try:
             for line_no, line in enumerate(f, 1):
                 if not line.strip():
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise ValueError(f"{file}, line {line_no}: not a task row, it is no JSON object")
+                    raise ValueError(
+                        f"{file}, line {line_no}: not a task row, it is no JSON object"
+                    )
                 yield line_no, row
         except json.JSONDecodeError as e:
-            raise ValueError(f"{file}, line {line_no}: not a task row, it is no JSON ({e.msg})") from None
+            raise ValueError(
+                f"{file}, line {line_no}: not a task row, it is no JSON ({e.msg})"
+            ) from None
         except UnicodeDecodeError as e:
             raise ValueError(f"{file} is not UTF-8 text ({e.reason}); convert it") from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as e:
@@ -272,17 +310,29 @@ def load(file: Path, limit: int | None = None) -> Task:
     items, layout, shots = [], "", ()
     for line, row in islice(rows(file), limit):
         if not layout:
-            layout = next((k for k, (keys, _) in LAYOUTS.items() if all(key in row for key in keys)), "")
+            layout = next(
+                (k for k, (keys, _) in LAYOUTS.items() if all(key in row for key in keys)), ""
+            )
             shots = (_shots(file),) if layout == "MMLU" else ()
         if not layout:
             keys = ", ".join(map(repr, row))
-            raise ValueError(f"{file}, line {line}: not a task row, its keys {keys} are those of none of {[*LAYOUTS]}")
+            raise ValueError(
+                f"{file}, line {line}: not a task row, its keys {keys} are those of none of {[*LAYOUTS]}"
+            )
         items.append(_made(file, line, layout, LAYOUTS[layout][1], row, *shots))
     if not items:
         raise ValueError(f"{file} holds no items")
     known = DATASETS.get(name)
-    metrics = known.metrics if known else (ACC, PERPLEXITY) if layout in ("context/continuation", "LAMBADA") else BOTH
-    return Task(name, items, metrics, f"lm-eval {known.version}" if known else f"own task, {layout}")
+    metrics = (
+        known.metrics
+        if known
+        else (ACC, PERPLEXITY)
+        if layout in ("context/continuation", "LAMBADA")
+        else BOTH
+    )
+    return Task(
+        name, items, metrics, f"lm-eval {known.version}" if known else f"own task, {layout}"
+    )
 
 
 def _made(file: Path, line: int, layout: str, make: Callable, *given):
@@ -296,13 +346,23 @@ def _made(file: Path, line: int, layout: str, make: Callable, *given):
 
 def _shots(file: Path) -> dict[str, list[str]]:
     """subject -> its examples in order, from the dev file beside MMLU's."""
-    beside = [file.with_name(f"{file.name.split('.')[0]}_dev{end}") for end in (".jsonl", ".jsonl.gz")]
+    beside = [
+        file.with_name(f"{file.name.split('.')[0]}_dev{end}") for end in (".jsonl", ".jsonl.gz")
+    ]
     found = next((f for f in beside if f.is_file()), None)
     if found is None:
-        raise ValueError(f"{file} needs its five examples in {beside[0]} (or .gz); made by  {fetch('mmlu')}")
+        raise ValueError(
+            f"{file} needs its five examples in {beside[0]} (or .gz); made by  {fetch('mmlu')}"
+        )
     shots: dict[str, list[str]] = {}
     for line, row in rows(found):
-        make = lambda row: (text(row, "subject"), f"{_ask(row)} {'ABCD'[number(row, 'answer')]}\n\n")  # noqa: E731
+
+        def make(row):
+            return (
+                text(row, "subject"),
+                f"{_ask(row)} {'ABCD'[number(row, 'answer')]}\n\n",
+            )
+
         subject, shown = _made(found, line, "MMLU", make, row)
         shots.setdefault(subject, []).append(shown)
     return shots
@@ -311,11 +371,15 @@ def _shots(file: Path) -> dict[str, list[str]]:
 # Scoring
 
 
-def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]], longest: int) -> list[tuple[tuple[int, ...], list[int]]]:
+def encode(
+    tokenizer: Tokenizer, pairs: list[tuple[str, str]], longest: int
+) -> list[tuple[tuple[int, ...], list[int]]]:
     """[(what the model reads, the continuation's ids)]: goal[-1] is predicted at the last position read."""
     kept = [context.rstrip() for context, _ in pairs]
     moved = [(k, context[len(k) :] + more) for k, (context, more) in zip(kept, pairs, strict=True)]
-    whole = tokenizer.encode_documents([a + b for a, b in moved])  # in parallel; each ends with the end token
+    whole = tokenizer.encode_documents(
+        [a + b for a, b in moved]
+    )  # in parallel; each ends with the end token
     alone = dict.fromkeys(a for a, _ in moved)
     lengths = dict(zip(alone, map(len, tokenizer.encode_documents(list(alone))), strict=True))
     out = []
@@ -325,26 +389,34 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]], longest: int) -> 
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             ids, cut = ids if ids[:1] == [first] and len(ids) > 1 else [first, *ids], 1
         if not ids[cut:]:
-            raise ValueError(f"the continuation {continuation!r} after {context[-40:]!r} has no tokens of its own")
+            raise ValueError(
+                f"the continuation {continuation!r} after {context[-40:]!r} has no tokens of its own"
+            )
         out.append((tuple(ids[-(longest + 1) : -1]), ids[cut:][-longest:]))
     return out
 
 
 @torch.no_grad()
 def likelihoods(
-    model: Llama, tokenizer: Tokenizer, pairs: list[tuple[str, str]], dtype: torch.dtype, tokens: int | None = None
+    model: Llama,
+    tokenizer: Tokenizer,
+    pairs: list[tuple[str, str]],
+    dtype: torch.dtype,
+    tokens: int | None = None,
 ) -> list[tuple[float, bool]]:
     """[(sum of the continuation's log-probabilities in nats, is it greedy)] of (context, continuation) pairs.
 
     tokens: how many go through the model at a time, padding included.
     """
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     tokens = tokens or (65536 if device.type == "cuda" else 4096)
     requests = encode(tokenizer, pairs, model.config.rope.length)
     readers: dict[tuple[int, ...], list[int]] = {}  # an input -> the requests that it answers
     for i, (ids, _) in enumerate(requests):
         readers.setdefault(ids, []).append(i)
-    inputs = sorted(readers, key=lambda ids: -len(ids))  # stable: the order, and so every bit, is the same each time
+    inputs = sorted(
+        readers, key=lambda ids: -len(ids)
+    )  # stable: the order, and so every bit, is the same each time
     bar = tqdm(total=len(inputs), unit=" inputs", leave=False, disable=None)
     order, logps, hits = [], [], []
     while inputs:
@@ -357,7 +429,10 @@ def likelihoods(
         hits.append(hit)
         bar.update(len(now))
     bar.close()
-    flat, right = torch.cat(logps).double().cpu().numpy(), torch.cat(hits).cpu().numpy()  # the one wait for a GPU
+    flat, right = (
+        torch.cat(logps).double().cpu().numpy(),
+        torch.cat(hits).cpu().numpy(),
+    )  # the one wait for a GPU
     starts = np.cumsum([0, *(len(requests[i][1]) for i in order)])[:-1]
     sums, greedy = np.add.reduceat(flat, starts), np.logical_and.reduceat(right, starts)
     found = dict(zip(order, zip(sums.tolist(), greedy.tolist(), strict=True), strict=True))
@@ -365,18 +440,26 @@ def likelihoods(
 
 
 def _score_batch(
-    model: Llama, inputs: list[tuple[int, ...]], asked: list[tuple[int, list[int]]], dtype: torch.dtype
+    model: Llama,
+    inputs: list[tuple[int, ...]],
+    asked: list[tuple[int, list[int]]],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """log p [N] of every goal token and whether it is the greedy one [N]; asked: (row of inputs, goal ids)."""
-    device = model.model.embed_tokens.weight.device
+    device = model.device
     ids = torch.zeros(len(inputs), len(inputs[0]), dtype=torch.int64)
     for row, one in enumerate(inputs):
         ids[row, : len(one)] = torch.tensor(one)
     at = [(row, len(inputs[row]) - len(goal) + k) for row, goal in asked for k in range(len(goal))]
-    where, goals = torch.tensor(at, device=device), torch.tensor([t for _, goal in asked for t in goal], device=device)
+    where, goals = (
+        torch.tensor(at, device=device),
+        torch.tensor([t for _, goal in asked for t in goal], device=device),
+    )
     h = model.hidden(ids.to(device), dtype)[where[:, 0], where[:, 1]]  # [N, C]
     logp, hit = [], []
-    for part, goal in zip(h.split(4096), goals.split(4096), strict=True):  # at most [4096, V] logits alive
+    for part, goal in zip(
+        h.split(4096), goals.split(4096), strict=True
+    ):  # at most [4096, V] logits alive
         logits = model.lm_head(part).float()
         logp.append(logits.log_softmax(-1).gather(1, goal[:, None])[:, 0])
         hit.append(logits.argmax(-1) == goal)
@@ -385,15 +468,23 @@ def _score_batch(
 
 def score(model: Llama, tokenizer: Tokenizer, task: Task, dtype: torch.dtype) -> Result:
     """Every item of one task, scored; report.summary makes figures of the values."""
-    flat = iter(likelihoods(model, tokenizer, [r for item in task.items for r in item.requests], dtype))
+    flat = iter(
+        likelihoods(model, tokenizer, [r for item in task.items for r in item.requests], dtype)
+    )
     got = [[next(flat) for _ in item.requests] for item in task.items]
-    result = Result([np.asarray([s for s, _ in g]) for g in got], [np.asarray([hit for _, hit in g]) for g in got])
+    result = Result(
+        [np.asarray([s for s, _ in g]) for g in got],
+        [np.asarray([hit for _, hit in g]) for g in got],
+    )
     single = all(len(item.requests) == 1 for item in task.items)
     gold = np.asarray([item.gold for item in task.items])
     if ACC in task.metrics:
         result.values[f"{task.name}, {ACC}"] = (result.predictions == gold).astype(np.float64)
     if NORMED in task.metrics and not single:
-        best = [int(np.argmax(s / np.asarray(i.characters))) for s, i in zip(result.logps, task.items, strict=True)]
+        best = [
+            int(np.argmax(s / np.asarray(i.characters)))
+            for s, i in zip(result.logps, task.items, strict=True)
+        ]
         result.values[f"{task.name}, {NORMED}"] = (np.asarray(best) == gold).astype(np.float64)
     if PERPLEXITY in task.metrics and single:
         result.values[f"{task.name}, {PERPLEXITY}"] = np.concatenate(result.logps)

@@ -21,7 +21,7 @@ import json
 import re
 from pathlib import Path
 
-import checkpoint
+from hub import checkpoint
 
 # LLaMA-3's split of text into words, used when tokenizer_config.json gives no `pat_str` of its own
 LLAMA3_WORDS = (
@@ -34,9 +34,25 @@ _LONG_RUN = re.compile(r"\S{25000}|\s{25000}")
 class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text; bos_id (None: the family uses none), eos_id, size, digest."""
 
-    def __init__(self, encode, decode, batch, size: int, bos_id: int | None, eos_id: int, digest: str, kind: str):
+    def __init__(
+        self,
+        encode,
+        decode,
+        batch,
+        size: int,
+        bos_id: int | None,
+        eos_id: int,
+        digest: str,
+        kind: str,
+    ):
         self._encode, self.decode, self._batch = encode, decode, batch
-        self.size, self.bos_id, self.eos_id, self.digest, self.kind = size, bos_id, eos_id, digest, kind
+        self.size, self.bos_id, self.eos_id, self.digest, self.kind = (
+            size,
+            bos_id,
+            eos_id,
+            digest,
+            kind,
+        )
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         return [self.bos_id] * (bos and self.bos_id is not None) + self._encode(text)
@@ -61,7 +77,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _fast(path / "tokenizer.json", config, settings)
     if (path / "tokenizer.model").is_file():
         return _sentencepiece(path / "tokenizer.model", config, settings)
-    raise ValueError(f"{path} has no tokenizer.json, tokenizer.model or tokenizer.tiktoken; copy the model's own there")
+    raise ValueError(
+        f"{path} has no tokenizer.json, tokenizer.model or tokenizer.tiktoken; copy the model's own there"
+    )
 
 
 def _ends(config: dict, settings: dict, file: Path) -> int:
@@ -69,7 +87,9 @@ def _ends(config: dict, settings: dict, file: Path) -> int:
     eos = eos[0] if isinstance(eos, list) and eos else eos
     size = config.get("vocab_size")
     if type(eos) is not int or eos < 0 or (type(size) is int and eos >= size):
-        raise ValueError(f"config.json beside {file} has eos_token_id {eos!r}; documents are joined with that token")
+        raise ValueError(
+            f"config.json beside {file} has eos_token_id {eos!r}; documents are joined with that token"
+        )
     return eos
 
 
@@ -81,7 +101,9 @@ def _fast(file: Path, config: dict, settings: dict) -> Tokenizer:
     try:
         tok = Fast.from_buffer(data)
     except ValueError as e:
-        raise ValueError(f"{file} is not a tokenizer that the tokenizers library reads: {e}") from None
+        raise ValueError(
+            f"{file} is not a tokenizer that the tokenizers library reads: {e}"
+        ) from None
     tok.no_truncation()
     tok.no_padding()
     tok.encode_special_tokens = True  # specials inside a text are ordinary characters
@@ -115,7 +137,9 @@ def _ranks(file: Path) -> dict[bytes, int] | None:
         except binascii.Error:
             return None
     if len(set(ranks.values())) != len(ranks) or not all(bytes([b]) in ranks for b in range(256)):
-        raise ValueError(f"{file} repeats a rank or lacks one of the 256 single bytes; it is damaged")
+        raise ValueError(
+            f"{file} repeats a rank or lacks one of the 256 single bytes; it is damaged"
+        )
     return ranks
 
 
@@ -127,9 +151,13 @@ def _tiktoken(file: Path, ranks: dict[bytes, int], config: dict, settings: dict)
         for i, entry in settings.get("added_tokens_decoder", {}).items():
             special[entry["content"]] = int(i)
     except (KeyError, TypeError, AttributeError, ValueError):
-        raise ValueError(f"tokenizer_config.json beside {file} has a malformed added_tokens_decoder") from None
+        raise ValueError(
+            f"tokenizer_config.json beside {file} has a malformed added_tokens_decoder"
+        ) from None
     words = settings.get("pat_str", LLAMA3_WORDS)
-    digest = hashlib.sha256(file.read_bytes() + words.encode() + json.dumps(special).encode()).hexdigest()
+    digest = hashlib.sha256(
+        file.read_bytes() + words.encode() + json.dumps(special).encode()
+    ).hexdigest()
     enc = tiktoken.Encoding(digest, pat_str=words, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(text: str) -> list[int]:
@@ -140,7 +168,9 @@ def _tiktoken(file: Path, ranks: dict[bytes, int], config: dict, settings: dict)
         return out + enc.encode_ordinary(text[start:])
 
     bos, beside = config.get("bos_token_id"), file.with_name("tokenizer.json")
-    if settings.get("add_bos_token") is None and beside.is_file():  # its post-processor says what the family does
+    if (
+        settings.get("add_bos_token") is None and beside.is_file()
+    ):  # its post-processor says what the family does
         bos = _fast(beside, config, settings).bos_id
     elif settings.get("add_bos_token") is False:
         bos = None
@@ -167,7 +197,9 @@ def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
     try:
         sp = SentencePieceProcessor(model_file=str(file))
     except RuntimeError as e:
-        raise ValueError(f"{file} is neither a tiktoken rank file nor a sentencepiece model: {e}") from None
+        raise ValueError(
+            f"{file} is neither a tiktoken rank file nor a sentencepiece model: {e}"
+        ) from None
     return Tokenizer(
         encode=lambda text: sp.encode(text),
         decode=lambda ids: sp.decode(ids),

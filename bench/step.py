@@ -1,7 +1,7 @@
 """How fast a training step is, and where its time goes: a named shape, random weights, the two stages.
 
-    python bench.py step --model llama2-7b                      both stages, at 4096 and 32768 tokens
-    python bench.py step --model demo --length 256 --stage 1    a CPU can do this one
+    python -m bench step --model llama2-7b                      both stages, at 4096 and 32768 tokens
+    python -m bench step --model demo --length 256 --stage 1    a CPU can do this one
 
 What.  The model is built on the device with random weights, so nothing is downloaded; speed does not depend on what
 the weights are. A step is train.py's: forward and backward of one micro-batch after the other, the norm and clipping
@@ -31,13 +31,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import checkpoint
-import distill
-import eval as evaluation
-import lora
-import plan as planning
-import watch
-from model import Llama, LlamaConfig, next_token_loss
+import train
+from engine import lora, watch
+from engine import plan as planning
+from hub import files
+from model import (
+    TRAINED,
+    Llama,
+    LlamaConfig,
+    compute_dtype,
+    make_student,
+    next_token_loss,
+    trainable,
+)
 from relation_kl import relation_kl
 
 
@@ -68,20 +74,32 @@ SHAPES = {
 def add_flags(parser) -> None:
     parser.add_argument("--model", choices=list(SHAPES), default="llama2-7b")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
-    parser.add_argument("--length", type=int, metavar="T", help="tokens a block of stage 1 [the shape's own]")
-    parser.add_argument("--length2", type=int, metavar="T", help="tokens a block of stage 2 [8 times that]")
-    parser.add_argument("--batch", type=int, metavar="B", help="blocks a step [as many as fill 16384 tokens]")
-    parser.add_argument("--micro", type=int, metavar="B", help="blocks at a time [as many as fill 8192 tokens]")
-    parser.add_argument("--lora-rank", type=int, metavar="R", help="adapters instead of full projections")
+    parser.add_argument(
+        "--length", type=int, metavar="T", help="tokens a block of stage 1 [the shape's own]"
+    )
+    parser.add_argument(
+        "--length2", type=int, metavar="T", help="tokens a block of stage 2 [8 times that]"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="B", help="blocks a step [as many as fill 16384 tokens]"
+    )
+    parser.add_argument(
+        "--micro", type=int, metavar="B", help="blocks at a time [as many as fill 8192 tokens]"
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, metavar="R", help="adapters instead of full projections"
+    )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps [5]")
 
 
 def config_of(name: str) -> LlamaConfig:
     file = Path(__file__).resolve().parent / "demo" / "teacher" / "config.json"
-    return LlamaConfig.from_hf(SHAPES[name] or checkpoint.read_json(file))
+    return LlamaConfig.from_hf(SHAPES[name] or files.read_json(file))
 
 
-def random_models(config: LlamaConfig, rank: int | None, device: torch.device, dtype) -> tuple[Llama, Llama]:
+def random_models(
+    config: LlamaConfig, rank: int | None, device: torch.device, dtype
+) -> tuple[Llama, Llama]:
     with torch.device("meta"):
         teacher = Llama(config)
     generator = torch.Generator(device).manual_seed(0)
@@ -93,9 +111,9 @@ def random_models(config: LlamaConfig, rank: int | None, device: torch.device, d
         setattr(teacher.get_submodule(owner), leaf, nn.Parameter(w, requires_grad=False))
     if config.tied:
         teacher.lm_head.weight = teacher.model.embed_tokens.weight
-    student = distill.make_student(teacher.eval(), config.extended("linear", 8), () if rank else distill.TRAINED)
+    student = make_student(teacher.eval(), config.extended("linear", 8), () if rank else TRAINED)
     if rank:
-        lora.adapt(student, distill.TRAINED, rank, 2.0 * rank, 0.0)
+        lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0)
     return teacher, student
 
 
@@ -104,13 +122,15 @@ class Step:
 
     def __init__(self, arguments, config: LlamaConfig, stage: planning.Stage, device: torch.device):
         self.stage, self.device, self.rank = stage, device, arguments.lora_rank
-        self.dtype = evaluation.compute_dtype(device)
+        self.dtype = compute_dtype(device)
         free = planning.free_memory(device)
-        settled = planning.settle(config, stage, self.dtype, arguments.micro, self.rank, 1, stage.batch, free)
+        settled = planning.settle(
+            config, stage, self.dtype, arguments.micro, self.rank, 1, stage.batch, free
+        )
         self.micro, self.checkpointing, self.need = settled
         planning.refuse_if_too_large(self.need, free, stage)
         self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
-        self.weights = list(distill.trainable(self.student).values())
+        self.weights = list(trainable(self.student).values())
         self.adam = torch.optim.AdamW(self.weights, lr=1e-6)
         self.ids = torch.randint(0, config.vocab_size, (stage.batch, stage.T + 1), device=device)
 
@@ -123,7 +143,9 @@ class Step:
     def loss(self, ids):
         if self.stage.objective == "relation":
             more = {"checkpointing": self.checkpointing}
-            return distill.relation_loss(self.teacher, self.student, ids[:, :-1], self.dtype, **more)[0]
+            return train.relation_loss(self.teacher, self.student, ids[:, :-1], self.dtype, **more)[
+                0
+            ]
         h = self.student.hidden(ids[:, :-1], self.dtype, self.checkpointing)
         return next_token_loss(self.student, h, ids[:, 1:])
 
@@ -204,8 +226,18 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
     parts["optimiser"] = seconds(step.update, device, repeat)
     parts["backward"] = whole - sum(parts.values())
     work = sum(planning.flops(c, stage, step.rank).values())
-    row = {"stage": stage.name, "T": stage.T, "batch": stage.batch, "micro": step.micro, "lora_rank": step.rank}
-    row |= {"checkpointing": step.checkpointing, "seconds": whole, "tokens_per_second": stage.tokens / whole}
+    row = {
+        "stage": stage.name,
+        "T": stage.T,
+        "batch": stage.batch,
+        "micro": step.micro,
+        "lora_rank": step.rank,
+    }
+    row |= {
+        "checkpointing": step.checkpointing,
+        "seconds": whole,
+        "tokens_per_second": stage.tokens / whole,
+    }
     row |= {"tflops": work / whole / 1e12, "mfu": work / whole / peak, "peak_tflops": peak / 1e12}
     row |= {"parts": parts, "waiting": waiting(step, whole), "gib": gib}
     return row | {"planned_gib": sum(step.need.values()) / 2**30}
@@ -214,9 +246,16 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
 def stages(arguments, config: LlamaConfig) -> list[planning.Stage]:
     first = arguments.length or config.rope.length
     out = []
-    for n, objective, T in ((1, "relation", first), (2, "next token", arguments.length2 or 8 * first)):
+    for n, objective, T in (
+        (1, "relation", first),
+        (2, "next token", arguments.length2 or 8 * first),
+    ):
         if arguments.stage in (str(n), "both"):
-            out.append(planning.Stage(f"stage{n}", objective, T, arguments.batch or max(1, 16384 // T), 1, 1e-6))
+            out.append(
+                planning.Stage(
+                    f"stage{n}", objective, T, arguments.batch or max(1, 16384 // T), 1, 1e-6
+                )
+            )
     return out
 
 
@@ -224,12 +263,16 @@ def bench_step(arguments, fixed: dict, log) -> None:
     """Prints and logs a row for each stage."""
     for flag in ("length", "length2", "batch", "micro", "lora_rank", "repeat"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-            raise SystemExit(f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; it must be at least 1")
+            raise SystemExit(
+                f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; it must be at least 1"
+            )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(arguments.model)
     peak = watch.peak_flops(device)
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
-    print(f"{arguments.model}: {planning.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s")
+    print(
+        f"{arguments.model}: {planning.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s"
+    )
     for stage in stages(arguments, config):
         try:
             row = measure(Step(arguments, config, stage, device), arguments.repeat, peak)
@@ -247,7 +290,11 @@ def _said(r: dict) -> str:
         f"{'on' if r['checkpointing'] else 'off'}: {r['seconds']:.3f} s, {r['tokens_per_second']:,.0f} tokens/s, "
         f"{r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}, {r['gib']:.2f} GiB (planned {r['planned_gib']:.2f})"
     ]
-    lines += [f"        {name:16}{s:10.4f} s {s / r['seconds']:7.1%}" for name, s in r["parts"].items()]
+    lines += [
+        f"        {name:16}{s:10.4f} s {s / r['seconds']:7.1%}" for name, s in r["parts"].items()
+    ]
     if r["waiting"] is not None:
-        lines.append(f"        {'waiting, inside':16}{r['waiting'] * r['seconds']:10.4f} s {r['waiting']:7.1%}")
+        lines.append(
+            f"        {'waiting, inside':16}{r['waiting'] * r['seconds']:10.4f} s {r['waiting']:7.1%}"
+        )
     return "\n".join(lines)

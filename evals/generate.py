@@ -20,16 +20,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hub.tokenizer import load_tokenizer
 from model import Llama, check_device
 from rope import rotation
-from tokenizer import load_tokenizer
 
 
 class LayerCache:
     """One layer's keys and values [B, Hkv, room, D]; `lengths` [B], shared by all layers, says how many are valid."""
 
-    def __init__(self, B: int, heads: int, room: int, D: int, like: Tensor, lengths: Tensor, window: int | None):
-        self.k, self.v = (torch.zeros(B, heads, room, D, dtype=like.dtype, device=like.device) for _ in range(2))
+    def __init__(
+        self,
+        B: int,
+        heads: int,
+        room: int,
+        D: int,
+        like: Tensor,
+        lengths: Tensor,
+        window: int | None,
+    ):
+        self.k, self.v = (
+            torch.zeros(B, heads, room, D, dtype=like.dtype, device=like.device) for _ in range(2)
+        )
         self.lengths, self.window = lengths, window
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,11 +60,14 @@ def steps(model: Llama, prompts: list[list[int]], new: int, dtype: torch.dtype) 
     """Yields the next token [B] of every prompt, `new` times. Prompts are id lists of any, not equal, lengths."""
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, such as the model's BOS")
-    c, device = model.config, model.model.embed_tokens.weight.device
+    c, device = model.config, model.device
     room, B = max(map(len, prompts)) + new, len(prompts)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     like = torch.empty(0, dtype=dtype, device=device)
-    caches = [LayerCache(B, c.n_kv_head, room, c.head_dim, like, lengths, c.window) for _ in range(c.n_layer)]
+    caches = [
+        LayerCache(B, c.n_kv_head, room, c.head_dim, like, lengths, c.window)
+        for _ in range(c.n_layer)
+    ]
     last = []
     for b, prompt in enumerate(prompts):
         h = model.embed(torch.tensor([prompt], device=device), dtype)
@@ -91,7 +105,9 @@ def generate(
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     p.add_argument("--model", type=Path, required=True)
     p.add_argument("--prompt", help="the text to go on from (default: standard input)")
     p.add_argument("--tokens", type=int, default=100, help="at most this many new tokens")
@@ -113,7 +129,10 @@ def main(argv: list[str] | None = None) -> None:
         if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
             print(text[len(said) :], end="", flush=True)
             said = text
-    print(f"\n[{len(ids)} tokens in, {len(out)} out, {len(out) / (time.time() - began):.0f} tokens/s]", file=sys.stderr)
+    print(
+        f"\n[{len(ids)} tokens in, {len(out)} out, {len(out) / (time.time() - began):.0f} tokens/s]",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tokenizer import Tokenizer
+from hub.tokenizer import Tokenizer
 
 TEXT, LINES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz")
 HELD_OUT_ONE_IN = 20
@@ -76,14 +76,18 @@ class Corpus:
                 f"the held-out text has {len(self.held_out)} tokens, less than one block of {T}; add --data"
             )
         picks = sorted({int(i) for i in np.linspace(0, n - 1, min(most, n))})
-        return torch.from_numpy(np.stack([self.held_out[i * T : (i + 1) * T + 1].astype(np.int64) for i in picks]))
+        return torch.from_numpy(
+            np.stack([self.held_out[i * T : (i + 1) * T + 1].astype(np.int64) for i in picks])
+        )
 
 
 def standard_library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def load_corpus(paths: list[Path], tokenizer: Tokenizer, cache: Path, quiet: bool = False) -> Corpus:
+def load_corpus(
+    paths: list[Path], tokenizer: Tokenizer, cache: Path, quiet: bool = False
+) -> Corpus:
     """The corpus of `paths` (empty: the standard library), tokenised into `cache` unless it is there already.
 
     Raises ValueError naming the file (and line) that is missing, empty, undecodable or malformed.
@@ -96,8 +100,14 @@ def load_corpus(paths: list[Path], tokenizer: Tokenizer, cache: Path, quiet: boo
     folder = cache / key.hexdigest()[:20]
     if not (folder / "held_out.npy").is_file():
         _tokenise(files, tokenizer, folder, quiet)
-    train, held_out = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "held_out"))
-    what = ", ".join(str(p) for p in paths) if paths else f"the standard library in {standard_library()}"
+    train, held_out = (
+        np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "held_out")
+    )
+    what = (
+        ", ".join(str(p) for p in paths)
+        if paths
+        else f"the standard library in {standard_library()}"
+    )
     return Corpus(train, held_out, what)
 
 
@@ -107,13 +117,21 @@ def find_files(paths: list[Path]) -> list[tuple[str, Path]]:
     for path in paths or [standard_library()]:
         if path.is_file():
             if not path.name.endswith((*TEXT, *LINES, ".npy")):
-                raise ValueError(f"--data {path}: unknown kind of file; use {', '.join((*TEXT, *LINES))} or .npy")
+                raise ValueError(
+                    f"--data {path}: unknown kind of file; use {', '.join((*TEXT, *LINES))} or .npy"
+                )
             found[path.name if path.name not in found else str(path)] = path
         elif path.is_dir():
             kinds = (".py",) if not paths else (*TEXT, *LINES, ".npy")
             for file in sorted(path.rglob("*")):
                 name = file.relative_to(path)
-                if not paths and {"site-packages", "dist-packages", "test", "tests", "__pycache__"} & set(name.parts):
+                if not paths and {
+                    "site-packages",
+                    "dist-packages",
+                    "test",
+                    "tests",
+                    "__pycache__",
+                } & set(name.parts):
                     continue
                 if file.name.endswith(kinds) and file.is_file():
                     found[str(name) if str(name) not in found else str(file)] = file
@@ -133,7 +151,9 @@ def documents(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.nda
             if file.suffix == ".npy":
                 ids = _load_ids(file)
                 if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                    raise ValueError(f"{file} must be one row of integer ids; it is {ids.dtype} {list(ids.shape)}")
+                    raise ValueError(
+                        f"{file} must be one row of integer ids; it is {ids.dtype} {list(ids.shape)}"
+                    )
                 yield name, ids
             elif file.name.endswith(LINES):
                 yield from _lines(name, file)
@@ -153,7 +173,11 @@ def _load_ids(file: Path) -> np.ndarray:
 
 
 def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    opened = gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8")
+    opened = (
+        gzip.open(file, "rt", encoding="utf-8")
+        if file.suffix == ".gz"
+        else file.open(encoding="utf-8")
+    )
     with opened as f:
         try:
             for number, line in enumerate(f, 1):
@@ -169,17 +193,23 @@ def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
             raise ValueError(f"{file} is damaged: {e}") from None
 
 
-def _tokenise(files: list[tuple[str, Path]], tokenizer: Tokenizer, folder: Path, quiet: bool) -> None:
+def _tokenise(
+    files: list[tuple[str, Path]], tokenizer: Tokenizer, folder: Path, quiet: bool
+) -> None:
     kept: list[tuple[str, np.ndarray]] = []
     waiting: list[tuple[str, str]] = []
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
 
     def flush() -> None:
-        for (name, _), ids in zip(waiting, tokenizer.encode_documents([t for _, t in waiting]), strict=True):
+        for (name, _), ids in zip(
+            waiting, tokenizer.encode_documents([t for _, t in waiting]), strict=True
+        ):
             kept.append((name, np.asarray(ids, dtype=dtype)))
         waiting.clear()
 
-    for name, text in tqdm(documents(files), desc="tokenising", unit=" documents", disable=quiet or None):
+    for name, text in tqdm(
+        documents(files), desc="tokenising", unit=" documents", disable=quiet or None
+    ):
         if isinstance(text, np.ndarray):
             if text.size and (int(text.min()) < 0 or int(text.max()) >= tokenizer.size):
                 bad = int(text.min()) if int(text.min()) < 0 else int(text.max())
@@ -194,7 +224,10 @@ def _tokenise(files: list[tuple[str, Path]], tokenizer: Tokenizer, folder: Path,
         raise ValueError(f"{', '.join(str(f) for _, f in files[:3])}: the text is empty")
     train, held_out = split(kept)
     folder.mkdir(parents=True, exist_ok=True)
-    for part, ids in (("train", train), ("held_out", held_out)):  # held_out last: its presence says "complete"
+    for part, ids in (
+        ("train", train),
+        ("held_out", held_out),
+    ):  # held_out last: its presence says "complete"
         work = folder / f".{part}.{os.getpid()}.npy"
         np.save(work, ids)
         work.replace(folder / f"{part}.npy")

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
-import distill
-import plan as planning
+from engine import plan as planning
+from hub import files
+from relation_kl import RELATIONS
 
 
 def peak_flops(device: torch.device) -> float:
@@ -59,19 +59,32 @@ def peak_memory(device: torch.device) -> float:
 
 def require_tensorboard() -> None:
     if importlib.util.find_spec("tensorboard") is None:
-        raise ValueError("--tensorboard needs the package: pip install tensorboard, or leave the flag out")
+        raise ValueError(
+            "--tensorboard needs the package: pip install tensorboard, or leave the flag out"
+        )
 
 
 class Watch:
     """The log of one run, of which rank 0 alone has one that speaks."""
 
-    def __init__(self, out: Path, plan: list, config, rank: int | None, peak: float, size: int, tensorboard: bool):
+    def __init__(
+        self,
+        out: Path,
+        plan: list,
+        config,
+        rank: int | None,
+        peak: float,
+        size: int,
+        tensorboard: bool,
+    ):
         self.file = out / "metrics.jsonl"
         self.log = self.file.open("a")
         self.plan, self.peak, self.size = plan, peak, size
         self.writer = None
         if tensorboard:
-            self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out / "tensorboard")
+            self.writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(
+                out / "tensorboard"
+            )
         self.work = [sum(planning.flops(config, stage, rank).values()) for stage in plan]
         self.recent: list[float] = []  # flop/s of the last steps
         self.bar, self.drawn = None, time.time()
@@ -79,24 +92,45 @@ class Watch:
     def begin(self, number: int, first: int) -> None:
         stage = self.plan[number]
         self.number, self.recent = number, []
-        self.bar = tqdm(initial=first, total=stage.steps, desc=stage.name, unit=" steps", disable=None)
+        self.bar = tqdm(
+            initial=first, total=stage.steps, desc=stage.name, unit=" steps", disable=None
+        )
 
     def step(
-        self, total: int, step: int, loss: float, norm: float, lr: float, seconds: float, gib: float, parts
+        self,
+        total: int,
+        step: int,
+        loss: float,
+        norm: float,
+        lr: float,
+        seconds: float,
+        gib: float,
+        parts,
     ) -> None:
         """Logs and shows one step; parts [L, 3] or None."""
         stage, rate = self.plan[self.number], self.work[self.number] / seconds
         self.recent = [*self.recent[-19:], rate]
         left = (stage.steps - step - 1) * self.work[self.number]
         left += sum(
-            w * s.steps for w, s in zip(self.work[self.number + 1 :], self.plan[self.number + 1 :], strict=True)
+            w * s.steps
+            for w, s in zip(self.work[self.number + 1 :], self.plan[self.number + 1 :], strict=True)
         )
-        row = {"total": total, "stage": stage.name, "step": step, "loss": loss, "grad_norm": norm, "lr": lr}
-        row |= {"seconds": round(seconds, 4), "tokens_per_second": round(stage.T * stage.batch / seconds)}
+        row = {
+            "total": total,
+            "stage": stage.name,
+            "step": step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+        }
+        row |= {
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(stage.T * stage.batch / seconds),
+        }
         row |= {"tflops": rate / 1e12, "mfu": rate / (self.peak * self.size), "gib": gib}
         row["eta_seconds"] = round(left / sorted(self.recent)[len(self.recent) // 2], 1)
         if parts is not None:
-            row["relations"] = dict(zip(distill.RELATIONS, parts.mean(0).tolist(), strict=True))
+            row["relations"] = dict(zip(RELATIONS, parts.mean(0).tolist(), strict=True))
             row["layers"] = parts.sum(-1).tolist()
         print(json.dumps(row), file=self.log, flush=True)
         self._say(row, stage)
@@ -150,7 +184,7 @@ def draw(log: Path, picture: Path) -> None:
         first = first[:: math.ceil(len(first) / 500)]
         steps = [r["step"] for r in first]
         axis = axes.pop(0)
-        for name in distill.RELATIONS:
+        for name in RELATIONS:
             axis.plot(steps, [r["relations"][name] for r in first], label=name)
         axis.set(yscale="log", xlabel="step", title="stage 1: KL by relation (nats)")
         axis.legend(frameon=False)
@@ -173,12 +207,14 @@ def draw(log: Path, picture: Path) -> None:
         axes[0].set(xlabel="step", title="stage 2: next-token loss (nats)")
     work = picture.with_name(f".{picture.name}")
     figure.savefig(work, dpi=110, format="png")
-    checkpoint.write_atomic(picture, work.read_bytes())
+    files.write_atomic(picture, work.read_bytes())
     work.unlink()
 
 
 @torch.no_grad()
-def refuse_non_finite(world, stage, step: int, loss: float, norm: float, parts, weights, student, ids: Tensor) -> None:
+def refuse_non_finite(
+    world, stage, step: int, loss: float, norm: float, parts, weights, student, ids: Tensor
+) -> None:
     """Raises ValueError, on all ranks, naming step, layer and blocks where loss or gradient is NaN or infinite.
 
     loss, norm and parts [L, 3] or None are the means over all ranks; ids [B, T + 1] this rank's blocks.
@@ -193,7 +229,9 @@ def refuse_non_finite(world, stage, step: int, loss: float, norm: float, parts, 
         where = f", layer {layer}" if layer < student.config.n_layer else ", after the last layer"
     else:  # a backward runs from the last layer down: the last bad gradient was the first to go bad
         names = list(weights)
-        bad = [i for i, p in enumerate(weights.values()) if p.grad is not None and not _finite(p.grad)]
+        bad = [
+            i for i, p in enumerate(weights.values()) if p.grad is not None and not _finite(p.grad)
+        ]
         last = -int(world.least(-max(bad, default=-1)))
         where = f", in the gradient of {names[last]}" if last >= 0 else ""
     first = step * stage.batch

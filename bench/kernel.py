@@ -1,11 +1,10 @@
 """Speed and memory of the relation KL, side by side with what one would use instead.
 
-    python bench.py kernel [--authors PATH] [--shapes 32x4096x128 ...]   times, TFLOP/s and memory, a table
-    python bench.py memory [--authors PATH] [--lengths 1024 ...]         peak memory against T, a figure
-    python bench.py step [--model llama2-7b] [--length 4096 ...]         a training step and its parts: bench_step.py
+    python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times, TFLOP/s and memory, a table
+    python -m bench memory [--authors PATH] [--lengths 1024 ...]         peak memory against T, a figure
 
 PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from there, nothing is copied.
-Every row also goes to out/kernel.jsonl, memory.jsonl or step.jsonl with the device, the versions and the commit. On a
+Every row also goes to out/kernel.jsonl or memory.jsonl with the device, the versions and the commit. On a
 GPU the tensors are bfloat16 and the shapes those of LLaMA layers; without one, float32 and small, dense and tiled only.
 
 How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls to warm up; the
@@ -19,7 +18,6 @@ Memory: peak of torch's allocator above what the inputs hold; on a CPU, growth o
 as 0, which the figure leaves out.
 """
 
-import argparse
 import concurrent.futures
 import importlib
 import importlib.metadata
@@ -35,15 +33,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import bench_step as steps
 from relation_kl import choose, relation_kl
 
 # (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and last are the goals'.
-GPU_SHAPES = ("32x512x128", "9x8192x64", "32x4096x128", "32x8192x128", "8x32768x128", "32x32768x128")
+GPU_SHAPES = (
+    "32x512x128",
+    "9x8192x64",
+    "32x4096x128",
+    "32x8192x128",
+    "8x32768x128",
+    "32x32768x128",
+)
 CPU_SHAPES = ("4x256x64", "4x1024x64")
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 CPU_LENGTHS = (1024, 2048, 4096)
-PATIENCE = 20.0  # seconds: `memory` tries no longer T on an implementation whose last call took more
+PATIENCE = (
+    20.0  # seconds: `memory` tries no longer T on an implementation whose last call took more
+)
 
 
 # ---- the implementations: each takes (x, y) and gives a tensor to differentiate
@@ -75,7 +81,9 @@ def attention(backend: str):
 def authors(path: Path):
     """The authors' kernels, imported from a clone. They give the sum over rows; it takes x as query and as key."""
     if not (path / "kernels/attention_KL/integration.py").is_file():
-        raise SystemExit(f"--authors {path} holds no kernels/attention_KL/integration.py: give a clone of LinearARD")
+        raise SystemExit(
+            f"--authors {path} holds no kernels/attention_KL/integration.py: give a clone of LinearARD"
+        )
     sys.path.insert(0, str(path))
     kernel = importlib.import_module("kernels.attention_KL.integration").attn_kl_align
     return lambda x, y: kernel(x, x, y, y, None, True, x.shape[-1] ** -0.5, x.shape[-1] ** -0.5)
@@ -84,10 +92,19 @@ def authors(path: Path):
 def implementations(device: str, authors_path: Path | None) -> dict:
     """Name to function. On a CPU says why the rest is left out."""
     if device == "cpu":
-        print(f"Left out: triton ({choose(torch.zeros(1, 1, 1, 64))[1]}), attention and the authors' (GPU only).")
+        print(
+            f"Left out: triton ({choose(torch.zeros(1, 1, 1, 64))[1]}), attention and the authors' (GPU only)."
+        )
         return {"dense": ours("dense"), "tiled": ours("tiled")}
-    table = {"triton": ours("triton"), "eager": eager, "eager, compiled": torch.compile(eager, dynamic=False)}
-    table |= {"flash attention": attention("FLASH_ATTENTION"), "cuDNN attention": attention("CUDNN_ATTENTION")}
+    table = {
+        "triton": ours("triton"),
+        "eager": eager,
+        "eager, compiled": torch.compile(eager, dynamic=False),
+    }
+    table |= {
+        "flash attention": attention("FLASH_ATTENTION"),
+        "cuDNN attention": attention("CUDNN_ATTENTION"),
+    }
     return table | ({"authors": authors(authors_path)} if authors_path else {})
 
 
@@ -179,14 +196,21 @@ def conditions(device: str) -> dict:
     """What a figure means nothing without."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    changed = subprocess.run(
+        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
+    )
     versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "triton": versions.get("triton"),
-        "commit": (commit.stdout.strip() or "none") + ("+changes" if changed.stdout.strip() else ""),
+        "commit": (commit.stdout.strip() or "none")
+        + ("+changes" if changed.stdout.strip() else ""),
     }
 
 
@@ -224,7 +248,11 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
             timed = {"mode": mode, **row(name, mode, call, shape, device), "peak_bytes": peak}
             yield timed
         if name == "triton":
-            graph = {"mode": "graph", **row(name, "both", graphed(f, x, y), shape, device), "peak_bytes": peak}
+            graph = {
+                "mode": "graph",
+                **row(name, "both", graphed(f, x, y), shape, device),
+                "peak_bytes": peak,
+            }
             yield graph | {"launches": 1 - graph["ms"] / timed["ms"]}
     except torch.OutOfMemoryError:
         yield {"mode": "both", "does_not_fit": True}
@@ -236,16 +264,29 @@ def bench_kernel(arguments) -> None:
     table = implementations(device, arguments.authors)
     rate = matmul_rate() if device == "cuda" else None
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
-    print(f"8192^3 bfloat16 product: {rate / 1e12:.0f} TFLOP/s" if rate else "No share of peak: that is a GPU figure.")
-    print(f"{'H, T, D':16}{'':18}{'':9}{'ms':>10}{'20 %':>10}{'80 %':>10}{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}")
-    with _lines(arguments.out, "kernel.jsonl") as file:
+    print(
+        f"8192^3 bfloat16 product: {rate / 1e12:.0f} TFLOP/s"
+        if rate
+        else "No share of peak: that is a GPU figure."
+    )
+    print(
+        f"{'H, T, D':16}{'':18}{'':9}{'ms':>10}{'20 %':>10}{'80 %':>10}{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}"
+    )
+    with open_lines(arguments.out, "kernel.jsonl") as file:
         for text in arguments.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
             shape = tuple(int(n) for n in text.split("x"))
             for name, f in table.items():
                 for r in rows(name, f, shape, device):
                     r["share"] = r["tflops"] * 1e12 / rate if rate and "tflops" in r else None
-                    print(json.dumps({"shape": shape, "impl": name, **r, **fixed}), file=file, flush=True)
-                    print(f"{', '.join(map(str, shape)):16}{name:18}{r['mode']:9}{_cells(r)}", flush=True)
+                    print(
+                        json.dumps({"shape": shape, "impl": name, **r, **fixed}),
+                        file=file,
+                        flush=True,
+                    )
+                    print(
+                        f"{', '.join(map(str, shape)):16}{name:18}{r['mode']:9}{_cells(r)}",
+                        flush=True,
+                    )
 
 
 def _cells(r: dict) -> str:
@@ -257,7 +298,7 @@ def _cells(r: dict) -> str:
     return f"{times}{r['tflops']:9.3g}{share}{r['peak_bytes'] / 2**20:10.1f}{launches}"
 
 
-def _lines(out: Path, name: str):
+def open_lines(out: Path, name: str):
     out.mkdir(parents=True, exist_ok=True)
     return open(out / name, "w")
 
@@ -272,11 +313,19 @@ def bench_memory(arguments) -> None:
         table = {"dense": ours("dense"), "tiled": ours("tiled")} | kernels
     H, D = (32, 128) if device == "cuda" else (2, 64)
     points = {name: [] for name in table}
-    with _lines(arguments.out, "memory.jsonl") as file:
+    with open_lines(arguments.out, "memory.jsonl") as file:
         for name, f in table.items():
             for T in arguments.lengths or (GPU_LENGTHS if device == "cuda" else CPU_LENGTHS):
                 peak, seconds = _memory_point(name, f, (H, T, D), device)
-                record = {"impl": name, "H": H, "T": T, "D": D, "peak_bytes": peak, "seconds": seconds, **fixed}
+                record = {
+                    "impl": name,
+                    "H": H,
+                    "T": T,
+                    "D": D,
+                    "peak_bytes": peak,
+                    "seconds": seconds,
+                    **fixed,
+                }
                 print(json.dumps(record), file=file, flush=True)
                 size = "does not fit" if peak is None else f"{peak / 2**20:10.1f} MiB"
                 print(f"{name:8} T {T:7} {size}", flush=True)
@@ -288,7 +337,9 @@ def bench_memory(arguments) -> None:
     print(f"Drawn: {arguments.out / 'memory.png'}")
 
 
-def _memory_point(name: str, f, shape: tuple[int, int, int], device: str) -> tuple[int | None, float]:
+def _memory_point(
+    name: str, f, shape: tuple[int, int, int], device: str
+) -> tuple[int | None, float]:
     if device == "cpu":
         return peak_in_fresh_process(name, shape)
     try:
@@ -315,34 +366,3 @@ def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> No
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)
-
-
-def bench_step(arguments) -> None:
-    """A training step's speed, bench_step.py."""
-    with _lines(arguments.out, "step.jsonl") as file:
-        steps.bench_step(arguments, conditions("cuda" if torch.cuda.is_available() else "cpu"), file)
-
-
-COMMANDS = {"kernel": bench_kernel, "memory": bench_memory, "step": bench_step}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    kernel = commands.add_parser("kernel", help="times, TFLOP/s and peak memory at a list of shapes")
-    kernel.add_argument("--shapes", nargs="+", metavar="HxTxD", help="instead of the default list")
-    memory = commands.add_parser("memory", help="peak memory against T, as a figure")
-    memory.add_argument("--lengths", nargs="+", type=int, metavar="T", help="instead of the default list")
-    step = commands.add_parser("step", help="a training step's speed, parts and memory", description=steps.__doc__)
-    step.formatter_class = argparse.RawDescriptionHelpFormatter
-    steps.add_flags(step)
-    for command in (kernel, memory):
-        command.add_argument("--authors", type=Path, metavar="PATH", help="a clone of gracefulning/LinearARD (GPU)")
-    for command in (kernel, memory, step):
-        command.add_argument("--out", type=Path, default=Path("out"), help="folder of JSON lines and figure [out]")
-    arguments = parser.parse_args()
-    COMMANDS[arguments.command](arguments)
-
-
-if __name__ == "__main__":
-    main()

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import checkpoint
+from hub import files
 from model import Linear, Llama
 
 
@@ -37,7 +37,9 @@ class LoraLinear(Linear):
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.dropout(x, self.dropout, training=torch.is_grad_enabled())  # scoring runs without grad
+        inner = F.dropout(
+            x, self.dropout, training=torch.is_grad_enabled()
+        )  # scoring runs without grad
         added = F.linear(F.linear(inner, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return super().forward(x) + added * self.scale
 
@@ -45,18 +47,26 @@ class LoraLinear(Linear):
         return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
 
 
-def adapt(student: Llama, trained: tuple[str, ...], rank: int, alpha: float, dropout: float) -> Llama:
+def adapt(
+    student: Llama, trained: tuple[str, ...], rank: int, alpha: float, dropout: float
+) -> Llama:
     """Puts adapters on every projection of `student` whose name is in `trained`, in place."""
     smallest = min(student.config.width, student.config.n_kv_head * student.config.head_dim)
     if not 0 < rank <= student.config.width:
-        raise ValueError(f"--lora-rank is {rank}; it must be from 1 to the model's width, {student.config.width}")
+        raise ValueError(
+            f"--lora-rank is {rank}; it must be from 1 to the model's width, {student.config.width}"
+        )
     if rank > smallest:
         print(
             f"--lora-rank {rank} is above {smallest}, the smaller side of k_proj: more numbers than full training has"
         )
     for layer in student.model.layers:
         for name in trained:
-            setattr(layer.self_attn, name, LoraLinear(getattr(layer.self_attn, name), rank, alpha, dropout))
+            setattr(
+                layer.self_attn,
+                name,
+                LoraLinear(getattr(layer.self_attn, name), rank, alpha, dropout),
+            )
     return student
 
 
@@ -69,7 +79,11 @@ def merge(student: Llama) -> Llama:
     for name in [n for n, _ in plain.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
         source = student.get_submodule(owner)
-        value = source.merged() if isinstance(source, LoraLinear) and leaf == "weight" else getattr(source, leaf)
+        value = (
+            source.merged()
+            if isinstance(source, LoraLinear) and leaf == "weight"
+            else getattr(source, leaf)
+        )
         setattr(plain.get_submodule(owner), leaf, nn.Parameter(value.detach(), requires_grad=False))
     if student.config.tied:
         plain.lm_head.weight = plain.model.embed_tokens.weight
@@ -101,7 +115,7 @@ def save_adapter(student: Llama, path: Path, base: str, trained: tuple[str, ...]
         "A LoRA adapter in PEFT's format. It was trained under stretched positions: set these keys in the base\n"
         f"model's config.json before loading it.\n\n```json\n{json.dumps(student.config.rope.to_hf(), indent=1)}\n```\n"
     )
-    with checkpoint.atomic_directory(path) as work:
+    with files.atomic_directory(path) as work:
         save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
         (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
         (work / "README.md").write_text(readme)

@@ -78,23 +78,31 @@ def words_of(folder: Path | None, notes: list[str], *names: str) -> list[list[st
         notes.append("own words")
         return [OWN_WORDS[name].split() for name in names]
     if absent:
-        raise FileNotFoundError(f"data_dir {folder} lacks {absent[0]}: get it from {FILES[absent[0]]}")
+        raise FileNotFoundError(
+            f"data_dir {folder} lacks {absent[0]}: get it from {FILES[absent[0]]}"
+        )
     lists = []
     for path in (folder / name for name in names):
         lists.append([line.rstrip() for line in _text(path).removesuffix("\n").split("\n")])
         if "" in lists[-1]:
-            raise ValueError(f"{path}, line {lists[-1].index('') + 1}: a word is expected, the line is blank")
+            raise ValueError(
+                f"{path}, line {lists[-1].index('') + 1}: a word is expected, the line is blank"
+            )
     return lists
 
 
-def english_of(folder: Path | None, notes: list[str], lists: list[list[str]], length: int) -> Sequence[str]:
+def english_of(
+    folder: Path | None, notes: list[str], lists: list[list[str]], length: int
+) -> Sequence[str]:
     """The long list that cwe turns to when a length needs more words than the other lists have."""
     if "own words" in notes:
         words = [word for one in lists for word in one]
         return Pairs(words, words)
     path = folder / "english_words.json"
     if not path.is_file():
-        raise FileNotFoundError(f"cwe at length {length} needs {path}: get it from {FILES[path.name]}")
+        raise FileNotFoundError(
+            f"cwe at length {length} needs {path}: get it from {FILES[path.name]}"
+        )
     rows = _json(path)
     if not isinstance(rows, dict) or not all(isinstance(word, str) for word in rows.values()):
         raise ValueError(f"{path}: an object of number: word is expected")
@@ -124,7 +132,11 @@ class Pairs(Sequence):
     def __getitem__(self, i: int) -> str:
         block = bisect_right(self.ends, i)
         i -= self.ends[block - 1] if block else 0
-        return self.made[block][i] if block in self.made else f"{self.blocks[block][0]}-{self.seconds[i]}"
+        return (
+            self.made[block][i]
+            if block in self.made
+            else f"{self.blocks[block][0]}-{self.seconds[i]}"
+        )
 
 
 def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str]] | None:
@@ -134,7 +146,11 @@ def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str
         notes.append("noise haystack")
         return None
     essays = _json(path)
-    if not isinstance(essays, dict) or not isinstance(essays.get("text"), str) or not essays["text"].strip():
+    if (
+        not isinstance(essays, dict)
+        or not isinstance(essays.get("text"), str)
+        or not essays["text"].strip()
+    ):
         raise ValueError(f'{path}: {{"text": "..."}} is expected')
     text = re.sub(r"\s+", " ", essays["text"])
     ends = [gap.start() for gap in re.finditer(" ", text)] + [len(text)]  # of each word
@@ -179,7 +195,9 @@ def squad(path: Path) -> tuple[list[Question], list[str]]:
                         answers = [answer["text"] for answer in qa["answers"]]
                         rows.append((qa["question"], answers, paragraph["context"], a, where))
         where = "the file"
-        number = {text: i for i, text in enumerate(sorted({text for texts in related for text in texts}))}
+        number = {
+            text: i for i, text in enumerate(sorted({text for texts in related for text in texts}))
+        }
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}, {where}: not a SQuAD row ({error!r})") from None
     questions = []
@@ -200,5 +218,9 @@ def hotpotqa(path: Path) -> tuple[list[Question], list[str]]:
             rows.append((row["question"], [row["answer"]], texts))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}, {where}: not a HotpotQA row ({error!r})") from None
-    number = {text: i for i, text in enumerate(sorted({text for *_, texts in rows for text in texts}))}
-    return [(query, answers, [number[text] for text in texts], []) for query, answers, texts in rows], list(number)
+    number = {
+        text: i for i, text in enumerate(sorted({text for *_, texts in rows for text in texts}))
+    }
+    return [
+        (query, answers, [number[text] for text in texts], []) for query, answers, texts in rows
+    ], list(number)

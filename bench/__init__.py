@@ -1,0 +1,1 @@
+"""Speed and memory: python -m bench kernel, memory or step."""

@@ -1,0 +1,59 @@
+"""Speed and memory from the command line: kernel, memory and step.
+
+    python -m bench kernel     the loss alone: times, TFLOP/s and memory, side by side with what one would use instead
+    python -m bench memory     its peak memory against T, as a figure
+    python -m bench step       a training step and its parts, for models by name
+
+kernel.py and step.py say what is measured and how.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from bench import kernel as kernels
+from bench import step as steps
+
+
+def bench_step(arguments) -> None:
+    with kernels.open_lines(arguments.out, "step.jsonl") as file:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        steps.bench_step(arguments, kernels.conditions(device), file)
+
+
+COMMANDS = {"kernel": kernels.bench_kernel, "memory": kernels.bench_memory, "step": bench_step}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    kernel = commands.add_parser(
+        "kernel", help="times, TFLOP/s and peak memory at a list of shapes"
+    )
+    kernel.add_argument("--shapes", nargs="+", metavar="HxTxD", help="instead of the default list")
+    memory = commands.add_parser("memory", help="peak memory against T, as a figure")
+    memory.add_argument(
+        "--lengths", nargs="+", type=int, metavar="T", help="instead of the default list"
+    )
+    step = commands.add_parser(
+        "step", help="a training step's speed, parts and memory", description=steps.__doc__
+    )
+    step.formatter_class = argparse.RawDescriptionHelpFormatter
+    steps.add_flags(step)
+    for command in (kernel, memory):
+        command.add_argument(
+            "--authors", type=Path, metavar="PATH", help="a clone of gracefulning/LinearARD (GPU)"
+        )
+    for command in (kernel, memory, step):
+        command.add_argument(
+            "--out", type=Path, default=Path("out"), help="folder of JSON lines and figure [out]"
+        )
+    arguments = parser.parse_args()
+    COMMANDS[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Running safely, in one process or many: text, plan, state, watching."""

@@ -1,0 +1,1 @@
+"""The measurements behind eval.py's one table."""
