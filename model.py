@@ -353,18 +353,17 @@ def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
+def choose_dtype(device: torch.device, name: str = "auto") -> tuple[torch.dtype, str]:
+    """(the dtype to compute in, why)."""
+    if name != "auto":
+        return getattr(torch, name), "--dtype says so"
+    if device.type == "cuda":
+        return torch.bfloat16, "a GPU multiplies it fastest"
+    return torch.float32, "the device is a CPU"
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def check_device(name: str) -> None:
-    """Raises ValueError if torch has no such device here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(
-            f"--device {name} is not to be had here: {str(e).splitlines()[0]}"
-        ) from None
+    return choose_dtype(device)[0]
 
 
 def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:

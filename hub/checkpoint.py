@@ -211,9 +211,15 @@ def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def save_pretrained(
+def save_pretrained(model, path: str | Path, **how) -> None:
+    """Writes a Hugging Face directory that appears whole or not at all; `how`: see write_pretrained."""
+    with atomic_directory(Path(path)) as work:
+        write_pretrained(model, work, **how)
+
+
+def write_pretrained(
     model,
-    path: str | Path,
+    work: Path,
     *,
     tokenizer_from: Path | None = None,
     dtype: torch.dtype | None = None,
@@ -222,14 +228,13 @@ def save_pretrained(
     frozen_from: Path | None = None,
     trained: tuple[str, ...] = (),
 ) -> None:
-    """Writes a Hugging Face directory, atomically, reads it back and compares logits before it returns.
+    """Fills the folder `work`, reads it back and compares logits before it returns.
 
     dtype None keeps each tensor's own; tokenizer_from: a directory whose tokenizer files are copied byte for byte.
     frozen_from: a directory whose own bytes replace every tensor but those of the modules named in `trained`, as a
     model that computes in bfloat16 may hold a rounded copy of them.
     Raises RuntimeError if what is on disk does not give the same logits.
     """
-    path = Path(path)
     tensors = {
         n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()
     }
@@ -248,15 +253,14 @@ def save_pretrained(
     config["torch_dtype"] = names[
         tensors["model.embed_tokens.weight"].dtype
     ]  # every transformers reads this key
-    with atomic_directory(path) as work:
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_shards(tensors, work, shard_bytes)
-        for name in TOKENIZER_FILES if tokenizer_from else ():
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, work / name)
-        if card:
-            (work / "README.md").write_text(card)
-        _check_written(model, work, tensors)
+    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_shards(tensors, work, shard_bytes)
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, work / name)
+    if card:
+        (work / "README.md").write_text(card)
+    _check_written(model, work, tensors)
 
 
 def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> None:
