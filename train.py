@@ -358,7 +358,7 @@ def relation_loss(
     with torch.no_grad():
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
-    turns = teacher.turn(T, h_teacher), student.turn(T, h_student)
+    turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
     scales = teacher.score_scale(T), student.score_scale(T)
     weight = teacher.config.n_kv_head / teacher.config.n_head if authors_heads else 1.0
 

@@ -29,12 +29,12 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import train
 from engine import lora, watch
 from engine import plan as planning
 from hub import files
+from hub.checkpoint import set_parameter
 from model import (
     TRAINED,
     Llama,
@@ -104,13 +104,10 @@ def random_models(
         teacher = Llama(config)
     generator = torch.Generator(device).manual_seed(0)
     for name, p in list(teacher.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
         w = torch.ones(p.shape, device=device, dtype=dtype)
         if p.dim() == 2:
             w.normal_(std=0.02, generator=generator)
-        setattr(teacher.get_submodule(owner), leaf, nn.Parameter(w, requires_grad=False))
-    if config.tied:
-        teacher.lm_head.weight = teacher.model.embed_tokens.weight
+        set_parameter(teacher, name, w)
     student = make_student(teacher.eval(), config.extended("linear", 8), () if rank else TRAINED)
     if rank:
         lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0)
@@ -157,7 +154,7 @@ class Step:
         """The layers of one model over all micro-batches; in stage 1 the last one ends at q, k and v."""
         for piece in self.ids.split(self.micro):
             h = model.embed(piece[:, :-1], self.dtype)
-            turn = model.turn(self.stage.T, h)
+            turn = model.cos_sin(self.stage.T, h)
             *most, last = model.model.layers
             for layer in most:
                 h, _ = layer(h, turn)

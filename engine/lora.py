@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hub import files
+from hub.checkpoint import set_parameter
 from model import Linear, Llama
 
 
@@ -84,9 +85,7 @@ def merge(student: Llama) -> Llama:
             if isinstance(source, LoraLinear) and leaf == "weight"
             else getattr(source, leaf)
         )
-        setattr(plain.get_submodule(owner), leaf, nn.Parameter(value.detach(), requires_grad=False))
-    if student.config.tied:
-        plain.lm_head.weight = plain.model.embed_tokens.weight
+        set_parameter(plain, name, value.detach())
     return plain.eval()
 
 

@@ -250,7 +250,7 @@ def _first_bad_layer(student, ids: Tensor) -> int:
     """Runs the student once more: the first layer whose output is not finite, or their number. Goes through all, as
     other ranks may have to."""
     h = student.embed(ids[:, :-1], torch.bfloat16 if ids.is_cuda else torch.float32)
-    turn = student.turn(h.shape[1], h)
+    turn = student.cos_sin(h.shape[1], h)
     found = student.config.n_layer
     for l, layer in enumerate(student.model.layers):
         h, _ = layer(h, turn)

@@ -162,7 +162,7 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
     wanted = {
         name: tuple(p.shape) for name, p in model.named_parameters()
     }  # a tied head appears once
-    if getattr(model.config, "tied", False):
+    if model.config.tied:
         found.pop("lm_head.weight", None)  # some writers store the tied copy too
     found = {
         k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")
@@ -182,7 +182,6 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
         ] * bool(extra)
         said += [f"of another shape or dtype: {_some(wrong)}"] * bool(wrong)
         raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(said)}")
-    tied = getattr(model.config, "tied", False)
     for file in sorted({f for f, _, _ in found.values()}):
         try:
             with safe_open(file, framework="pt", device="cpu") as f:
@@ -190,8 +189,6 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
                     _place(model, name, f.get_tensor(name), dtype, device)
         except SafetensorError as e:
             raise ValueError(f"{file} cannot be read: {e}") from None
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def _place(
@@ -202,9 +199,20 @@ def _place(
         raise ValueError(
             f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged"
         )
+    set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts `value` in the place of the parameter `name`, and of the head if that is tied to it.
+
+    A parameter is taken as it is, shared and not copied; a plain tensor becomes one without grad.
+    """
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
     owner, _, leaf = name.rpartition(".")
-    moved = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(moved, requires_grad=False))
+    setattr(model.get_submodule(owner), leaf, value)
+    if name == "model.embed_tokens.weight" and model.config.tied:
+        model.lm_head.weight = value
 
 
 def _some(names: list[str], most: int = 5) -> str:

@@ -7,7 +7,8 @@ from conftest import random_model, tiny_config
 
 import train
 from hub import checkpoint
-from model import TRAINED, Llama, LlamaConfig, make_student, next_token_loss, trainable
+from hub.checkpoint import set_parameter
+from model import TRAINED, Block, Llama, LlamaConfig, make_student, next_token_loss, trainable
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
 NETWORKS = {
@@ -87,6 +88,40 @@ def test_the_student_shares_every_frozen_tensor():
         else:
             assert p is theirs[name] and not p.requires_grad
     assert student.lm_head.weight is teacher.model.embed_tokens.weight
+
+
+def test_walking_gives_what_each_layer_does_and_only_when_asked():
+    model = random_model()
+    h, cos_sin = model.embed(IDS), model.cos_sin(50, model.embed(IDS))
+    calls = []
+    for l, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, l=l: calls.append(l))
+    walk = model.walk(IDS)
+    assert not calls
+    for l, (layer, (ours, qkv)) in enumerate(zip(model.model.layers, walk, strict=True)):
+        assert calls == list(range(l + 1))
+        h, expected = Block.forward(layer, h, cos_sin)
+        assert torch.equal(ours, h) and [x.shape[1] for x in qkv] == [4, 2, 2]
+        assert all(torch.equal(x, y) for x, y in zip(qkv, expected, strict=True))
+    assert torch.equal(model.hidden(IDS), model.model.norm(h))
+
+
+def test_a_parameter_is_put_in_place_shared_and_with_the_head_that_is_tied_to_it():
+    model, name = random_model(), "model.embed_tokens.weight"
+    shared = torch.nn.Parameter(torch.zeros(4096, 32))
+    set_parameter(model, name, shared)
+    assert model.model.embed_tokens.weight is shared and model.lm_head.weight is shared
+    set_parameter(model, name, torch.ones(4096, 32))
+    assert not model.lm_head.weight.requires_grad and model.lm_head.weight[0, 0] == 1
+    untied = random_model(tie_word_embeddings=False)
+    set_parameter(untied, name, shared)
+    assert untied.lm_head.weight is not shared
+
+
+def test_the_head_dimension_has_one_source():
+    config = LlamaConfig.from_hf(tiny_config(head_dim=None))
+    assert config.head_dim == config.rope.head_dim == 8
+    assert LlamaConfig.from_hf(tiny_config(head_dim=16)).extended("ntk", 8).head_dim == 16
 
 
 def test_chunked_loss_and_gradient_equal_the_plain_ones():
