@@ -169,6 +169,11 @@ class RopeConfig:
             return round(self.max_position * self.factor)
         return self.max_position
 
+    def __str__(self) -> str:
+        """In words, for plans and cards: "linear RoPE, factor 8, theta 10000, 4,096 tokens"."""
+        factor = "" if self.kind == "default" else f", factor {self.factor:g}"
+        return f"{self.kind} RoPE{factor}, theta {self.theta:g}, {self.length:,} tokens"
+
     def _tuning_to_scale(self) -> tuple[tuple[str, object], ...]:
         """Without an attention factor that is the derived one: that grows with the factor."""
         given = self._filled().get("attention_factor")

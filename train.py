@@ -16,6 +16,7 @@ SIGTERM, state saved. torchrun has its own: 1 where a process's is not 0.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
@@ -528,15 +529,18 @@ def export(run: Run) -> None:
         if args.lora_rank:
             lora.save_adapter(run.student, args.out / "adapter", str(args.teacher), TRAINED)
         student = lora.merge(run.student)
-        recipe = (
-            run.teacher_config,
-            run.student_config,
+        old, new = run.teacher_config.rope, run.student_config.rope
+        card = model_card(
             args.teacher.name,
-            run.plan,
-            text,
-            resume.matters(args),
+            before=str(old),
+            after=str(new),
+            kind=new.kind,
+            length=new.length,
+            stages=[dataclasses.asdict(stage) for stage in run.plan],
+            scores=text,
+            arguments=resume.matters(args),
         )
-        at, card = args.out / "student", model_card(*recipe)
+        at = args.out / "student"
         keep = {"frozen_from": args.teacher, "trained": TRAINED}
         checkpoint.save_pretrained(
             student, at, tokenizer_from=args.teacher, dtype=stored, card=card, **keep

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from hub import files
+from hub.card import adapter_card
 from hub.checkpoint import set_parameter
 from model import Linear, Llama
 
@@ -110,10 +111,7 @@ def save_adapter(student: Llama, path: Path, base: str, trained: tuple[str, ...]
         "bias": "none",
         "inference_mode": True,
     }
-    readme = (
-        "A LoRA adapter in PEFT's format. It was trained under stretched positions: set these keys in the base\n"
-        f"model's config.json before loading it.\n\n```json\n{json.dumps(student.config.rope.to_hf(), indent=1)}\n```\n"
-    )
+    readme = adapter_card(base, student.config.rope.to_hf())
     with files.atomic_directory(path) as work:
         save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
         (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
