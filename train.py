@@ -87,7 +87,7 @@ def relation_loss(
     with torch.no_grad():
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
-    turns = teacher.turn(T, h_teacher), student.turn(T, h_student)
+    turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
     # YaRN multiplies q and k by a temperature: divided out, so that the student is not taught to undo it
     scales = teacher.score_scale(T), student.score_scale(T)
 
@@ -381,7 +381,16 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
         if args.lora_rank:
             with out.directory("adapter") as work:
                 lora.write_adapter(student, work, str(args.teacher), TRAINED)
-        card = model_card(native, longer, args.teacher.name, stages, text, about["arguments"])
+        card = model_card(
+            args.teacher.name,
+            before=str(native.rope),
+            after=str(longer.rope),
+            kind=longer.rope.kind,
+            length=longer.rope.length,
+            stages=[dataclasses.asdict(stage) for stage in stages],
+            scores=text,
+            arguments=about["arguments"],
+        )
         with out.directory("student") as work:
             checkpoint.write_pretrained(
                 lora.merge(student), work, tokenizer_from=args.teacher, card=card,

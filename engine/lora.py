@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hub.card import adapter_card
+from hub.checkpoint import set_parameter
 from model import Linear, Llama
 
 
@@ -83,9 +85,7 @@ def merge(student: Llama) -> Llama:
             if isinstance(source, LoraLinear) and leaf == "weight"
             else getattr(source, leaf)
         )
-        setattr(plain.get_submodule(owner), leaf, nn.Parameter(value.detach(), requires_grad=False))
-    if student.config.tied:
-        plain.lm_head.weight = plain.model.embed_tokens.weight
+        set_parameter(plain, name, value.detach())
     return plain.eval()
 
 
@@ -110,10 +110,7 @@ def write_adapter(student: Llama, work: Path, base: str, trained: tuple[str, ...
         "bias": "none",
         "inference_mode": True,
     }
-    readme = (
-        "A LoRA adapter in PEFT's format. It was trained under stretched positions: set these keys in the base\n"
-        f"model's config.json before loading it.\n\n```json\n{json.dumps(student.config.rope.to_hf(), indent=1)}\n```\n"
-    )
+    readme = adapter_card(base, student.config.rope.to_hf())
     save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
     (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (work / "README.md").write_text(readme)

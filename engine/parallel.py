@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hub.checkpoint import set_parameter
 from model import Llama
 
 # Ranks wait this long for each other: rank 0 measures and exports while the others do
@@ -201,14 +202,8 @@ def unshard(student: Llama, world: World) -> None:
     for name, p in list(student.named_parameters()):
         full = whole(p)  # all ranks take part
         if world.main:
-            owner, _, leaf = name.rpartition(".")
-            setattr(
-                student.get_submodule(owner),
-                leaf,
-                nn.Parameter(full.cpu(), requires_grad=p.requires_grad),
-            )
-    if student.config.tied:
-        student.lm_head.weight = student.model.embed_tokens.weight
+            full = nn.Parameter(full.cpu(), requires_grad=p.requires_grad)
+            set_parameter(student, name, full)
 
 
 def whole(p: Tensor) -> Tensor:

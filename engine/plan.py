@@ -26,7 +26,7 @@ from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trai
 from engine.exits import OutOfMemory
 from hub import checkpoint
 from hub.tokenizer import Tokenizer
-from model import TRAINED, LlamaConfig
+from model import TRAINED, Llama, LlamaConfig
 from relation_kl import choose
 
 TOP_RATE = 2e-3  # the best rate measured; a wider guess blows up a small model
@@ -103,7 +103,8 @@ def check(
         raise ValueError(
             f"--lora-rank is {args.lora_rank}; it must be from 1 to the model's width, {config.width}"
         )
-    checkpoint.check_fits(args.teacher, config)
+    with torch.device("meta"):
+        checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
 
 
 def check_text(corpus, stages: list[Stage], lookups) -> None:

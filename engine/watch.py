@@ -244,13 +244,10 @@ def _finite(gradient: Tensor) -> bool:
 
 
 def _first_bad_layer(student, ids: Tensor) -> int:
-    """Runs the student once more: the first layer whose output is not finite, or their number. Goes through all, as
-    other ranks may have to."""
-    h = student.embed(ids[:, :-1], torch.bfloat16 if ids.is_cuda else torch.float32)
-    turn = student.turn(h.shape[1], h)
-    found = student.config.n_layer
-    for l, layer in enumerate(student.model.layers):
-        h, _ = layer(h, turn)
-        if found > l and not torch.isfinite(h).all():
-            found = l
-    return found
+    """Runs the student once more: the first layer whose output is not finite, or their number.
+
+    Goes through all layers, as other ranks may have to.
+    """
+    dtype = torch.bfloat16 if ids.is_cuda else torch.float32
+    finite = [torch.isfinite(h).all() for h, _ in student.walk(ids[:, :-1], dtype)]
+    return next((l for l, good in enumerate(finite) if not good), student.config.n_layer)

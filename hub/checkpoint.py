@@ -156,13 +156,13 @@ def _no_weights(path: Path) -> str:
     return f"{path} holds no model.safetensors and no model.safetensors.index.json"
 
 
-def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
-    """Fills a model built on `meta`, strictly: every missing, extra or mis-shaped tensor is named."""
+def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
+    """{parameter: its file}, from headers alone; every missing, extra or mis-shaped tensor is named."""
     found = find_tensors(path)
     wanted = {
         name: tuple(p.shape) for name, p in model.named_parameters()
     }  # a tied head appears once
-    if getattr(model.config, "tied", False):
+    if model.config.tied:
         found.pop("lm_head.weight", None)  # some writers store the tied copy too
     found = {
         k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")
@@ -182,16 +182,19 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
         ] * bool(extra)
         said += [f"of another shape or dtype: {_some(wrong)}"] * bool(wrong)
         raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(said)}")
-    tied = getattr(model.config, "tied", False)
-    for file in sorted({f for f, _, _ in found.values()}):
+    return {name: found[name][0] for name in wanted}
+
+
+def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
+    """Fills a model built on `meta`, strictly."""
+    found = check_fits(model, path)
+    for file in sorted(set(found.values())):
         try:
             with safe_open(file, framework="pt", device="cpu") as f:
-                for name in (n for n in wanted if found[n][0] == file):
+                for name in (n for n in found if found[n] == file):
                     _place(model, name, f.get_tensor(name), dtype, device)
         except SafetensorError as e:
             raise ValueError(f"{file} cannot be read: {e}") from None
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def _place(
@@ -202,9 +205,20 @@ def _place(
         raise ValueError(
             f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged"
         )
+    set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts `value` in the place of the parameter `name`, and of the head if that is tied to it.
+
+    A parameter is taken as it is, shared and not copied; a plain tensor becomes one without grad.
+    """
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
     owner, _, leaf = name.rpartition(".")
-    moved = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(moved, requires_grad=False))
+    setattr(model.get_submodule(owner), leaf, value)
+    if name == "model.embed_tokens.weight" and model.config.tied:
+        model.lm_head.weight = value
 
 
 def _some(names: list[str], most: int = 5) -> str:
