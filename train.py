@@ -32,6 +32,7 @@ Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.
 
 from engine import exits  # first: from here on, a Ctrl-C ends in one line  # isort: skip
 
+import dataclasses
 import functools
 import sys
 import time
@@ -190,9 +191,9 @@ def main(argv: list[str] | None = None) -> None:
     with folder.Folder(args.out, "train.py", active=world.main) as out:
         # ---- text: tokenised once, by the first process
         def enough(corpus: data.Corpus) -> None:
-            plan.check_text(
-                corpus, stages, Lookups(tokenizer, corpus.train) if args.lookups else None
-            )
+            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
+            plan.check_text(corpus, stages, documents)
+            out.add(*out.owned(args.cache))  # the text will be worth keeping
 
         def load_corpus(quiet: bool) -> data.Corpus:
             return data.load_corpus(

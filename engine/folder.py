@@ -128,7 +128,8 @@ class Folder:
 
     def add(self, *names: str) -> None:
         """Puts names on the list, on disk, before the files appear."""
-        if new := set(names) - self.listed:
+        new = set(names) - self.listed
+        if new and self.active:
             self.listed |= new
             self._write_mark()
 

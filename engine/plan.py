@@ -193,7 +193,7 @@ def describe(
     for stage, need in zip(stages, needs, strict=True):
         lines.append(
             f"{stage.name}      {stage.objective}, {stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens "
-            f"({stage.tokens / 1e6:.2f}M), learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
+            f"({stage.tokens:,}), learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
         if b := stage.beside:
             lines.append(
