@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
 
                 # this step's blocks, a function of seed and step alone: [(stage or its relation blocks, ids, micro)]
                 work = []
-                for part, few in ((stage, micro), (stage.beside, None)):
+                for part, few in ((stage, micro), (stage.beside, args.micro)):
                     if part is not None:
                         mine = part.batch // world.size
                         first = step * part.batch + world.rank * mine
@@ -355,6 +355,7 @@ def main(argv: list[str] | None = None) -> None:
                     print(
                         f"\nstopped after step {step + 1} of {stage.name}; --resume goes on from here"
                     )
+                    out.close()
                     return world.exit(exits.STOPPED)
             reducer.close()
             if world.main:
@@ -370,6 +371,7 @@ def main(argv: list[str] | None = None) -> None:
         stop.close()
         if world.main:
             log.close()
+        out.close()
         world.exit(0)
 
 
