@@ -200,9 +200,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
         with files.disk_sentences(args.cache):
-            world.on_main(
-                lambda: out.add(*out.owned(args.cache)) or (load_corpus(quiet=False) and None)
-            )
+            world.on_main(lambda: load_corpus(quiet=False) and None)
             corpus = load_corpus(quiet=not world.main)
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
         held_out = evaluation.HeldOut(
