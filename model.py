@@ -261,14 +261,18 @@ class Llama(nn.Module):
     def device(self) -> torch.device:
         return self.model.embed_tokens.weight.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in: the embeddings' own, as trained projections may be kept wider."""
+        return self.model.embed_tokens.weight.dtype
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] integers -> logits [B, T, V] in the dtype of the embeddings."""
         return self.lm_head(self.hidden(ids))
 
     def embed(self, ids: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """ids [B, T] -> h [B, T, C] in `dtype` (None: the embeddings' own), which all layers keep."""
-        weight = self.model.embed_tokens.weight
-        return F.embedding(ids, weight).to(dtype or weight.dtype)
+        """ids [B, T] -> h [B, T, C] in `dtype` (None: the model's), which all layers keep."""
+        return F.embedding(ids, self.model.embed_tokens.weight).to(dtype or self.dtype)
 
     def cos_sin(self, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of positions 0 .. T-1, on the device and in the dtype of `like`."""
@@ -343,15 +347,6 @@ def make_student(teacher: Llama, config: LlamaConfig, trained: tuple[str, ...] =
 def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name."""
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
-
-
-def check_device(name: str) -> None:
-    """Raises ValueError if torch has no such device here."""
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise ValueError(f"--device {name} is not available here: {reason}") from None
 
 
 def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class World:
         if not self.main:
             sys.stdout = open(os.devnull, "w")  # rank 0 alone speaks
 
-    def leave(self, code: int) -> None:
+    def exit(self, code: int) -> None:
         """Ends the run with this exit code; returns where there is one process and the code is 0.
 
         All wait for all, as the first to go would cut the others' connections. Then the process ends without the
@@ -73,7 +73,7 @@ class World:
         if code:
             sys.exit(code)
 
-    def share(self, name: str, batch: int) -> int:
+    def blocks_per_rank(self, name: str, batch: int) -> int:
         """How many of `batch` blocks are this rank's."""
         if batch % self.size:
             raise ValueError(
@@ -103,7 +103,7 @@ class World:
             values /= self.size
         return values
 
-    def least(self, value: float) -> float:
+    def min(self, value: float) -> float:
         """The smallest of all ranks' values, so that all decide alike."""
         if self.size == 1:
             return value
@@ -209,6 +209,11 @@ def unshard(student: Llama, world: World) -> None:
 def whole(p: Tensor) -> Tensor:
     """The tensor of which a rank may hold a part. Every rank must ask."""
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def own(p: Tensor) -> Tensor:
+    """The part of the tensor that this rank holds: all of it where nothing is sharded."""
+    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:

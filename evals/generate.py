@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.flags import check_device
 from hub.tokenizer import load_tokenizer
-from model import Llama, check_device
+from model import Llama
 from rope import rotation
 
 

@@ -153,7 +153,7 @@ def test_checkpointing_changes_nothing_but_memory():
     student = make_student(teacher, teacher.config.extended("linear", 8))
 
     def gradients(checkpointing: bool):
-        loss, parts = train.relation_loss(
+        loss, parts, _ = train.relation_loss(
             teacher, student, IDS, torch.float32, checkpointing=checkpointing
         )
         loss.backward()
@@ -169,10 +169,10 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    _, parts = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
-    _, dense = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
+    _, parts, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
+    _, dense, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
     torch.testing.assert_close(parts, dense)
-    loss, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
+    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
     weights = torch.tensor([1.0, 0.5, 0.5])  # Hkv / H = 2 / 4
     torch.testing.assert_close(loss.detach(), (parts * weights).sum(-1).mean())
 
@@ -180,7 +180,7 @@ def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads
 def test_unscaled_student_has_no_relation_loss():
     teacher = random_model()
     same = make_student(teacher, teacher.config)
-    loss, _ = train.relation_loss(teacher, same, IDS, torch.float32)
+    loss, _, _ = train.relation_loss(teacher, same, IDS, torch.float32)
     assert loss.item() == 0
 
 
@@ -209,8 +209,8 @@ def test_refusals_name_the_key_and_value(change, said):
 def test_the_logit_term_is_the_plain_kl_and_none_without_scaling():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    alone, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
+    alone, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
     p, q = student(IDS).log_softmax(-1), teacher(IDS).log_softmax(-1)
     torch.testing.assert_close(both - alone, 0.5 * (q.exp() * (q - p)).sum(-1).mean())
     same = make_student(teacher, teacher.config)
@@ -224,8 +224,8 @@ def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     v = student.model.layers[1].self_attn.v_proj.weight
     v.data = (turn @ v.data.view(2, 8, 32)).view(16, 32)
-    relations, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
+    relations, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1
 
 
