@@ -21,6 +21,7 @@ Limits.  Documents run on across block borders, and attention sees across them, 
 """
 
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -50,6 +51,11 @@ HELD_OUT_ONE_IN = 20
 _BATCH = 256  # documents tokenised at a time
 
 
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Two streams of ids: `train` and `held_out`, 1-D, mapped from disk.
@@ -67,8 +73,7 @@ class Corpus:
         n = self.blocks(T)
         rows = []
         for k in range(first, first + count):
-            order = np.random.Generator(np.random.Philox(key=[seed, k // n])).permutation(n)
-            start = int(order[k % n]) * T
+            start = int(_order(seed, k // n, n)[k % n]) * T
             rows.append(np.asarray(self.train[start : start + T + 1], dtype=np.int64))
         return torch.from_numpy(np.stack(rows))
 

@@ -63,9 +63,12 @@ def _strangers(entry: os.DirEntry, name: str, listed: set[str]):
         yield name
 
 
-def check(path: Path, flag: str, program: str, *, resume: bool, apart: dict[str, Path]) -> None:
+def check(
+    path: Path, flag: str, program: str, *, resume: bool | None, apart: dict[str, Path]
+) -> None:
     """Refuses a folder that is not this program's to write in. Reads only.
 
+    resume: True, go on with the run that is there; False, there must be none; None, replace it.
     apart: {flag: path} of what must not lie in the folder: the teacher, the data.
     """
     place = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
@@ -87,6 +90,9 @@ def check(path: Path, flag: str, program: str, *, resume: bool, apart: dict[str,
                          "new folder")  # fmt: skip
     if mark and mark.get("program") != program:
         raise ValueError(f"{flag} {path} holds the result of {mark.get('program')}; name another")
+    if mark and resume is False:
+        raise ValueError(f"{flag} {path} holds another run; add --resume to go on with it, or name "
+                         "another folder")  # fmt: skip
     if resume and not mark:
         raise ValueError(f"{flag} {path} holds no run to go on with; check the name, or leave "
                          "--resume out")  # fmt: skip
@@ -116,7 +122,11 @@ class Folder:
         return self
 
     def __exit__(self, *_) -> None:
-        if not self.active:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the folder; where nothing worth keeping was written, it is as it was."""
+        if not self.active or self.lock is None:
             return
         shutil.rmtree(self.path / WORK, ignore_errors=True)
         with contextlib.suppress(OSError):
@@ -125,6 +135,7 @@ class Folder:
                 for folder in self.made:
                     folder.rmdir()  # only where it is empty
         os.close(self.lock)
+        self.lock = None
 
     def add(self, *names: str) -> None:
         """Puts names on the list, on disk, before the files appear."""

@@ -173,7 +173,10 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) ->
             moments = {
                 k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
             }
-            optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
+            place = (
+                p.device if optimiser.defaults["fused"] else "cpu"
+            )  # where each kind of Adam counts
+            optimiser.state[p] = {"step": torch.tensor(float(step), device=place), **moments}
 
 
 def matters(args: argparse.Namespace, stages: list, text: str) -> dict:
