@@ -89,7 +89,7 @@ def measure(
     seed: int = 0,
 ) -> dict:
     """One column of the table. `native` tokens is 1 x; `blocks` long blocks of scale x native tokens are read."""
-    dtype = compute_dtype(model.device)
+    dtype = model.dtype
     long = round(native * scale)
     whole = corpus.held_out_blocks(long, blocks)
     short = torch.stack(
