@@ -39,12 +39,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import data
+from engine import data, flags
 from engine.lookups import PAIRS, Lookups
 from evals import layers as diagnose
 from evals import longtext, report, ruler, tasks
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import Llama, check_device, compute_dtype, make_student, next_token_loss
+from model import Llama, compute_dtype, make_student, next_token_loss
 
 DOCUMENTS = 8  # look-up documents a length, with 8 questions each
 
@@ -120,6 +120,24 @@ def make_lookups(
     except ValueError as e:
         print(f"recall is left out: {e}", file=sys.stderr)
         return None
+
+
+class HeldOut:
+    """The held-out text that a run is measured on, cut once; `blocks` is 0 where there is too little of it."""
+
+    def __init__(self, corpus, tokenizer, native: int, scale: float, blocks: int):
+        self.corpus, self.native, self.scale, self.blocks = corpus, native, scale, blocks
+        long = round(native * scale)
+        if blocks and long >= len(corpus.held_out):
+            print(
+                f"no table: the held-out text has {len(corpus.held_out):,} tokens, a block {long:,}; add --data"
+            )
+            self.blocks = 0
+        self.lookups = make_lookups(tokenizer, corpus, native, long) if self.blocks else None
+
+    def measure(self, model: Llama) -> dict[str, float]:
+        """One column of the table."""
+        return measure(model, self.corpus, self.lookups, self.native, self.scale, self.blocks)
 
 
 def versions(device: torch.device) -> dict:
@@ -413,7 +431,7 @@ def check(args) -> None:
             raise ValueError(f"--{name} is {value}; it must be at least {least}")
     if args.scale is not None and not 1 <= args.scale < float("inf"):
         raise ValueError(f"--scale is {args.scale}; it must be at least 1")
-    check_device(args.device)
+    flags.check_device(args.device)
     if args.lengths and min(args.lengths) < 1:
         raise ValueError(
             f"--lengths {min(args.lengths)} is no number of tokens; it must be at least 1"

@@ -17,7 +17,7 @@ How it is timed.  Wall clock around a synchronised call, the median of --repeat 
     waiting                             inside the others: the share of a step in which the GPU ran no kernel, from the
                                         sum of kernel times in one profiled step; a GPU figure
 
-MFU is plan.flops (teacher, student, relations and backward; recomputation not counted) over the step's time and the
+MFU is cost.flops (teacher, student, relations and backward; recomputation not counted) over the step's time and the
 rate of one large matrix product in the same run. Memory: peak of torch's allocator; on a CPU the process's resident
 set. The plan's own estimate stands beside it.
 
@@ -29,12 +29,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import train
-from engine import lora, watch
-from engine import plan as planning
+from engine import cost, lora, plan
 from hub import files
+from hub.checkpoint import set_parameter
 from model import (
     TRAINED,
     Llama,
@@ -93,7 +92,7 @@ def add_flags(parser) -> None:
 
 
 def config_of(name: str) -> LlamaConfig:
-    file = Path(__file__).resolve().parent / "demo" / "teacher" / "config.json"
+    file = Path(__file__).resolve().parents[1] / "demo" / "teacher" / "config.json"
     return LlamaConfig.from_hf(SHAPES[name] or files.read_json(file))
 
 
@@ -104,13 +103,10 @@ def random_models(
         teacher = Llama(config)
     generator = torch.Generator(device).manual_seed(0)
     for name, p in list(teacher.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
         w = torch.ones(p.shape, device=device, dtype=dtype)
         if p.dim() == 2:
             w.normal_(std=0.02, generator=generator)
-        setattr(teacher.get_submodule(owner), leaf, nn.Parameter(w, requires_grad=False))
-    if config.tied:
-        teacher.lm_head.weight = teacher.model.embed_tokens.weight
+        set_parameter(teacher, name, w)
     student = make_student(teacher.eval(), config.extended("linear", 8), () if rank else TRAINED)
     if rank:
         lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0)
@@ -120,15 +116,15 @@ def random_models(
 class Step:
     """One stage of one shape, ready to be called."""
 
-    def __init__(self, arguments, config: LlamaConfig, stage: planning.Stage, device: torch.device):
+    def __init__(self, arguments, config: LlamaConfig, stage: cost.Stage, device: torch.device):
         self.stage, self.device, self.rank = stage, device, arguments.lora_rank
         self.dtype = compute_dtype(device)
-        free = planning.free_memory(device)
-        settled = planning.settle(
+        free = cost.free_memory(device)
+        settled = plan.settle(
             config, stage, self.dtype, arguments.micro, self.rank, 1, stage.batch, free
         )
         self.micro, self.checkpointing, self.need = settled
-        planning.refuse_if_too_large(self.need, free, stage)
+        plan.refuse_if_too_large(self.need, free, stage)
         self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
         self.weights = list(trainable(self.student).values())
         self.adam = torch.optim.AdamW(self.weights, lr=1e-6)
@@ -157,7 +153,7 @@ class Step:
         """The layers of one model over all micro-batches; in stage 1 the last one ends at q, k and v."""
         for piece in self.ids.split(self.micro):
             h = model.embed(piece[:, :-1], self.dtype)
-            turn = model.turn(self.stage.T, h)
+            turn = model.cos_sin(self.stage.T, h)
             *most, last = model.model.layers
             for layer in most:
                 h, _ = layer(h, turn)
@@ -214,7 +210,7 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     whole = seconds(step, device, repeat)
-    gib = watch.peak_memory(device)
+    gib = cost.peak_memory(device)
     parts = {}
     if stage.objective == "relation":
         parts["teacher forward"] = seconds(step.teacher_forward, device, repeat)
@@ -225,7 +221,7 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
         w.grad = torch.zeros_like(w)
     parts["optimiser"] = seconds(step.update, device, repeat)
     parts["backward"] = whole - sum(parts.values())
-    work = sum(planning.flops(c, stage, step.rank).values())
+    work = sum(cost.flops(c, stage, step.rank).values())
     row = {
         "stage": stage.name,
         "T": stage.T,
@@ -243,7 +239,7 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
     return row | {"planned_gib": sum(step.need.values()) / 2**30}
 
 
-def stages(arguments, config: LlamaConfig) -> list[planning.Stage]:
+def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:
     first = arguments.length or config.rope.length
     out = []
     for n, objective, T in (
@@ -252,7 +248,7 @@ def stages(arguments, config: LlamaConfig) -> list[planning.Stage]:
     ):
         if arguments.stage in (str(n), "both"):
             out.append(
-                planning.Stage(
+                cost.Stage(
                     f"stage{n}", objective, T, arguments.batch or max(1, 16384 // T), 1, 1e-6
                 )
             )
@@ -268,16 +264,16 @@ def bench_step(arguments, fixed: dict, log) -> None:
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(arguments.model)
-    peak = watch.peak_flops(device)
+    peak = cost.peak_flops(device)
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(
-        f"{arguments.model}: {planning.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s"
+        f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s"
     )
     for stage in stages(arguments, config):
         try:
             row = measure(Step(arguments, config, stage, device), arguments.repeat, peak)
         except torch.OutOfMemoryError:
-            raise SystemExit(str(planning.OutOfMemory(stage, device))) from None
+            raise SystemExit(str(plan.out_of_memory(stage, device))) from None
         except ValueError as e:
             raise SystemExit(str(e)) from None
         print(json.dumps({"model": arguments.model, **row, **fixed}), file=log, flush=True)

@@ -20,8 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.flags import check_device
 from hub.tokenizer import load_tokenizer
-from model import Llama, check_device
+from model import Llama
 from rope import rotation
 
 
@@ -71,7 +72,7 @@ def steps(model: Llama, prompts: list[list[int]], new: int, dtype: torch.dtype) 
     last = []
     for b, prompt in enumerate(prompts):
         h = model.embed(torch.tensor([prompt], device=device), dtype)
-        turn = model.turn(len(prompt), h)
+        turn = model.cos_sin(len(prompt), h)
         for layer, cache in zip(model.model.layers, caches, strict=True):
             h, (_, k, v) = layer(h, turn)
             cache.k[b, :, : len(prompt)], cache.v[b, :, : len(prompt)] = k[0], v[0]

@@ -42,7 +42,7 @@ def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtyp
     for block in blocks:
         ids = block[None].to(device)
         states = [m.embed(ids, dtype) for m in (teacher, student)]
-        turns = [m.turn(T, h) for m, h in zip((teacher, student), states, strict=True)]
+        turns = [m.cos_sin(T, h) for m, h in zip((teacher, student), states, strict=True)]
         for l in range(c.n_layer):
             taps = []
             for i, m in enumerate((teacher, student)):

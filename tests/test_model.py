@@ -7,7 +7,8 @@ from conftest import random_model, tiny_config
 
 import train
 from hub import checkpoint
-from model import TRAINED, Llama, LlamaConfig, make_student, next_token_loss, trainable
+from hub.checkpoint import set_parameter
+from model import TRAINED, Block, Llama, LlamaConfig, make_student, next_token_loss, trainable
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
 NETWORKS = {
@@ -89,6 +90,40 @@ def test_the_student_shares_every_frozen_tensor():
     assert student.lm_head.weight is teacher.model.embed_tokens.weight
 
 
+def test_walking_gives_what_each_layer_does_and_only_when_asked():
+    model = random_model()
+    h, cos_sin = model.embed(IDS), model.cos_sin(50, model.embed(IDS))
+    calls = []
+    for l, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, l=l: calls.append(l))
+    walk = model.walk(IDS)
+    assert not calls
+    for l, (layer, (ours, qkv)) in enumerate(zip(model.model.layers, walk, strict=True)):
+        assert calls == list(range(l + 1))
+        h, expected = Block.forward(layer, h, cos_sin)
+        assert torch.equal(ours, h) and [x.shape[1] for x in qkv] == [4, 2, 2]
+        assert all(torch.equal(x, y) for x, y in zip(qkv, expected, strict=True))
+    assert torch.equal(model.hidden(IDS), model.model.norm(h))
+
+
+def test_a_parameter_is_put_in_place_shared_and_with_the_head_that_is_tied_to_it():
+    model, name = random_model(), "model.embed_tokens.weight"
+    shared = torch.nn.Parameter(torch.zeros(4096, 32))
+    set_parameter(model, name, shared)
+    assert model.model.embed_tokens.weight is shared and model.lm_head.weight is shared
+    set_parameter(model, name, torch.ones(4096, 32))
+    assert not model.lm_head.weight.requires_grad and model.lm_head.weight[0, 0] == 1
+    untied = random_model(tie_word_embeddings=False)
+    set_parameter(untied, name, shared)
+    assert untied.lm_head.weight is not shared
+
+
+def test_the_head_dimension_has_one_source():
+    config = LlamaConfig.from_hf(tiny_config(head_dim=None))
+    assert config.head_dim == config.rope.head_dim == 8
+    assert LlamaConfig.from_hf(tiny_config(head_dim=16)).extended("ntk", 8).head_dim == 16
+
+
 def test_chunked_loss_and_gradient_equal_the_plain_ones():
     model = random_model().double()
     h = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
@@ -106,7 +141,7 @@ def test_checkpointing_changes_nothing_but_memory():
     student = make_student(teacher, teacher.config.extended("linear", 8))
 
     def gradients(checkpointing: bool):
-        loss, parts = train.relation_loss(
+        loss, parts, _ = train.relation_loss(
             teacher, student, IDS, torch.float32, checkpointing=checkpointing
         )
         loss.backward()
@@ -122,10 +157,10 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    _, parts = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
-    _, dense = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
+    _, parts, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
+    _, dense, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
     torch.testing.assert_close(parts, dense)
-    loss, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
+    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
     weights = torch.tensor([1.0, 0.5, 0.5])  # Hkv / H = 2 / 4
     torch.testing.assert_close(loss.detach(), (parts * weights).sum(-1).mean())
 
@@ -133,7 +168,7 @@ def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads
 def test_unscaled_student_has_no_relation_loss():
     teacher = random_model()
     same = make_student(teacher, teacher.config)
-    loss, _ = train.relation_loss(teacher, same, IDS, torch.float32)
+    loss, _, _ = train.relation_loss(teacher, same, IDS, torch.float32)
     assert loss.item() == 0
 
 
@@ -162,8 +197,8 @@ def test_refusals_name_the_key_and_value(change, said):
 def test_the_logit_term_is_the_plain_kl_and_none_without_scaling():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    alone, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
+    alone, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
     p, q = student(IDS).log_softmax(-1), teacher(IDS).log_softmax(-1)
     torch.testing.assert_close(both - alone, 0.5 * (q.exp() * (q - p)).sum(-1).mean())
     same = make_student(teacher, teacher.config)
@@ -177,6 +212,6 @@ def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     v = student.model.layers[1].self_attn.v_proj.weight
     v.data = (turn @ v.data.view(2, 8, 32)).view(16, 32)
-    relations, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
+    relations, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1
