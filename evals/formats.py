@@ -34,19 +34,23 @@ class Item:
 
 
 def text(row: dict, key: str) -> str:
-    if not isinstance(row[key], str):
-        raise ValueError(f"{key} is {row[key]!r}, not text")
-    return row[key]
+    return _whole(row[key], key)
+
+
+def _whole(value, key: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is {value!r}, not text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{key} holds half a character, a surrogate alone") from None
+    return value
 
 
 def texts(row: dict, key: str) -> list[str]:
-    if (
-        not isinstance(row[key], list)
-        or not row[key]
-        or not all(isinstance(x, str) for x in row[key])
-    ):
+    if not isinstance(row[key], list) or not row[key]:
         raise ValueError(f"{key} is {row[key]!r}, not a list of texts")
-    return row[key]
+    return [_whole(value, key) for value in row[key]]
 
 
 def number(row: dict, key: str) -> int:

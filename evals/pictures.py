@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
-from evals.report import is_share
 from relation_kl import RELATIONS
 
 # teacher, untrained, then students
@@ -35,17 +34,18 @@ def colour(i: int) -> str:
 
 
 def bars(
-    columns: dict[str, dict[str, float]], shares: dict[str, float], kept: dict[str, dict]
+    columns: dict[str, dict[str, float]],
+    losses: list[str],
+    percent: list[str],
+    shares: dict[str, float],
+    kept: dict[str, dict],
 ) -> bytes:
     """Losses, figures in percent and, where there is any, the tasks' retention, side by side.
 
-    columns: {model: {row: figure}}; shares: {model: lost loss recovered}; kept: of `retention`.
+    columns: {model: {row: figure}}; losses, percent: rows in nats, and between 0 and 1;
+    shares: {model: lost loss recovered}; kept: what `retention` found.
     """
-    rows = list(dict.fromkeys(row for figures in columns.values() for row in figures))
-    panels = [
-        ("loss (nats per token)", [r for r in rows if r.startswith("loss")], 1.0),
-        ("right (%)", [r for r in rows if is_share(r)], 100.0),
-    ]
+    panels = [("loss (nats per token)", losses, 1.0), ("right (%)", percent, 100.0)]
     panels = [panel for panel in panels if panel[1]] or panels[:1]
     drawn = {row: found for row, found in kept.items() if any(found["kept"].values())}
     most = max(len(names) for _, names, _ in panels)

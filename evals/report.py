@@ -221,7 +221,10 @@ def render(
         body = _body(scores, shares, about, kept) | (more or {})
         out.write("report.json", _json(body))
         out.write("report.md", text + "\n")
-        out.write("report.png", pictures.bars(columns, shares, kept or {}))
+        rows = _rows(columns)
+        losses = [row for row in rows if row.startswith("loss")]
+        percent = [row for row in rows if is_share(row)]
+        out.write("report.png", pictures.bars(columns, losses, percent, shares, kept or {}))
     return text
 
 
