@@ -373,8 +373,7 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
     """The table, the adapter, and the Hugging Face directory."""
     with files.disk_sentences(args.out):
         shares = report.recovered(columns, "loss at 1x") if columns else {}
-        out.add("report.json", "report.md", "report.png")
-        text = report.write(out.path, columns, shares, about) if columns else ""
+        text = report.write(out, columns, shares, about) if columns else ""
         if args.lora_rank:
             with out.directory("adapter") as work:
                 lora.write_adapter(student, work, str(args.teacher), TRAINED)
