@@ -247,6 +247,11 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(c.width, c.norm_eps)
 
 
+@functools.lru_cache(maxsize=8)  # teacher's and student's, at the lengths of a run
+def _cos_sin(rope: RopeConfig, head_dim: int, T: int, device: torch.device, dtype: torch.dtype):
+    return rotation(rope, head_dim, torch.arange(T, device=device), T, dtype)
+
+
 class Llama(nn.Module):
     """The whole network. `model(ids)` gives logits; `hidden` stops before the head, the big one."""
 
@@ -277,8 +282,7 @@ class Llama(nn.Module):
 
     def cos_sin(self, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin [T, D] of positions 0 .. T-1, on the device and in the dtype of `like`."""
-        positions = torch.arange(T, device=like.device)
-        return rotation(self.config.rope, self.config.head_dim, positions, T, like.dtype)
+        return _cos_sin(self.config.rope, self.config.head_dim, T, like.device, like.dtype)
 
     def walk(
         self, ids: Tensor, dtype: torch.dtype | None = None, checkpointing: bool = False

@@ -74,6 +74,7 @@ def relation_loss(
     checkpointing: bool = False,
     authors_heads: bool = False,
     logit_weight: float = 0.0,
+    relations: str = "qkv",
     units: list | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher and student in lock-step over ids [B, T]: (loss, its relations [L, 3], next-token KL), in nats.
@@ -115,7 +116,8 @@ def relation_loss(
         table.append(parts)
     table = torch.stack(table)  # [L, 3]
     shared = Hkv / H if authors_heads else 1.0
-    loss = (table[:, 0] + shared * (table[:, 1] + table[:, 2])).mean()
+    weights = (float("q" in relations), shared * ("k" in relations), shared * ("v" in relations))
+    loss = sum(w * table[:, r].mean() for r, w in enumerate(weights))
     if not logit_weight:
         return loss, table.detach(), torch.zeros_like(loss.detach())
     kl = logit_kl(teacher, student, h_teacher, h_student)
@@ -271,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
                 if part.objective == "relation":  # relate tokens as the teacher does
                     return relation_loss(
                         teacher, student, piece[:, :-1], dtype, impl=impl, checkpointing=again,
-                        authors_heads=args.authors_heads, logit_weight=args.logit_weight, units=units,
+                        authors_heads=args.authors_heads, logit_weight=args.logit_weight, relations=args.relations, units=units,
                     )  # fmt: skip
                 h = student.hidden(piece[:, :-1], dtype, again)  # predict the next token
                 return (next_token_loss(student, h, piece[:, 1:]),)
@@ -371,8 +373,7 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
     """The table, the adapter, and the Hugging Face directory."""
     with files.disk_sentences(args.out):
         shares = report.recovered(columns, "loss at 1x") if columns else {}
-        out.add("report.json", "report.md", "report.png")
-        text = report.write(out.path, columns, shares, about) if columns else ""
+        text = report.write(out, columns, shares, about) if columns else ""
         if args.lora_rank:
             with out.directory("adapter") as work:
                 lora.write_adapter(student, work, str(args.teacher), TRAINED)

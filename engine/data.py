@@ -86,13 +86,19 @@ class Corpus:
         return n
 
     def held_out_blocks(self, T: int, most: int) -> Tensor:
-        """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream."""
+        """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream.
+
+        Where there is enough text they are the odd-numbered ones: the even ones are for choosing recipes on.
+        """
         n = (len(self.held_out) - 1) // T
         if n < 1:
             raise ValueError(
                 f"the held-out text has {len(self.held_out)} tokens, less than one block of {T}; add --data"
             )
-        picks = sorted({int(i) for i in np.linspace(0, n - 1, min(most, n))})
+        there = range(1, n, 2) if n // 2 >= most else range(n)
+        picks = sorted(
+            {there[int(i)] for i in np.linspace(0, len(there) - 1, min(most, len(there)))}
+        )
         return torch.from_numpy(
             np.stack([self.held_out[i * T : (i + 1) * T + 1].astype(np.int64) for i in picks])
         )

@@ -182,7 +182,7 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) ->
 def matters(args: argparse.Namespace, stages: list, text: str) -> dict:
     """What decides the result: a resumed run must have the same. text: the corpus' digest."""
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout")
-    keys += ("logit_weight", "lookups", "eval_blocks", "dtype")
+    keys += ("logit_weight", "relations", "lookups", "eval_blocks", "dtype")
     out = {k: getattr(args, k) for k in keys}
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
