@@ -41,4 +41,4 @@ $python train.py --teacher "$TEACHER" --data "$DATA" --scale 8 --seed "$seed" --
 against=(--against "$TEACHER")  # with the teacher's and the untrained student's columns: once for each kind
 [[ $row-$seed =~ ^(linear|yarn|ntk)-0$ ]] || against=()
 $python eval.py --model "$run/student" "${against[@]}" --tasks all --task-dir "$TASKS" --no-text \
-    --ppl --documents "$LONG" --lengths 2048 8192 65536 --blocks 4 --out "$run-scores"
+    --ppl --documents "$LONG" --lengths 8192 65536 --blocks 2 --out "$run-scores"
