@@ -40,7 +40,7 @@ from model import Llama
 
 def batch_tokens(device: torch.device) -> int:
     """Tokens to read at a time: enough to fill a GPU; few enough for a CPU's caches."""
-    return 65536 if device.type == "cuda" else 4096
+    return 65536 if device.type == "cuda" else 2048
 
 
 def token_scores(model: Llama, h: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
