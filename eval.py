@@ -55,7 +55,7 @@ from evals.generate import stream
 from evals.retention import TEACHER, UNTRAINED, retention
 from hub import files
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import Llama, LlamaConfig, choose_dtype, compute_dtype, make_student
+from model import Llama, LlamaConfig, choose_dtype, make_student
 
 DOCUMENTS = 8  # look-up documents per length, with 8 questions each
 
@@ -136,7 +136,7 @@ class HeldOut:
 
     def figures(self, model: Llama) -> dict[str, tuple[float, float | None, int]]:
         """{row: (figure, its standard error over blocks or questions, tokens or questions)}."""
-        dtype = self.dtype or compute_dtype(model.device)
+        dtype = self.dtype or model.dtype
         full, rest = divmod(self.long, self.native)
         starts = [i * self.native for i in range(full)]
         cut = torch.cat([self.whole[:, i : i + self.native + 1] for i in starts])

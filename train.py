@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import eval as evaluation
-from engine import cost, data, flags, folder, lora, parallel, plan, resume, watch
+from engine import cost, data, flags, folder, graph, lora, parallel, plan, resume, watch
 from engine.lookups import Lookups
 from evals import report
 from hub import checkpoint, files
@@ -74,6 +74,7 @@ def relation_loss(
     checkpointing: bool = False,
     authors_heads: bool = False,
     logit_weight: float = 0.0,
+    relations: str = "qkv",
     units: list | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Teacher and student in lock-step over ids [B, T]: (loss, its relations [L, 3], next-token KL), in nats.
@@ -115,8 +116,8 @@ def relation_loss(
         table.append(parts)
     table = torch.stack(table)  # [L, 3]
     shared = Hkv / H if authors_heads else 1.0
-    weights = torch.tensor([1.0, shared, shared], device=table.device, dtype=table.dtype)
-    loss = (table * weights).sum(-1).mean()
+    weights = (float("q" in relations), shared * ("k" in relations), shared * ("v" in relations))
+    loss = sum(w * table[:, r].mean() for r, w in enumerate(weights))
     if not logit_weight:
         return loss, table.detach(), torch.zeros_like(loss.detach())
     kl = logit_kl(teacher, student, h_teacher, h_student)
@@ -201,9 +202,7 @@ def main(argv: list[str] | None = None) -> None:
             )
 
         with files.disk_sentences(args.cache):
-            world.on_main(
-                lambda: out.add(*out.owned(args.cache)) or (load_corpus(quiet=False) and None)
-            )
+            world.on_main(lambda: load_corpus(quiet=False) and None)
             corpus = load_corpus(quiet=not world.main)
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
         held_out = evaluation.HeldOut(
@@ -262,48 +261,51 @@ def main(argv: list[str] | None = None) -> None:
         for number in range(at.stage, len(stages)):
             stage, (micro, checkpointing, _) = stages[number], settled[number]
             optimiser = torch.optim.AdamW(
-                weights.values(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0
-            )
+                weights.values(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                fused=device.type == "cuda" and not args.shard,
+            )  # fmt: skip
             if at.step:
                 resume.load(at.state, weights, optimiser, at.step)
             reducer = parallel.Reducer(weights.values(), world)  # averages gradients over processes
+
+            def losses(part: cost.Stage, piece: Tensor, again: bool = checkpointing) -> tuple:
+                """The loss of one piece of a step's blocks [n, T + 1], and what else is logged of it."""
+                if part.objective == "relation":  # relate tokens as the teacher does
+                    return relation_loss(
+                        teacher, student, piece[:, :-1], dtype, impl=impl, checkpointing=again,
+                        authors_heads=args.authors_heads, logit_weight=args.logit_weight, relations=args.relations, units=units,
+                    )  # fmt: skip
+                h = student.hidden(piece[:, :-1], dtype, again)  # predict the next token
+                return (next_token_loss(student, h, piece[:, 1:]),)
+
+            record, why = graph.wanted(device, world.size, checkpointing, args.lora_dropout)
+            gradients = graph.Recorded(losses, list(weights.values()), record)
+            print(f"{stage.name}: CUDA graph {'on' if record else 'off'}, because {why}")
             if world.main:
                 log.begin(number, at.step)
             for step in range(at.step, stage.steps):
                 began = time.time()
 
-                # this step's blocks, a function of seed and step alone: [(stage or its relation blocks, ids, micro)]
-                work = []
-                for part, few in ((stage, micro), (stage.beside, args.micro)):
-                    if part is not None:
+                # this step's blocks, a function of seed and step alone, a few at a time
+                figures = watch.Figures(native.n_layer, device)
+                gradients.zero()
+                try:
+                    for part, few in ((stage, micro), (stage.beside, args.micro)):
+                        if part is None:
+                            continue
                         mine = part.batch // world.size
                         first = step * part.batch + world.rank * mine
                         seed = args.seed + 7919 * number + 104729 * (part is stage.beside)
                         ids = corpus.batch(seed, first, mine, part.T)  # [mine, T + 1]
                         ids = lookups.mix(ids, seed, first, args.lookups) if lookups else ids
-                        work.append((part, first, ids.to(device), cost.at_a_time(part, few, mine)))
-
-                # gradients, a few blocks at a time
-                figures = watch.Figures(native.n_layer, device)
-                try:
-                    for part, first, ids, few in work:
-                        for begin in range(0, len(ids), few):
+                        ids, few = ids.to(device), cost.at_a_time(part, few, mine)
+                        for begin in range(0, mine, few):
                             piece = ids[begin : begin + few]
-                            share = len(piece) / len(ids)
                             resume.reseed(args.seed, at.total, first + begin)
-                            reducer.last = part is work[-1][0] and begin + few >= len(ids)
-                            if part.objective == "relation":  # relate tokens as the teacher does
-                                loss, table, kl = relation_loss(
-                                    teacher, student, piece[:, :-1], dtype, impl=impl,
-                                    checkpointing=checkpointing, authors_heads=args.authors_heads,
-                                    logit_weight=args.logit_weight, units=units,
-                                )  # fmt: skip
-                                figures.relation(loss, table, kl, share)
-                            else:  # predict the next token
-                                h = student.hidden(piece[:, :-1], dtype, checkpointing)
-                                loss = next_token_loss(student, h, piece[:, 1:])
-                                figures.next_token(loss, share)
-                            (loss * share).backward()
+                            reducer.last = part is (stage.beside or stage) and begin + few >= mine
+                            figures.add(
+                                part, gradients(part, piece, len(piece) / mine), len(piece) / mine
+                            )
                     reducer.finish()
 
                     # all processes agree: on the figures, whether to stop, whether to save
@@ -313,16 +315,7 @@ def main(argv: list[str] | None = None) -> None:
                         torch.nn.utils.get_total_norm([w.grad for w in weights.values()])
                     )
                     watch.refuse_non_finite(
-                        world,
-                        stage,
-                        step,
-                        figures,
-                        float(norm),
-                        weights,
-                        student,
-                        work[0][2],
-                        step * stage.batch,
-                        at,
+                        world, stage, step, figures, float(norm), weights, student, ids, at
                     )
 
                     # update
@@ -330,7 +323,6 @@ def main(argv: list[str] | None = None) -> None:
                     for group in optimiser.param_groups:
                         group["lr"] = plan.learning_rate(stage, step)
                     optimiser.step()
-                    optimiser.zero_grad(set_to_none=True)
                 except (MemoryError, RuntimeError) as e:
                     if exits.ran_out(e):
                         raise plan.out_of_memory(stage, device, resume.kept(at)) from None
@@ -351,6 +343,8 @@ def main(argv: list[str] | None = None) -> None:
                 if stopping or saving:
                     save()
                     saved = time.time()
+                    if world.main:
+                        log.draw(patience=60)
                 if stopping:
                     print(
                         f"\nstopped after step {step + 1} of {stage.name}; --resume goes on from here"

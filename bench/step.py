@@ -14,6 +14,7 @@ How it is timed.  Wall clock around a synchronised call, the median of --repeat 
     optimiser                           norm, clipping and Adam
     backward                            the rest of the step, so that the five add up to it; with checkpointing, what
                                         is computed again is in it, both models' forward and the relations' included
+    as a CUDA graph                     the whole step with forward and backward recorded (engine/graph.py); a GPU figure
     waiting                             inside the others: the share of a step in which the GPU ran no kernel, from the
                                         sum of kernel times in one profiled step; a GPU figure
 
@@ -31,7 +32,7 @@ from pathlib import Path
 import torch
 
 import train
-from engine import cost, lora, plan
+from engine import cost, graph, lora, plan
 from hub import files
 from hub.checkpoint import set_parameter
 from model import (
@@ -88,6 +89,9 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--lora-rank", type=int, metavar="R", help="adapters instead of full projections"
     )
+    parser.add_argument(
+        "--relations-alone", action="store_true", help="stage 1 without the next-token KL"
+    )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps [5]")
 
 
@@ -127,23 +131,28 @@ class Step:
         plan.refuse_if_too_large(self.need, free, stage)
         self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
         self.weights = list(trainable(self.student).values())
-        self.adam = torch.optim.AdamW(self.weights, lr=1e-6)
+        self.adam = torch.optim.AdamW(self.weights, lr=1e-6, fused=device.type == "cuda")
         self.ids = torch.randint(0, config.vocab_size, (stage.batch, stage.T + 1), device=device)
+        self.gradients = graph.Recorded(self.losses, self.weights, False)
 
     def __call__(self) -> None:
+        self.gradients.zero()
         for piece in self.ids.split(self.micro):
-            (self.loss(piece) * (len(piece) / len(self.ids))).backward()
+            self.gradients(self.stage, piece, len(piece) / len(self.ids))
         self.update()
-        self.adam.zero_grad(set_to_none=True)
 
-    def loss(self, ids):
-        if self.stage.objective == "relation":
-            more = {"checkpointing": self.checkpointing}
-            return train.relation_loss(self.teacher, self.student, ids[:, :-1], self.dtype, **more)[
-                0
-            ]
+    def losses(self, stage: cost.Stage, ids) -> tuple:
+        if stage.objective == "relation":
+            more = {"checkpointing": self.checkpointing, "logit_weight": float(stage.logits)}
+            return train.relation_loss(self.teacher, self.student, ids[:, :-1], self.dtype, **more)
         h = self.student.hidden(ids[:, :-1], self.dtype, self.checkpointing)
-        return next_token_loss(self.student, h, ids[:, 1:])
+        return (next_token_loss(self.student, h, ids[:, 1:]),)
+
+    def as_graph(self) -> bool:
+        """From here on the gradients are a CUDA graph, where train.py would record one."""
+        record, _ = graph.wanted(self.device, 1, self.checkpointing, 0.0)
+        self.gradients = graph.Recorded(self.losses, self.weights, record)
+        return record
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
@@ -157,7 +166,7 @@ class Step:
             *most, last = model.model.layers
             for layer in most:
                 h, _ = layer(h, turn)
-            if self.stage.objective == "relation":
+            if self.stage.objective == "relation" and not self.stage.logits:
                 last.self_attn.qkv(last.input_layernorm(h), turn)
             else:
                 last(h, turn)
@@ -236,7 +245,12 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
     }
     row |= {"tflops": work / whole / 1e12, "mfu": work / whole / peak, "peak_tflops": peak / 1e12}
     row |= {"parts": parts, "waiting": waiting(step, whole), "gib": gib}
-    return row | {"planned_gib": sum(step.need.values()) / 2**30}
+    row["planned_gib"] = sum(step.need.values()) / 2**30
+    if step.as_graph():
+        step()  # records
+        row["graph_seconds"] = seconds(step, device, repeat)
+        row["graph_mfu"] = work / row["graph_seconds"] / peak
+    return row
 
 
 def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:
@@ -249,7 +263,13 @@ def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:
         if arguments.stage in (str(n), "both"):
             out.append(
                 cost.Stage(
-                    f"stage{n}", objective, T, arguments.batch or max(1, 16384 // T), 1, 1e-6
+                    f"stage{n}",
+                    objective,
+                    T,
+                    arguments.batch or max(1, 16384 // T),
+                    1,
+                    1e-6,
+                    n == 1 and not arguments.relations_alone,
                 )
             )
     return out
@@ -292,5 +312,10 @@ def _said(r: dict) -> str:
     if r["waiting"] is not None:
         lines.append(
             f"        {'waiting, inside':16}{r['waiting'] * r['seconds']:10.4f} s {r['waiting']:7.1%}"
+        )
+    if "graph_seconds" in r:
+        s = r["graph_seconds"]
+        lines.append(
+            f"        {'as a CUDA graph':16}{s:10.4f} s {s / r['seconds']:7.1%}  MFU {r['graph_mfu']:.1%}"
         )
     return "\n".join(lines)

@@ -21,6 +21,7 @@ Limits.  Documents run on across block borders, and attention sees across them, 
 """
 
 import errno
+import functools
 import gzip
 import hashlib
 import json
@@ -50,6 +51,11 @@ HELD_OUT_ONE_IN = 20
 _BATCH = 256  # documents tokenised at a time
 
 
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Two streams of ids: `train` and `held_out`, 1-D, mapped from disk.
@@ -67,8 +73,7 @@ class Corpus:
         n = self.blocks(T)
         rows = []
         for k in range(first, first + count):
-            order = np.random.Generator(np.random.Philox(key=[seed, k // n])).permutation(n)
-            start = int(order[k % n]) * T
+            start = int(_order(seed, k // n, n)[k % n]) * T
             rows.append(np.asarray(self.train[start : start + T + 1], dtype=np.int64))
         return torch.from_numpy(np.stack(rows))
 
@@ -81,13 +86,19 @@ class Corpus:
         return n
 
     def held_out_blocks(self, T: int, most: int) -> Tensor:
-        """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream."""
+        """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream.
+
+        Where there is enough text they are the odd-numbered ones: the even ones are for choosing recipes on.
+        """
         n = (len(self.held_out) - 1) // T
         if n < 1:
             raise ValueError(
                 f"the held-out text has {len(self.held_out)} tokens, less than one block of {T}; add --data"
             )
-        picks = sorted({int(i) for i in np.linspace(0, n - 1, min(most, n))})
+        there = range(1, n, 2) if n // 2 >= most else range(n)
+        picks = sorted(
+            {there[int(i)] for i in np.linspace(0, len(there) - 1, min(most, len(there)))}
+        )
         return torch.from_numpy(
             np.stack([self.held_out[i * T : (i + 1) * T + 1].astype(np.int64) for i in picks])
         )

@@ -21,17 +21,24 @@ class OutOfMemory(ValueError):
     """The memory of a device, or of the machine, ran out."""
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _leave(number, frame) -> None:
+    """While modules are imported: nothing is open and nothing was written, so the process ends here."""
+    print(f"{PROGRAM}: stopped before it began", file=sys.stderr, flush=True)
+    os._exit(STOPPED)
+
+
 def _stop(number, frame) -> None:
-    raise KeyboardInterrupt(signal.Signals(number).name)
+    """Afterwards: every `with` on the way out puts its things in order."""
+    raise KeyboardInterrupt
 
 
-def _hook(kind, value, traceback) -> None:
-    """Ctrl-C where no code of ours runs yet: while modules are imported."""
-    if issubclass(kind, KeyboardInterrupt):
-        print(f"{os.path.basename(sys.argv[0])}: stopped; nothing was written", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(STOPPED)
-    sys.__excepthook__(kind, value, traceback)
+PROGRAM = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
+if PROGRAM in ("train.py", "eval.py"):
+    for each in SIGNALS:
+        signal.signal(each, _leave)
 
 
 def ran_out(e: BaseException) -> bool:
@@ -45,13 +52,12 @@ def ran_out(e: BaseException) -> bool:
 
 def run(main, program: str) -> None:
     """main(), and the end that it deserves."""
-    sys.excepthook = _hook
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
     try:
+        for number in SIGNALS:
+            signal.signal(number, _stop)
         main()
     except KeyboardInterrupt:
-        _end(program, "stopped before there was anything to save", STOPPED)
+        _end(program, "stopped; what was saved before is kept", STOPPED)
     except OutOfMemory as e:  # which one rank may meet alone
         _end(program, str(e), 2, alone=True)
     except (ValueError, OSError) as e:

@@ -18,17 +18,18 @@ from relation_kl import IMPLEMENTATIONS
 from rope import STUDENT_KINDS
 
 HERE = Path(__file__).resolve().parents[1]
+SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv", "none")
 # fmt: off
 PRESETS = {
-    # Many small steps, and text like the teacher's own: see LOG.md for what else was tried
-    "demo": {"tokens1": 240_000, "tokens2": 180_000, "batch1": 1, "batch2": 1, "lr1": 2e-3, "lr2": 7e-4,
-             "lookups": 0.25},
+    # Many small steps, and text like the teacher's own: LOG.md has the search
+    "demo": {"batch1": 1, "batch2": 1, "length2": 4096, "logit_weight": 3.0, "native_blocks": 4, "lookups": 0.25},
+    "demo linear": {"tokens1": 240_000, "lr1": 2e-3, "tokens2": 150_000, "lr2": 1.5e-3},
+    "demo yarn": {"tokens1": 82_000, "lr1": 5e-4, "tokens2": 50_000, "lr2": 3e-4},
     # The paper's own: adapters, 144 steps of 4 x 4096 tokens, relations alone
     "authors": {"lora_rank": 1024, "lora_alpha": 2048.0, "lora_dropout": 0.05, "lr1": 2e-5, "length1": 4096,
-                "batch1": 4, "tokens1": 144 * 4 * 4096, "logit_weight": 0.0, "native_blocks": 0,
-                "authors_heads": True},
-    "default": {"tokens1": 2_100_000, "tokens2": 2_100_000, "logit_weight": 1.0, "lookups": 0.0,
-                "native_blocks": 2, "authors_heads": False, "lora_dropout": 0.0},
+                "batch1": 4, "tokens1": 144 * 4 * 4096, "logit_weight": 0.0, "authors_heads": True},
+    "default": {"logit_weight": 1.0, "lookups": 0.0, "native_blocks": 0, "authors_heads": False,
+                "lora_dropout": 0.0},
 }
 # fmt: on
 
@@ -69,10 +70,17 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
         how.add_argument(f"--batch{n}", type=count, help=f"blocks per step of {name}")
         how.add_argument(f"--lr{n}", type=positive, help=f"peak learning rate of {name}")
     how.add_argument(
-        "--logit-weight", type=weight, help="of the next-token KL beside the relations (1)"
+        "--logit-weight",
+        type=weight,
+        help="of the next-token KL beside the relations (1; the demo 3)",
     )
     how.add_argument(
-        "--native-blocks", type=whole, help="blocks of stage 1's kind beside each of stage 2's (2)"
+        "--relations", choices=SUBSETS, default="qkv", help="which relations stage 1 compares (qkv)"
+    )
+    how.add_argument(
+        "--native-blocks",
+        type=whole,
+        help="blocks of stage 1's kind beside each of stage 2's (0; the demo 4)",
     )
     how.add_argument(
         "--lookups",
@@ -129,7 +137,8 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
         "--cache", type=folder, help="folder for tokenised text, to share between runs (in --out)"
     )
     args = p.parse_args(argv)
-    for preset in (args.preset, None if args.teacher else "demo", "default"):
+    demo = () if args.teacher else (f"demo {args.rope or 'linear'}", "demo")
+    for preset in (args.preset, *demo, "default"):
         for key, value in PRESETS.get(preset, {}).items():
             if getattr(args, key, None) is None:
                 setattr(args, key, value)

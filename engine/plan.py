@@ -4,12 +4,14 @@ Stages are data (cost.Stage): a name, an objective, a block length T, blocks per
 `make_stages` fills in what the user left out; `settle` decides how a step uses the memory that is free; `check` refuses
 what cannot work, with the flag that helps.
 
-Learning rates.  Adam moves every weight by about its rate per step whatever the gradient's size, and the wider a layer,
-the more such moves add up in its output. Two points fix a power law in the width C: 2e-3 was best at C = 576 (135M
-parameters, stage 1, linear) and the paper uses 2e-5 at C = 4096, hence lr = 2e-3 (576 / C)^2.3, and never above 2e-3:
-that was best at C = 320 too. Positions that leave the fast pairs alone (all kinds but linear) lose less and want a
-quarter of it. Stage 2 takes a sixth of stage 1's rate, as was best at C = 576. Between and beyond these points it is a
-guess: try a few.
+Defaults.  From runs of two sizes (LOG.md), C = 320 and C = 576, and the paper's at C = 4096. Adam moves every weight
+by about its rate per step whatever the gradient's size, and the wider a layer, the more such moves add up in its
+output: two points, 2e-3 at C = 576 and 2e-5 at C = 4096, fix a power law, lr = 2e-3 (576 / C)^2.3, never above 2e-3,
+which was best at C = 320 too. Kinds that leave the fast pairs alone (all but linear) lose less before training: they
+take 0.3 of that rate and an eighth of the tokens. Stage 2 takes a quarter of stage 1's rate, or half for those kinds.
+Stage 1 wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat 2048 at equal tokens. Stage 2
+wants steps more than length: blocks of 16K gave a lower loss at 64K than blocks of 64K at equal tokens. A CPU's tokens
+are what it does in about an hour at 135M parameters. For widths far from these it is a guess: try a few rates.
 
 Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
 
@@ -29,8 +31,15 @@ from hub.tokenizer import Tokenizer
 from model import TRAINED, Llama, LlamaConfig
 from relation_kl import choose
 
-TOP_RATE = 2e-3  # the best rate measured; a wider guess blows up a small model
-GENTLE = 0.25  # of it for kinds that keep the fast pairs as they are
+TOP_RATE = 2e-3  # the best rate measured; the power law's 0.3 at C = 64 blows a model up
+GENTLE = 0.3  # of it for kinds that keep the fast pairs as they are
+# Tokens of stage 1 and stage 2, by device and by whether the positions are linear
+TOKENS = {
+    ("cuda", True): (2_097_152, 2_097_152),
+    ("cuda", False): (262_144, 524_288),
+    ("cpu", True): (262_144, 131_072),
+    ("cpu", False): (65_536, 65_536),
+}
 
 
 def rope_kind(config: LlamaConfig) -> str:
@@ -44,14 +53,20 @@ def make_stages(args: argparse.Namespace, config: LlamaConfig, student: LlamaCon
     Stage 2 may have `beside`: for each long block, --native-blocks of stage 1's kind at its length, so that what stage
     1 won is not lost again.
     """
-    lr = min(TOP_RATE, TOP_RATE * (576 / config.width) ** 2.3)
-    lr *= 1.0 if student.rope.kind == "linear" else GENTLE
-    native = config.rope.length
-    T1, T2 = args.length1 or min(native, 512), args.length2 or student.rope.length
-    batch1, batch2 = args.batch1 or max(1, 2048 // T1), args.batch2 or max(1, 16384 // T2)
+    linear, native = student.rope.kind == "linear", config.rope.length
+    lr = min(TOP_RATE, TOP_RATE * (576 / config.width) ** 2.3) * (1.0 if linear else GENTLE)
+    small = config.width <= 1024
+    T1 = args.length1 or min(native, 512 if small else 2048)
+    T2 = args.length2 or min(student.rope.length, max(16384, native))
+    batch1 = args.batch1 or max(1, (1024 if small else 8192) // T1)
+    batch2 = args.batch2 or max(1, 16384 // T2)
+    tokens = TOKENS["cuda" if args.device.startswith("cuda") else "cpu", linear]
+    tokens1, tokens2 = args.tokens1 or tokens[0], args.tokens2 or tokens[1]
     logits = args.logit_weight > 0
-    first = _stage("stage1", "relation", T1, batch1, args.tokens1, args.lr1 or lr, logits)
-    second = _stage("stage2", "next token", T2, batch2, args.tokens2, args.lr2 or lr / 6)
+    first = _stage("stage1", "relation", T1, batch1, tokens1, args.lr1 or lr, logits)
+    second = _stage(
+        "stage2", "next token", T2, batch2, tokens2, args.lr2 or lr / (4 if linear else 2)
+    )
     if args.native_blocks:
         beside = replace(first, name="stage2", batch=args.native_blocks * batch2, lr=second.lr)
         second = replace(second, beside=replace(beside, T=min(T1, T2), steps=second.steps))

@@ -173,13 +173,16 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) ->
             moments = {
                 k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
             }
-            optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
+            place = (
+                p.device if optimiser.defaults["fused"] else "cpu"
+            )  # where each kind of Adam counts
+            optimiser.state[p] = {"step": torch.tensor(float(step), device=place), **moments}
 
 
 def matters(args: argparse.Namespace, stages: list, text: str) -> dict:
     """What decides the result: a resumed run must have the same. text: the corpus' digest."""
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout")
-    keys += ("logit_weight", "lookups", "eval_blocks", "dtype")
+    keys += ("logit_weight", "relations", "lookups", "eval_blocks", "dtype")
     out = {k: getattr(args, k) for k in keys}
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}

@@ -44,14 +44,16 @@ class Figures:
         self.sums = torch.zeros(3 + 3 * layers, dtype=torch.float64, device=device)
         self.distils = self.predicts = False
 
-    def relation(self, loss: Tensor, table: Tensor, kl: Tensor, share: float) -> None:
-        self.distils = True
-        values = torch.cat([loss.detach().view(1), kl.view(1), table.flatten()])
-        self.sums[1:] += share * values.double()
-
-    def next_token(self, loss: Tensor, share: float) -> None:
-        self.predicts = True
-        self.sums[0] += share * loss.detach()
+    def add(self, part: cost.Stage, values: tuple[Tensor, ...], share: float) -> None:
+        """values: (loss,) of the next token, or relation_loss's (loss, table, next-token KL)."""
+        if part.objective == "relation":
+            self.distils = True
+            loss, table, kl = values
+            row = torch.cat([loss.view(1), kl.view(1), table.flatten()])
+            self.sums[1:] += share * row.double()
+        else:
+            self.predicts = True
+            self.sums[0] += share * values[0]
 
     def agree(self, world, stop: bool, late: bool) -> tuple[bool, bool]:
         """Means over all processes; (does any want to stop, does the first want to save)."""
@@ -210,11 +212,12 @@ class Watch:
 
 @torch.no_grad()
 def refuse_non_finite(
-    world, stage, step: int, figures: Figures, norm: float, weights, student, ids, first, at
+    world, stage, step: int, figures: Figures, norm: float, weights, student, ids: Tensor, at
 ) -> None:
     """Raises ValueError, on all ranks, naming step, layer and blocks where loss or gradient is NaN or infinite.
 
-    figures and norm are the means over all ranks; ids [B, T + 1] this rank's blocks; first: the step's first block.
+    figures and norm are the means over all ranks; ids [B, T + 1] some of
+    this rank's blocks.
     """
     losses = (figures.loss, figures.relation_loss or 0.0)
     if all(map(math.isfinite, (*losses, norm))):
@@ -232,6 +235,7 @@ def refuse_non_finite(
         ]
         last = -int(world.min(-max(bad, default=-1)))
         where = f", in the gradient of {names[last]}" if last >= 0 else ""
+    first = step * stage.batch
     raise ValueError(
         f"{stage.name}, step {step}{where}: loss {figures.loss}, gradient norm {norm}, on blocks {first}.."
         f"{first + stage.batch - 1} of the run's order; lower --lr{stage.name[-1]}{resume.kept(at)}"

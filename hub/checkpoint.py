@@ -253,9 +253,7 @@ def write_pretrained(
         n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()
     }
     if frozen_from:
-        tensors |= read_tensors(
-            frozen_from, [n for n in tensors if n.split(".")[-2] not in trained]
-        )
+        tensors |= _stored(model, frozen_from, trained)
     config = model.config.to_hf()
     config.pop("dtype", None)
     names = {
@@ -301,30 +299,37 @@ def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> N
 
 
 def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
-    """The directory must load, hold exactly these bytes, and give the logits of the model in memory."""
-    device = model.device
-    again = type(model).from_pretrained(work, device=str(device))
+    """The directory must load, hold exactly these bytes, and give these weights' logits under the
+    configuration of the model in memory."""
+    again = type(model).from_pretrained(work, device=str(model.device))
+    with torch.device("meta"):
+        meant = type(model)(model.config)
     for name, p in again.named_parameters():
         if not torch.equal(p.cpu(), tensors[name]):
             raise RuntimeError(
-                f"the export in {work} does not hold {name} as it was written; the disk may be failing"
+                f"the export in {work} does not hold {name} as it was written; the disk may fail"
             )
-    ids = torch.arange(8, device=device)[None] % model.config.vocab_size
-    held, compute = model.model.embed_tokens.weight.dtype, again.model.embed_tokens.weight.dtype
+        set_parameter(meant, name, p)
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
-        ours = model.lm_head(model.hidden(ids, compute)).float()
-        theirs = again(ids).float()
-    # float32 throughout agrees to rounding; weights that were held in fewer bits than they are written do not
-    allowed = 1e-2 if held == compute else 1e-1
-    if not torch.allclose(
-        ours,
-        theirs,
-        rtol=1e-4 if held == compute == torch.float32 else 2e-2,
-        atol=allowed * ours.std().item(),
-    ):
+        a, b = meant.eval()(ids).float(), again(ids).float()
+    if not torch.allclose(a, b, rtol=1e-5, atol=1e-5 * a.std().item(), equal_nan=True):
         raise RuntimeError(
-            f"the export in {work} gives other logits than the model: {(ours - theirs).abs().max()}"
+            f"the export in {work} gives other logits than the model: {(a - b).abs().max()}"
         )
+
+
+def _stored(model, frozen_from: Path, trained: tuple[str, ...]) -> dict[str, Tensor]:
+    """The bytes on disk of every tensor but the trained ones, of which the model must hold copies,
+    rounded or not: else the directory is another model's, or something was trained unsaid."""
+    held = dict(model.named_parameters())
+    found = read_tensors(frozen_from, [n for n in held if n.split(".")[-2] not in trained])
+    for name, tensor in found.items():
+        if not torch.equal(tensor.to(held[name].dtype), held[name].detach().cpu()):
+            raise RuntimeError(
+                f"{name} is not what {frozen_from} holds, and not said to be trained"
+            )
+    return found
 
 
 def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from evals import longtext, pictures, prompts, report
 from evals.retention import retention
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
-from model import Llama, make_student, next_token_loss
+from model import Llama, compute_dtype, make_student, next_token_loss
 
 # Retention
 
@@ -353,7 +353,7 @@ def test_same_seed_same_report_and_every_figure_says_what_it_is(pair, text_dir, 
             facts["version"]
             and facts["items"] > 0
             and "seed" in facts
-            and facts["dtype"] == "float32"
+            and facts["dtype"] == str(compute_dtype(torch.device("cpu")))[6:]
         ), row
         assert facts["command"].startswith("python eval.py --model ") and set(
             facts["stderr"]

@@ -5,10 +5,22 @@ import torch
 import transformers
 from conftest import random_model, tiny_config
 
+import model as model_file
 import train
 from hub import checkpoint
 from hub.checkpoint import set_parameter
-from model import TRAINED, Block, Llama, LlamaConfig, make_student, next_token_loss, trainable
+from model import (
+    TRAINED,
+    Block,
+    Llama,
+    LlamaConfig,
+    attention_dtype,
+    choose_dtype,
+    compute_dtype,
+    make_student,
+    next_token_loss,
+    trainable,
+)
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
 NETWORKS = {
@@ -215,3 +227,52 @@ def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     relations, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
     both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1
+
+
+def test_the_compute_dtype_is_chosen_with_a_reason_and_can_be_asked_for(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has, dtype, reason in (
+        ("AMX", torch.bfloat16, "AMX"),
+        ("AVX512-BF16", torch.bfloat16, "AVX512-BF16"),
+        (None, torch.float32, "no fast bfloat16"),
+    ):
+        monkeypatch.setattr(model_file, "cpu_bfloat16", lambda has=has: has)
+        chosen, why = choose_dtype(cpu)
+        assert chosen == compute_dtype(cpu) == dtype and reason in why
+        assert choose_dtype(gpu)[0] == torch.bfloat16
+        assert choose_dtype(cpu, "float32") == (torch.float32, "--dtype says so")
+        assert choose_dtype(gpu, "bfloat16")[0] == torch.bfloat16
+    with pytest.raises(ValueError, match=r"--dtype is 'half'"):
+        choose_dtype(cpu, "half")
+
+
+@pytest.mark.parametrize("instructions", ["AMX", "AVX512-BF16", None])
+def test_bfloat16_on_a_cpu_is_as_exact_as_eager_and_gives_the_same_bits_twice(
+    instructions, monkeypatch
+):
+    """Against float64: logits and the gradient of q_proj, error <= 2 x that of plain bfloat16."""
+    monkeypatch.setattr(model_file, "cpu_bfloat16", lambda: instructions)
+    assert attention_dtype(torch.empty(0, dtype=torch.bfloat16)) == (
+        torch.bfloat16 if instructions == "AMX" else torch.float32
+    )
+
+    def run(dtype, backend):
+        teacher = random_model().to(torch.bfloat16).to(dtype)  # the same numbers in each
+        student = make_student(teacher, teacher.config.extended("yarn", 8))
+        if dtype == torch.float64:
+            for p in trainable(student).values():
+                p.data = p.data.double()
+        with torch.nn.attention.sdpa_kernel(backend):
+            h = student.hidden(IDS, dtype)
+            next_token_loss(student, h, IDS).backward()
+        logits = student.lm_head(h).detach()
+        return [logits.double(), student.model.layers[0].self_attn.q_proj.weight.grad.double()]
+
+    math, flash = torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    exact = run(torch.float64, math)
+    ours, again = run(torch.bfloat16, flash), run(torch.bfloat16, flash)
+    monkeypatch.setattr(model_file, "attention_dtype", lambda x: x.dtype)
+    eager = run(torch.bfloat16, math)
+    for a, b, e, x in zip(ours, again, eager, exact, strict=True):
+        assert torch.equal(a, b)
+        assert (a - x).norm() <= 2 * (e - x).norm()

@@ -48,6 +48,7 @@ def start(
         "2",
     ]
     sizes += ["--lr1", "0.01", "--lr2", "0.003", "--scale", "2", "--eval-blocks", "1"]
+    sizes += ["--dtype", "float32"]  # the bounds below are float32's
     places = [
         "--teacher",
         str(small),
