@@ -26,6 +26,8 @@ from evals.retention import TEACHER, UNTRAINED
 from model import Llama
 from relation_kl import RELATIONS, relation_kl
 
+HEAD = "Relation KL in nats, mean over heads (worst head)"  # of the table
+
 
 @torch.no_grad()
 def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtype) -> np.ndarray:

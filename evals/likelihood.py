@@ -170,15 +170,8 @@ class Result:
         return np.asarray([int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1 for s, g in each])
 
 
-def score(
-    model: Llama,
-    tokenizer: Tokenizer,
-    task: Task,
-    dtype: torch.dtype,
-    requests: list[Request] | None = None,
-) -> Result:
-    """Every item of one task, scored. requests: the task encoded, where several models read it."""
-    requests = requests or encode(tokenizer, [r for item in task.items for r in item.requests])
+def score(model: Llama, requests: list[Request], task: Task, dtype: torch.dtype) -> Result:
+    """Every item of one task, scored; requests: task.pairs, encoded."""
     flat = iter(likelihoods(model, requests, dtype))
     got = [[next(flat) for _ in item.requests] for item in task.items]
     logps = [np.asarray([s for s, _ in g]) for g in got]
@@ -200,14 +193,16 @@ def task_scores(
     scores: report.Scores,
     models: dict[str, Llama],
     tasks: list[Task],
-    tokenizer: Tokenizer,
+    requests: list[list[Request]],
     keep: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Adds every task's figures, and their averages over tasks. keep(name, text): a file of items."""
-    for task in tasks:
-        requests = encode(tokenizer, [r for item in task.items for r in item.requests])
+    """Adds every task's figures, and their averages over tasks.
+
+    requests: of each task, its pairs encoded; keep(name, text): takes a file of items.
+    """
+    for task, encoded in zip(tasks, requests, strict=True):
         for name, model in models.items():
-            result = score(model, tokenizer, task, scores.dtype, requests)
+            result = score(model, encoded, task, scores.dtype)
             for row, (value, error) in report.summary(result.values).items():
                 facts = {"values": result.values[row], "version": task.version, "seed": None}
                 scores.add(name, row, value, error=error, **facts)

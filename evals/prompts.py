@@ -34,6 +34,7 @@ from hub.tokenizer import Tokenizer
 from model import Llama
 
 REACHED = 0.2  # the share of passkeys that makes a length count
+ROWS = ("RULER", "passkey")  # how the rows begin that are made here
 
 
 def make(
@@ -98,14 +99,15 @@ def passkey_scores(
     scores: Scores,
     models: dict[str, Llama],
     tokenizer: Tokenizer,
-    lengths: list[int],
+    able: list[tuple[int, str]],
     samples: int,
     seed: int,
 ) -> dict:
-    """Adds "passkey at L" and the tokens reached.
+    """Adds "passkey at L", for every (L, "passkey") of `able`, and the tokens reached.
 
     Returns the map, {"lengths": [tokens], "depths": [0 .. 1], column: [depth][length] share found}.
     """
+    lengths = [length for length, task in able if task == "passkey"]
     depths = np.linspace(0, 1, min(samples, 32)).tolist()
     grid: dict[str, list] = {"lengths": lengths, "depths": depths}
     grid |= {name: [[] for _ in depths] for name in models}
@@ -136,12 +138,14 @@ def ruler_scores(
     folder: Path | None,
     keep: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Adds "RULER task at L" of every (L, task), and their mean at every L.
+    """Adds "RULER task at L" of every (L, task) of `able` but passkeys, and their mean at every L.
 
     folder: RULER's data; keep(name, text): takes a file of the answers.
     """
     versions: dict[int, dict[str, str]] = {}
     for length, task in able:
+        if task == "passkey":
+            continue
         made = make(task, length, samples, tokenizer, seed, folder)
         row, version = f"RULER {task} at {length}", made[0].variant
         versions.setdefault(length, {})[task] = version
@@ -154,7 +158,7 @@ def ruler_scores(
                 keep(f"predictions/{name}.{task}.{length}.jsonl", _items(said, made, right))
     for length, done in versions.items():
         whole = set(done) == set(ruler_tasks.RULER_TASKS)
-        kind = "13" if whole else f"{len(done)} task" if len(done) == 1 else f"{len(done)} tasks"
+        kind = "13" if whole else "1 task" if len(done) == 1 else f"{len(done)} tasks"
         row, items = f"RULER mean of {kind} at {length}", samples * len(done)
         version = "; ".join(f"{task}: {variant}" for task, variant in done.items())
         for name in models:

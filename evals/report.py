@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from evals import pictures
 from evals.retention import AVERAGED, TEACHER, UNTRAINED, recovered
 
 __all__ = ["Scores", "averages", "recovered", "render", "summary", "table", "write"]
@@ -216,8 +217,6 @@ def render(
     parts += [retention_table(kept)] if kept else []
     text = "\n\n".join([*parts, *notes])
     if out:
-        from evals import pictures  # matplotlib is needed here alone
-
         body = _body(scores, shares, about, kept) | (more or {})
         out.write("report.json", _json(body))
         out.write("report.md", text + "\n")

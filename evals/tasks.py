@@ -35,6 +35,11 @@ class Task:
     metrics: tuple[str, ...]
     version: str  # whose prompts these are
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every item's requests, one after another."""
+        return [request for item in self.items for request in item.requests]
+
 
 @dataclass(frozen=True)
 class Dataset:

@@ -210,7 +210,8 @@ def oracle(monkeypatch, tiny_dir):
 
 def test_passkey_map(oracle, tmp_path):
     scores = report.Scores({"model": {}})
-    grid = prompts.passkey_scores(scores, {"model": random_model()}, oracle, [1024, 2048], 20, 42)
+    able = [(1024, "passkey"), (1024, "vt"), (2048, "passkey")]
+    grid = prompts.passkey_scores(scores, {"model": random_model()}, oracle, able, 20, 42)
     assert (
         grid["lengths"] == [1024, 2048]
         and len(grid["depths"]) == 20

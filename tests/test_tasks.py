@@ -310,7 +310,8 @@ def test_scores_equal_transformers_one_at_a_time(folder, tmp_path):
     model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     encode = Fast.from_file(str(folder / "tokenizer.json")).encode
-    result = likelihood.score(model, tokenizer, task, torch.float32)
+    requests = likelihood.encode(tokenizer, task.pairs)
+    result = likelihood.score(model, requests, task, torch.float32)
     for item, logps, greedy, chosen in zip(
         task.items, result.logps, result.greedy, result.predictions, strict=True
     ):
@@ -345,9 +346,9 @@ def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
         if len(rows) >= 6:
             break
     assert rows
-    result = likelihood.score(
-        model, tokenizer, tasks.load(write(tmp_path / "lambada.jsonl", rows)), torch.float32
-    )
+    task = tasks.load(write(tmp_path / "lambada.jsonl", rows))
+    requests = likelihood.encode(tokenizer, task.pairs)
+    result = likelihood.score(model, requests, task, torch.float32)
     assert result.values["lambada_openai, accuracy"].tolist() == [1.0, 0.0] * (len(rows) // 2)
     found = report.summary(result.values)
     logps = [float(s[0]) for s in result.logps]
