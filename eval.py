@@ -2,18 +2,18 @@
 
     python eval.py --model out/demo/student --against demo/teacher
     python eval.py --model DIR --tasks piqa.jsonl.gz arc_easy --task-dir DATA --limit 200
-    python eval.py --model DIR --against DIR --ruler --lengths 4096 32768 --ruler-data DATA --out NEW
+    python eval.py --model DIR --against DIR --ruler --lengths 4096 32768 --ruler-data DATA
     python eval.py --model DIR --against DIR --passkey --ppl --positions --layers --out NEW
     python eval.py --model DIR --prompt "Once upon a time"
 
 Held-out text.  Long blocks of s times the native length are read twice: whole (loss at s x) and cut
 into native blocks (loss at 1x), so that both figures are of the same words. Where s is not a whole
 number, the last native block begins earlier and counts only words that the one before it did not
-read. Loss is the mean over tokens, in nats; perplexity its exponential; accuracy the share of tokens
-that are the likeliest one.
+read. Loss is the mean over tokens, in nats; perplexity its exponential; accuracy the share of
+tokens that are the likeliest one.
 
-Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, values set in
-the first eighth and asked for in the last; right means that the likeliest token is the value.
+Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, values set
+in the first eighth and asked for in the last; right means that the likeliest token is the value.
 
 Tasks.  LAMBADA and multiple choice by the rules of lm-evaluation-harness: evals/likelihood.py.
 
@@ -92,7 +92,7 @@ def text_loss(
 
 @torch.no_grad()
 def recall(model: Llama, lookups: Lookups, T: int, dtype: torch.dtype, seed: int) -> np.ndarray:
-    """Which questions of DOCUMENTS look-up documents of T tokens are answered right: 0 or 1 each."""
+    """Which questions of DOCUMENTS look-up documents of T tokens are answered right: 0 or 1."""
     rng = np.random.default_rng([seed, T])
     made = [lookups.document(rng, T, "far") for _ in range(DOCUMENTS)]
     right = []
@@ -182,7 +182,7 @@ def _mean(x: np.ndarray) -> tuple[float, float | None, int]:
 def make_lookups(
     tokenizer: Tokenizer, corpus: data.Corpus, native: int, longest: int
 ) -> Lookups | None:
-    """None, with the reason said, where words, filler text or room in `native` tokens are too few."""
+    """None, with the reason said, where words, filler or room in `native` tokens are too few."""
     enough = len(corpus.held_out) > longest + 1
     try:
         lookups = Lookups(tokenizer, corpus.held_out if enough else corpus.train)
@@ -336,7 +336,7 @@ def claim(args) -> None:
 
 
 def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig | None]:
-    """The two config.json; ValueError where they are not one network under two kinds of position."""
+    """Both config.json; ValueError where they are not one network under two kinds of position."""
     student = LlamaConfig.from_hf(files.read_json(model / "config.json"))
     if against is None:
         return student, None
@@ -356,8 +356,9 @@ def talk(args) -> None:
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt, bos=True)
     if len(ids) + args.new_tokens > config.rope.length:
-        print(f"the prompt's {len(ids)} tokens and {args.new_tokens} new ones exceed the context "
-              f"of {config.rope.length}: what comes after that may be nonsense", file=sys.stderr)  # fmt: skip
+        beyond = f"{args.new_tokens} new ones exceed the context of {config.rope.length}"
+        said = f"the prompt's {len(ids)} tokens and {beyond}: what comes after that may be nonsense"
+        print(said, file=sys.stderr)
     dtype, _ = choose_dtype(device, args.dtype)
     model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
     began, n = time.time(), 0

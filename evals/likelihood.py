@@ -1,19 +1,19 @@
 """How likely a model holds given words to be: the score of every short-text task.
 
-Formula.  A request (context, continuation) scores the sum of the continuation's log-probabilities in
-nats, s = sum_t log p(token_t | all before it). Over the choices c of an item
+Formula.  A request (context, continuation) scores the sum of the continuation's log-probabilities
+in nats, s = sum_t log p(token_t | all before it). Over the choices c of an item
 
     accuracy          argmax_c s_c is the right choice (one request: every token is the greedy one)
     accuracy normed   argmax_c s_c / (characters of choice c) is
     perplexity        exp(-mean of s over items)                   LAMBADA: per word, not per token
 
-How it is computed.  As lm-evaluation-harness does: context and continuation are encoded together and
-cut at the length of the context's own ids; spaces at the context's end go to the continuation; the
-family's BOS stands first; an empty context is BOS, or the end token; what is longer than the model
-loses its beginning. A task is encoded once for all models. Inputs are sorted by length and padded on
-the right, which causal attention never sees; equal ones (the four letters of an MMLU question) are
-read once; as many as fill `batch_tokens` go through together; logits are taken at the continuations'
-tokens alone, in float32, and summed in float64.
+How it is computed.  As lm-evaluation-harness does: context and continuation are encoded together
+and cut at the length of the context's own ids; spaces at the context's end go to the continuation;
+the family's BOS stands first; an empty context is BOS, or the end token; what is longer than the
+model loses its beginning. A task is encoded once for all models. Inputs are sorted by length and
+padded on the right, which causal attention never sees; equal ones (the four letters of an MMLU
+question) are read once; as many as fill `batch_tokens` go through together; logits are taken at the
+continuations' tokens alone, in float32, and summed in float64.
 
 Limits.  Under bf16 the harness takes the log-softmax in bf16 and we in float32, so near ties can
 differ there. Its standard errors are those of report.summary but for perplexity (a bootstrap) and
@@ -89,9 +89,8 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Request]:
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             ids, cut = ids if ids[:1] == [first] and len(ids) > 1 else [first, *ids], 1
         if not ids[cut:]:
-            raise ValueError(
-                f"the continuation {continuation!r} after {context[-40:]!r} has no tokens of its own"
-            )
+            where = f"the continuation {continuation!r} after {context[-40:]!r}"
+            raise ValueError(f"{where} has no tokens of its own")
         out.append(Request(tuple(ids), len(ids) - cut))
     return out
 
@@ -137,7 +136,7 @@ def _read(
     asked: list[tuple[int, Request]],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [N] of every scored token and whether it is greedy [N]; asked: (row of inputs, request)."""
+    """Loss [N] and greediness [N] of every scored token; asked: (row of inputs, request)."""
     ids = np.zeros((len(inputs), len(inputs[0])), dtype=np.int64)
     for row, one in enumerate(inputs):
         ids[row, : len(one)] = one

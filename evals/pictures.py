@@ -78,6 +78,7 @@ def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: f
     for i, (column, figures) in enumerate(columns.items()):
         y = [n + (i - (len(columns) - 1) / 2) * thick for n in range(len(names))]
         values = [times * figures.get(name, math.nan) for name in names]
+        values = [v if math.isfinite(v) else math.nan for v in values]
         drawn = axis.barh(y, values, 0.92 * thick, label=column, color=colour(i))
         said = ["" if math.isnan(v) else f"{v:.0f}" if times > 1 else f"{v:.2f}" for v in values]
         axis.bar_label(drawn, said, padding=2, fontsize=min(7, 60 * thick / len(columns) + 4))

@@ -1,15 +1,15 @@
 """Prompts that are answered: passkey and RULER, from the prompt to the figure.
 
-How it is computed.  ruler.py makes the prompts with the model's own tokenizer, so that they fill the
-length; generate.py continues them greedily; ruler_tasks.py scores what was said. A prompt is read
-with the family's BOS, which RULER's count of tokens leaves out.
+How it is computed.  ruler.py makes the prompts with the model's own tokenizer, so that they fill
+the length; generate.py continues them greedily; ruler_tasks.py scores what was said. A prompt is
+read with the family's BOS, which RULER's count of tokens leaves out.
 
 Passkey.  The share of five-digit keys found, by depth and by length. tokens reached: the largest
 length with at least 20 % found, as in the PI paper (32 depths, 10 trials per depth: 320 samples per
 length).
 
-RULER.  A figure per task and length, and their mean per length; beside each stands which RULER it is,
-or that it is not RULER's and why.
+RULER.  A figure per task and length, and their mean per length; beside each stands which RULER it
+is, or that it is not RULER's and why.
 
 Limits.  Figures from fewer samples than the originals' (RULER 500, PI 320 per length) carry a
 standard error to match.
