@@ -78,7 +78,8 @@ def answers(
     said = [""] * len(samples)
     bar = tqdm(total=len(samples), unit=" prompts", leave=False, disable=None)
     while order:
-        rows = max(1, batch_tokens(model.device) // len(prompts[order[0]]))
+        # More than are read at a time elsewhere: every new token is read by itself
+        rows = max(1, max(8192, batch_tokens(model.device)) // len(prompts[order[0]]))
         now, order = order[:rows], order[rows:]
         new, asked = max(samples[i].max_new_tokens for i in now), [prompts[i] for i in now]
         wrote = generate(model, asked, new, dtype, tokenizer.eos_id, tokenizer.size)
