@@ -1,7 +1,10 @@
 """The command line of eval.py: every flag, its range and its meaning, in one gate.
 
-A value out of range, a flag without the flag it needs, a flag that says nothing here: all are refused
-in one sentence before anything is read. The result is never changed afterwards.
+What.  A value out of range, a flag without the flag it needs, a flag that changes nothing here: all
+are refused in one sentence before anything is read. The result is never changed afterwards.
+
+Limits.  What depends on a model's config or on the text is refused in eval.py, before a weight is
+loaded.
 """
 
 import argparse
@@ -50,6 +53,7 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     defaults = {"samples": SAMPLES, "new_tokens": NEW_TOKENS, "blocks": 8, "ruler_seed": 42}
     for key, value in defaults.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    args.lengths = sorted(set(args.lengths)) if args.lengths else None
     return args
 
 
@@ -129,10 +133,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.scale is not None and not 1 <= args.scale <= 1e6:
         raise ValueError(f"--scale is {args.scale:g}; it must be from 1 to a million")
     if args.ppl and args.lengths and min(args.lengths) < STRIDE:
-        raise ValueError(
-            f"--ppl needs windows of at least its stride, {STRIDE} tokens, and --lengths begins at "
-            f"{min(args.lengths)}; name longer ones"
-        )
+        raise ValueError(too_short(args.lengths))
     families = ("tasks", "ppl", "positions", "passkey", "ruler", "layers")
     if args.no_text and not any(_given(args, key) for key in families):
         raise ValueError(
@@ -140,3 +141,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if (args.native or 1) * (args.scale or 1) > 1 << 31 or math.isnan(args.scale or 1):
         raise ValueError(f"--native {args.native} is too long to be read in one block")
+
+
+def too_short(lengths: list[int]) -> str:
+    """The sentence that refuses windows below the stride."""
+    return (
+        f"--ppl needs windows of at least its stride, {STRIDE} tokens, and --lengths begins at "
+        f"{min(lengths)}; name longer ones"
+    )

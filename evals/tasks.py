@@ -35,6 +35,11 @@ class Task:
     metrics: tuple[str, ...]
     version: str  # whose prompts these are
 
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every item's requests, one after another."""
+        return [request for item in self.items for request in item.requests]
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -111,7 +116,7 @@ def find(words: list[str], folder: Path | None, limit: int | None) -> tuple[list
 
 
 def _places(word: str, folder: Path | None) -> Iterator[tuple[str, list[Path]]]:
-    """(name, the files that may hold it) of a word; the name is the word where it means one file."""
+    """(name, files that may hold it) of a word; the name is the word where it means one file."""
     path = Path(word)
     if path.is_file():
         yield word, [path]
@@ -165,7 +170,7 @@ def _layout(file: Path, line: int, row: dict) -> str:
 
 
 def rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row). Raises ValueError naming the line that is no JSON object, or the damage."""
+    """(line number, row). Raises ValueError naming the line that is no JSON object, or damage."""
     zipped = file.suffix == ".gz"
     opened = gzip.open(file, "rt", encoding="utf-8") if zipped else file.open(encoding="utf-8")
     with opened as f:
