@@ -2,35 +2,44 @@
 
     python eval.py --model out/demo/student --against demo/teacher
     python eval.py --model DIR --tasks piqa.jsonl.gz arc_easy --task-dir DATA --limit 200
-    python eval.py --model DIR --against DIR --ruler --lengths 4096 32768 --ruler-data DATA --samples 100 --out DIR
-    python eval.py --model DIR --against DIR --passkey --ppl --positions --layers --out DIR
+    python eval.py --model DIR --against DIR --ruler --lengths 4096 32768 --ruler-data DATA --out NEW
+    python eval.py --model DIR --against DIR --passkey --ppl --positions --layers --out NEW
+    python eval.py --model DIR --prompt "Once upon a time"
 
-Held-out text.  Long blocks of s times the native length are read twice: whole (loss at s x) and cut into native
-blocks (loss at 1 x), so that both figures are of the same words. Loss is the mean over tokens, in nats; perplexity its
-exponential; accuracy the share of tokens that are the most likely one.
+Held-out text.  Long blocks of s times the native length are read twice: whole (loss at s x) and cut
+into native blocks (loss at 1x), so that both figures are of the same words. Where s is not a whole
+number, the last native block begins earlier and counts only words that the one before it did not
+read. Loss is the mean over tokens, in nats; perplexity its exponential; accuracy the share of tokens
+that are the likeliest one.
 
-Recall.  Look-up documents (recall.py) of 1, 2, 4 and 8 times the native length, values set in the first eighth and
-asked for in the last; right means that the most likely token is the value.
+Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, values set in
+the first eighth and asked for in the last; right means that the likeliest token is the value.
 
-Tasks.  LAMBADA and multiple choice by the rules of lm-evaluation-harness: tasks.py.
+Tasks.  LAMBADA and multiple choice by the rules of lm-evaluation-harness: evals/likelihood.py.
 
-Long text.  Sliding-window perplexity, loss by position, passkey and RULER: longtext.py, ruler.py.
+Long text.  Sliding-window perplexity and loss by position: evals/longtext.py. Passkey and RULER:
+evals/prompts.py.
 
-Layers.  Where the relations of teacher and student differ: diagnose.py.
+Layers.  Where the relations of teacher and student differ: evals/layers.py.
 
-Given --against, a third column is made: the teacher's weights under the student's positions, "untrained". With it, the
-share of the lost loss recovered, and each task's retention with its confidence interval (report.py).
+Given --against, a third column is made: the teacher's weights under the student's positions,
+"untrained". With it, the share of the lost loss recovered, and each task's retention with its
+confidence interval (evals/retention.py).
 
-What comes out.  The table on standard output; with --out report.json, report.md and report.png, and, as asked for,
-passkey.png, positions.png and layers.png. `facts` in the JSON says of every figure which version of the task it is of,
-how many items, the seed, the dtype, the standard error and the command. Same arguments, same machine: same figures.
+What comes out.  The table on standard output; with --out report.json (evals/report.py lists its
+keys), report.md and report.png, and, as asked for, passkey.png, positions.png and layers.png. Same
+arguments, same machine: same figures.
+
+Exit codes: 0 done; 2 refused, one sentence says why and nothing was written; 3 stopped by Ctrl-C.
 """
 
-import argparse
+from engine import exits  # first: from here on, a Ctrl-C ends in one line  # isort: skip
+
+import contextlib
 import json
 import platform
-import shlex
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -39,81 +48,140 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import data
-from engine.lookups import PAIRS, Lookups
-from evals import layers as diagnose
-from evals import longtext, report, ruler, tasks
+from engine import data, folder
+from engine.lookups import Lookups
+from evals import flags, layers, likelihood, longtext, prompts, report, ruler_tasks, tasks
+from evals.generate import stream
+from evals.retention import TEACHER, UNTRAINED, retention
+from hub import files
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import Llama, check_device, compute_dtype, make_student, next_token_loss
+from model import Llama, LlamaConfig, choose_dtype, make_student
 
-DOCUMENTS = 8  # look-up documents a length, with 8 questions each
+DOCUMENTS = 8  # look-up documents per length, with 8 questions each
+
+
+# ---------------------------------------------------------------- the headline figures
 
 
 @torch.no_grad()
 def text_loss(
-    model: Llama, blocks: Tensor, dtype: torch.dtype, tokens: int = 8192
-) -> tuple[float, float]:
-    """(mean loss in nats, share of tokens predicted right) of blocks [n, T + 1], `tokens` at a time."""
-    device = model.device
-    rows = max(1, tokens // (blocks.shape[1] - 1))
+    model: Llama, blocks: Tensor, dtype: torch.dtype, scored: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(loss in nats, is the token predicted right) of blocks [n, T + 1], each [n, scored].
+
+    scored: how many of the last predictions of a block count (all).
+    """
+    T = blocks.shape[1] - 1
+    scored = scored or T
     losses, right = [], []
-    for part in blocks.split(rows):
-        h = model.hidden(part[:, :-1].to(device), dtype)
-        targets = part[:, 1:].to(device)
-        losses.append(next_token_loss(model, h, targets, reduction="none").flatten())
-        for x, y in zip(h.flatten(0, 1).split(4096), targets.flatten().split(4096), strict=True):
-            right.append(model.lm_head(x).argmax(-1) == y)
-    return torch.cat(losses).mean().item(), torch.cat(right).float().mean().item()
+    for part in blocks.split(max(1, likelihood.batch_tokens(model.device) // T)):
+        h = model.hidden(part[:, :-1].to(model.device), dtype)[:, T - scored :]
+        goals = part[:, 1:].to(model.device)[:, T - scored :]
+        loss, hit = likelihood.token_scores(model, h.flatten(0, 1), goals.flatten())
+        losses.append(loss)
+        right.append(hit)
+    flat = torch.cat(losses).double().cpu().numpy(), torch.cat(right).double().cpu().numpy()
+    return flat[0].reshape(len(blocks), scored), flat[1].reshape(len(blocks), scored)
 
 
 @torch.no_grad()
-def recall(model: Llama, lookups: Lookups, T: int, dtype: torch.dtype, seed: int = 0) -> float:
-    """The share of questions answered right in DOCUMENTS look-up documents of T tokens."""
-    device = model.device
-    rng, right = np.random.default_rng([seed, T]), []
-    for _ in range(DOCUMENTS):
-        ids, where = lookups.document(rng, T, "far")
-        h = model.hidden(torch.from_numpy(ids[None, :-1]).to(device), dtype)
-        best = model.lm_head(h[0, torch.from_numpy(where).to(device)]).argmax(-1).cpu().numpy()
-        right.extend(best == ids[where + 1])
-    return float(np.mean(right))
+def recall(model: Llama, lookups: Lookups, T: int, dtype: torch.dtype, seed: int) -> np.ndarray:
+    """Which questions of DOCUMENTS look-up documents of T tokens are answered right: 0 or 1 each."""
+    rng = np.random.default_rng([seed, T])
+    made = [lookups.document(rng, T, "far") for _ in range(DOCUMENTS)]
+    right = []
+    together = max(1, likelihood.batch_tokens(model.device) // T)
+    for first in range(0, DOCUMENTS, together):
+        now = made[first : first + together]
+        ids = torch.from_numpy(np.stack([ids[:-1] for ids, _ in now])).to(model.device)
+        h = model.hidden(ids, dtype)
+        for row, (ids, where) in enumerate(now):
+            asked = h[row, torch.from_numpy(where).to(model.device)]
+            right.extend(model.lm_head(asked).argmax(-1).cpu().numpy() == ids[where + 1])
+    return np.asarray(right, dtype=np.float64)
 
 
-def measure(
-    model: Llama,
-    corpus: data.Corpus,
-    lookups: Lookups | None,
-    native: int,
-    scale: float,
-    blocks: int,
-    seed: int = 0,
-) -> dict:
-    """One column of the table. `native` tokens is 1 x; `blocks` long blocks of scale x native tokens are read."""
-    dtype = compute_dtype(model.device)
-    long = round(native * scale)
-    whole = corpus.held_out_blocks(long, blocks)
-    short = torch.stack(
-        [b[i : i + native + 1] for b in whole for i in range(0, long - native + 1, native)]
-    )
-    near, accuracy = text_loss(model, short, dtype)
-    far, _ = text_loss(model, whole, dtype)
-    out = {"loss at 1x": near, "perplexity at 1x": float(np.exp(min(near, 50)))}
-    out |= {f"loss at {scale:g}x": far, f"perplexity at {scale:g}x": float(np.exp(min(far, 50)))}
-    out["next-token accuracy"] = accuracy
-    for times in (1, 2, 4, 8) if lookups else ():
-        if times <= scale:
-            out[f"recall at {times}x"] = recall(model, lookups, times * native, dtype, seed)
-    return out
+class HeldOut:
+    """The held-out text and the look-ups that the headline figures are measured on.
+
+    `blocks` is how many long blocks are read: 0, with the reason said, where the text is too short.
+    """
+
+    def __init__(
+        self,
+        corpus: data.Corpus,
+        tokenizer: Tokenizer,
+        native: int,
+        scale: float,
+        blocks: int,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ):
+        self.native, self.scale, self.seed, self.dtype = native, scale, seed, dtype
+        self.long, self.name, self.blocks = round(native * scale), corpus.name, 0
+        if not blocks:
+            return
+        if self.long >= len(corpus.held_out):
+            print(f"no table: the held-out text has {len(corpus.held_out):,} tokens, a block "
+                  f"{self.long:,}; add --data")  # fmt: skip
+            return
+        self.whole = corpus.held_out_blocks(self.long, blocks)  # [blocks, long + 1]
+        self.blocks = len(self.whole)
+        self.lookups = make_lookups(tokenizer, corpus, native, self.long)
+
+    def measure(self, model: Llama) -> dict[str, float]:
+        """One column of the table: {row: figure}."""
+        return {row: value for row, (value, _, _) in self.figures(model).items()}
+
+    def figures(self, model: Llama) -> dict[str, tuple[float, float | None, int]]:
+        """{row: (figure, its standard error over blocks or questions, tokens or questions)}."""
+        dtype = self.dtype or model.dtype
+        full, rest = divmod(self.long, self.native)
+        starts = [i * self.native for i in range(full)]
+        cut = torch.cat([self.whole[:, i : i + self.native + 1] for i in starts])
+        loss, right = text_loss(model, cut, dtype)  # [full * blocks, native]
+        near, hits = np.split(loss, full), np.split(right, full)
+        if rest:
+            last = text_loss(model, self.whole[:, self.long - self.native :], dtype, rest)
+            near, hits = [*near, last[0]], [*hits, last[1]]
+        near, hits = np.concatenate(near, 1), np.concatenate(hits, 1)  # [blocks, long]
+        far, _ = text_loss(model, self.whole, dtype)
+        out = {}
+        for times, losses in ((1, near), (self.scale, far)):
+            mean, error, items = _mean(losses)
+            row = np.exp(min(mean, 50.0))
+            out[f"loss at {times:g}x"] = mean, error, items
+            out[f"perplexity at {times:g}x"] = float(row), error and float(row * error), items
+        out["next-token accuracy"] = _mean(hits)
+        for times in (1, 2, 4, 8) if self.lookups else ():
+            if times <= self.scale:
+                found = recall(model, self.lookups, times * self.native, dtype, self.seed)
+                out[f"recall at {times}x"] = _mean(found)
+        return out
+
+    def about(self, row: str) -> dict:
+        """What a row is a figure of."""
+        if row.startswith("recall"):
+            return {"version": "look-ups, far", "seed": self.seed}
+        text = {"version": f"held-out text of {self.name}", "seed": None}
+        return text | {"blocks": self.blocks, "tokens each": self.long}
+
+
+def _mean(x: np.ndarray) -> tuple[float, float | None, int]:
+    """(mean, its standard error over rows, numbers) of x [rows] or [rows, tokens]."""
+    rows = x.reshape(len(x), -1).mean(1)
+    error = float(rows.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else None
+    return float(x.mean()), error, x.size
 
 
 def make_lookups(
     tokenizer: Tokenizer, corpus: data.Corpus, native: int, longest: int
 ) -> Lookups | None:
     """None, with the reason said, where words, filler text or room in `native` tokens are too few."""
+    enough = len(corpus.held_out) > longest + 1
     try:
-        lookups = Lookups(
-            tokenizer, corpus.held_out if len(corpus.held_out) > longest + 1 else corpus.train
-        )
+        lookups = Lookups(tokenizer, corpus.held_out if enough else corpus.train)
         for T in (native, longest):
             lookups.document(np.random.default_rng(0), T, "far")
         return lookups
@@ -123,11 +191,10 @@ def make_lookups(
 
 
 def versions(device: torch.device) -> dict:
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else platform.processor() or platform.machine()
-    )
+    """What the figures were measured with."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -136,376 +203,160 @@ def versions(device: torch.device) -> dict:
     }
 
 
-def columns_of(args, device: torch.device) -> dict[str, Llama]:
-    """The models to score, by column name."""
-    kind = compute_dtype(device)
-    student = Llama.from_pretrained(args.model, dtype=kind, device=str(device))
-    if args.against is None:
-        return {"model": student}
-    teacher = Llama.from_pretrained(args.against, dtype=kind, device=str(device))
-    rest = {
-        "rope": student.config.rope,
-        "window": student.config.window,
-        "source": student.config.source,
-    }
-    if replace(teacher.config, **rest) != student.config:
-        raise ValueError(
-            f"--against {args.against} is another network than --model {args.model}: not its teacher"
-        )
-    untrained = make_student(teacher, student.config, trained=())
-    return {report.TEACHER: teacher, report.UNTRAINED: untrained, "student": student}
-
-
-def text_scores(
-    scores: report.Scores, models: dict[str, Llama], corpus: data.Corpus, args, tokenizer: Tokenizer
-):
-    """The rows of `measure`, with what they are figures of."""
-    long = round(args.native * args.scale)
-    lookups = make_lookups(tokenizer, corpus, args.native, long)
-    read = len(corpus.held_out_blocks(long, args.blocks))
-    about = {
-        "version": f"held-out text of {corpus.name}",
-        "blocks": read,
-        "tokens each": long,
-        "seed": None,
-    }
-    for name, model in models.items():
-        for row, value in measure(
-            model, corpus, lookups, args.native, args.scale, args.blocks, args.seed
-        ).items():
-            if "recall" in row:
-                scores.add(
-                    name,
-                    row,
-                    value,
-                    items=DOCUMENTS * PAIRS,
-                    version="look-ups, far",
-                    seed=args.seed,
-                )
-            else:
-                scores.add(name, row, value, items=read * long, **about)
-
-
-def find_tasks(words: list[str], folder: Path | None) -> tuple[list[Path], list[str]]:
-    """(files, what is missing) of what was asked for: files, folders, names in tasks.DATASETS, or "all" of those."""
-    files, lacking = [], []
-    for word in words:
-        path = Path(word)
-        if path.is_file():
-            files.append(path)
-            continue
-        if word not in tasks.DATASETS and word != "all" and not path.is_dir():
-            known = f"neither a file, a folder, 'all', nor one of {', '.join(tasks.DATASETS)}"
-            raise ValueError(f"--tasks {word} is {known}; a task is a .jsonl or .jsonl.gz file")
-        place = path if path.is_dir() and word not in tasks.DATASETS else folder or Path(".")
-        for name in [word] if word in tasks.DATASETS else tasks.DATASETS:
-            here = [
-                place / f"{n}{end}"
-                for n in (name, *tasks.DATASETS[name].names)
-                for end in (".jsonl", ".jsonl.gz")
-            ]
-            files += [file for file in here if file.is_file()][:1]
-            if not any(file.is_file() for file in here):
-                lacking.append(
-                    f"{name}: expected as {here[0]} (or .gz); made by  {tasks.fetch(name)}"
-                )
-    return list(dict.fromkeys(files)), lacking
-
-
-def task_scores(
-    scores: report.Scores,
-    models: dict[str, Llama],
-    items: list[tasks.Task],
-    args,
-    tokenizer: Tokenizer,
-):
-    """Every task's figures, and their averages over tasks."""
-    for task in items:
-        for name, model in models.items():
-            result = tasks.score(model, tokenizer, task, scores.dtype)
-            for row, (value, error) in report.summary(result.values).items():
-                values = result.values[row]
-                scores.add(
-                    name, row, value, error=error, values=values, version=task.version, seed=None
-                )
-            if args.out and args.predictions:
-                _keep(args.out / "predictions" / f"{name}.{task.name}.jsonl", task, result)
-    about = {"version": "mean over tasks", "items": sum(len(t.items) for t in items), "seed": None}
-    for name in models:
-        for row, value in report.averages(scores.columns[name]).items():
-            scores.add(name, row, value, **about)
-
-
-def _keep(file: Path, task: tasks.Task, result: tasks.Result) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    each = zip(task.items, result.predictions.tolist(), result.logps, strict=True)
-    rows = [
-        {"gold": item.gold, "prediction": p, "logps": logps.tolist()} for item, p, logps in each
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def long_scores(
-    scores: report.Scores,
-    models: dict[str, Llama],
-    corpus: data.Corpus | None,
-    able: list[tuple[int, str]],
-    args,
-    tokenizer: Tokenizer,
-) -> dict:
-    """Long-text rows, as asked for; returns the maps and curves, and draws them. able: of --ruler and --passkey."""
-    more, longest = {}, max(args.lengths)
-    if args.ppl:
-        if args.documents:
-            texts = longtext.documents(args.documents, tokenizer, longest, args.blocks)
-            where = f"documents of {', '.join(map(str, args.documents))}"
-        else:
-            texts = list(corpus.held_out_blocks(longest, args.blocks).numpy())
-            where = f"held-out text of {corpus.name}"
-        version = f"sliding window (PI), {where}"
-        longtext.sliding_scores(
-            scores, models, tokenizer, texts, args.lengths, version=version, seed=None
-        )
-    if args.positions:
-        blocks = corpus.held_out_blocks(longest, args.blocks)
-        about = {"version": f"loss by position, held-out text of {corpus.name}", "seed": None}
-        more["positions"] = longtext.position_scores(scores, models, blocks, args.native, **about)
-        if args.out:
-            longtext.draw_positions(args.out / "positions.png", more["positions"], args.native)
-    if lengths := [length for length, task in able if task == "passkey"]:
-        more["passkey"] = longtext.passkey_scores(
-            scores, models, tokenizer, lengths, args.samples, args.ruler_seed
-        )
-        if args.out:
-            longtext.draw_passkey(args.out / "passkey.png", more["passkey"])
-    kept = args.out / "predictions" if args.out and args.predictions else None
-    able = [(length, task) for length, task in able if task != "passkey"]
-    longtext.ruler_scores(
-        scores, models, tokenizer, able, args.samples, args.ruler_seed, args.ruler_data, kept
-    )
-    return more
-
-
-def layer_scores(models: dict[str, Llama], corpus: data.Corpus, args) -> tuple[dict, str]:
-    """(what goes into the JSON, the table) of --layers; layers.png is drawn."""
-    long = round(args.native * args.scale)
-    blocks = corpus.held_out_blocks(long, args.blocks)[:, :-1]
-    teacher, before, after = models[report.TEACHER], models[report.UNTRAINED], models["student"]
-    dtype = compute_dtype(torch.device(args.device))
-    found = {
-        name: diagnose.divergence(teacher, m, blocks, dtype)
-        for name, m in (("before", before), ("after", after))
-    }
-    if args.out:
-        diagnose.draw(args.out / "layers.png", found)
-    lists = {
-        name: [[[h for h in r if h == h] for r in layer] for layer in x.tolist()]
-        for name, x in found.items()
-    }
-    about = {
-        "tokens": long,
-        "blocks": len(blocks),
-        "dtype": str(dtype).removeprefix("torch."),
-        "seed": None,
-    }
-    about |= {"version": f"relation KL, held-out text of {corpus.name}", "command": args.command}
-    return lists | about, diagnose.table(found)
+# ---------------------------------------------------------------- the program
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    device, began = torch.device(args.device), time.time()
-    check(args)
+    args = flags.parse(argv, __doc__)  # nothing changes args after this line
+    if args.prompt is not None:
+        return talk(args)
+    with contextlib.ExitStack() as ends:
+        out = None
+        if args.out:
+            given = [("--model", args.model), ("--against", args.against or args.model)]
+            for flag, path in (*given, *(("--data", path) for path in args.data)):
+                folder.check(args.out, "--out", "eval.py", resume=None, apart={flag: path})
+            out = ends.enter_context(folder.Folder(args.out, "eval.py"))
+        cache = args.cache or Path(ends.enter_context(tempfile.TemporaryDirectory()))
+        evaluate(args, out, cache)
 
-    # ---------------------------------------------------------------- everything that can be wrong, before any work
-    files, lacking = find_tasks(args.tasks, args.task_dir)
-    if lacking and not files:
-        raise ValueError("none of the --tasks is there:\n  " + "\n  ".join(lacking))
-    items = [tasks.load(file, args.limit) for file in files]
-    models, tokenizer = columns_of(args, device), load_tokenizer(args.model)
-    set_lengths(args, models)
-    wanted = (args.ruler or list(ruler.RULER_TASKS)) if args.ruler is not None else []
-    wanted += ["passkey"] * args.passkey
-    able, unable = longtext.feasible(
-        tokenizer, wanted, args.lengths, args.ruler_seed, args.ruler_data
-    )
+
+def evaluate(args, out: folder.Folder | None, cache: Path) -> None:
+    began, device = time.time(), torch.device(args.device)
+    dtype, _ = choose_dtype(device, args.dtype)
+
+    # ---- what to measure: whatever can be refused is refused here, before a weight is loaded
+    student, teacher = configs(args.model, args.against)
+    native = args.native or (teacher or student).rope.length
+    longest = max(student.rope.length, teacher.rope.length if teacher else 0)
+    scale = args.scale or max(1.0, longest / native)
+    doubled = [native * 2**k for k in range(32) if native * 2**k <= scale * native]
+    lengths = sorted(set(args.lengths or doubled))
+    if args.ppl and lengths[0] < longtext.STRIDE:
+        raise ValueError(f"--ppl needs windows of at least its stride, {longtext.STRIDE} tokens, "
+                         f"and --lengths begins at {lengths[0]}; name longer ones")  # fmt: skip
+    asked, lacking = tasks.find(args.tasks, args.task_dir, args.limit)
+    tokenizer = load_tokenizer(args.model)
+    wanted = (args.ruler or list(ruler_tasks.RULER_TASKS)) if args.ruler is not None else []
+    wanted += ["passkey"] if args.passkey else []
+    able, unable = prompts.feasible(tokenizer, wanted, lengths, args.ruler_seed, args.ruler_data)
+    documents = []
+    if args.ppl and args.documents:
+        documents = longtext.documents(args.documents, tokenizer, lengths[-1], args.blocks)
+    reads = [lengths[-1]] if args.positions or (args.ppl and not args.documents) else []
+    reads += [round(native * scale)] if args.layers or not args.no_text else []
     corpus = None
-    longest = [max(args.lengths)] * (args.positions or (args.ppl and not args.documents))
-    longest += [round(args.native * args.scale)] * (not args.no_text or args.layers)
-    if longest:
-        corpus = data.load_corpus(args.data, tokenizer, args.cache)
-        corpus.held_out_blocks(max(longest), 1)
+    if reads:
+        with files.disk_sentences(cache):
+            corpus = data.load_corpus(args.data, tokenizer, cache, without=args.out,
+                                      check=lambda text: text.held_out_blocks(max(reads), 1))  # fmt: skip
     if lacking or unable:
         print("left out:\n  " + "\n  ".join(lacking + unable), file=sys.stderr)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
 
-    # ---------------------------------------------------------------- the figures
-    scores = report.Scores({name: {} for name in models}, compute_dtype(device), args.command)
+    # ---- the models, by column
+    models = {"model": Llama.from_pretrained(args.model, dtype=dtype, device=str(device))}
+    if teacher:
+        frozen = Llama.from_pretrained(args.against, dtype=dtype, device=str(device))
+        untrained = make_student(frozen, student, trained=())
+        models = {TEACHER: frozen, UNTRAINED: untrained, "student": models["model"]}
+    scores = report.Scores({name: {} for name in models}, dtype, args.command)
+    keep = out.write if out and args.predictions else None
+    more: dict = {"missing": lacking + unable}
+    pictures: dict[str, tuple] = {}  # file: (the function of evals/pictures.py, its arguments)
+
+    # ---- held-out text
     if not args.no_text:
-        text_scores(scores, models, corpus, args, tokenizer)
-    task_scores(scores, models, items, args, tokenizer)
-    more = long_scores(scores, models, corpus, able, args, tokenizer) | {
-        "missing": lacking + unable
-    }
-    notes = _variants(scores)
-    if args.layers:
-        more["layers"], layers = layer_scores(models, corpus, args)
-        notes.append(
-            f"Relation KL in nats, mean over heads (worst head), {more['layers']['tokens']} tokens:\n\n{layers}"
+        held_out = HeldOut(
+            corpus, tokenizer, native, scale, args.blocks, seed=args.seed, dtype=dtype
         )
+        for name, model in models.items():
+            for row, (value, error, items) in held_out.figures(model).items():
+                scores.add(name, row, value, error=error, items=items, **held_out.about(row))
 
-    # ---------------------------------------------------------------- the report
-    against = len(models) == 3
-    shares = report.recovered(scores.columns, "loss at 1x") if against and not args.no_text else {}
-    # of tasks alone: beyond its length the teacher is no measure of what there was to keep
-    judged = {
-        row: x for row, x in scores.values.items() if not row.startswith(("RULER", "passkey"))
-    }
-    kept = report.retention(judged, args.seed) if against and judged else {}
+    # ---- short tasks
+    likelihood.task_scores(scores, models, asked, tokenizer, keep)
+
+    # ---- long text
+    if args.ppl:
+        texts = documents or list(corpus.held_out_blocks(lengths[-1], args.blocks).numpy())
+        of = ", ".join(map(str, args.documents)) if documents else f"held-out text of {corpus.name}"
+        about = {"version": f"sliding window (PI), {of}", "seed": None}
+        longtext.sliding_scores(scores, models, tokenizer, texts, lengths, **about)
+    if args.positions:
+        blocks = corpus.held_out_blocks(lengths[-1], args.blocks)
+        about = {"version": f"loss by position, held-out text of {corpus.name}", "seed": None}
+        more["positions"] = longtext.position_scores(scores, models, blocks, native, **about)
+        pictures["positions.png"] = ("positions", more["positions"], native)
+    if found := [length for length, task in able if task == "passkey"]:
+        more["passkey"] = prompts.passkey_scores(
+            scores, models, tokenizer, found, args.samples, args.ruler_seed
+        )
+        pictures["passkey.png"] = ("passkey", more["passkey"])
+    able = [(length, task) for length, task in able if task != "passkey"]
+    prompts.ruler_scores(
+        scores, models, tokenizer, able, args.samples, args.ruler_seed, args.ruler_data, keep
+    )
+    notes = prompts.variants(scores)
+
+    # ---- layers
+    if args.layers:
+        blocks = corpus.held_out_blocks(round(native * scale), args.blocks)[:, :-1]
+        kl = layers.compare(models, blocks, dtype)
+        more["layers"] = layers.as_lists(kl) | {"tokens": blocks.shape[1], "blocks": len(blocks)}
+        notes.append(f"Relation KL in nats, mean over heads (worst head), {blocks.shape[1]} tokens:"
+                     f"\n\n{layers.table(kl)}")  # fmt: skip
+        pictures["layers.png"] = ("layers", kl)
+
+    # ---- the report
+    shares = {}
+    if teacher and not args.no_text:
+        shares = report.recovered(scores.columns, "loss at 1x")
+    # Of tasks alone: beyond its own length the teacher does not say what there was to keep
+    beyond = ("RULER", "passkey")
+    judged = {row: x for row, x in scores.values.items() if not row.startswith(beyond)}
+    kept = retention(judged, args.seed) if teacher and judged else {}
     about = {"command": args.command, "seconds": round(time.time() - began, 1), **versions(device)}
-    about |= {"seed": args.seed, "dtype": str(scores.dtype).removeprefix("torch.")}
-    print(report.render(args.out, scores, shares, about, kept=kept, more=more, notes=notes))
+    about |= {"seed": args.seed, "dtype": str(dtype).removeprefix("torch.")}
+    print(report.render(out, scores, shares, about, kept=kept, more=more, notes=notes))
+    if out:
+        from evals import pictures as drawn  # matplotlib is needed here alone
+
+        for name, (function, *of) in pictures.items():
+            out.write(name, getattr(drawn, function)(*of))
     print(json.dumps(about))
 
 
-def set_lengths(args, models: dict[str, Llama]) -> None:
-    """The defaults of --native, --scale and --lengths, from the models."""
-    args.native = args.native or next(iter(models.values())).config.rope.length
-    args.scale = args.scale or max(m.config.rope.length for m in models.values()) / args.native
-    doubled = (args.native * 2**k for k in range(64))
-    args.lengths = sorted(
-        set(args.lengths or [n for n in doubled if n <= max(1, args.scale) * args.native])
-    )
-    if args.ppl and args.lengths[0] < longtext.STRIDE:
+def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig | None]:
+    """The two config.json; ValueError where they are not one network under two kinds of position."""
+    student = LlamaConfig.from_hf(files.read_json(model / "config.json"))
+    if against is None:
+        return student, None
+    teacher = LlamaConfig.from_hf(files.read_json(against / "config.json"))
+    positions = {"rope": student.rope, "window": student.window, "source": student.source}
+    if replace(teacher, **positions) != student:
         raise ValueError(
-            f"--ppl needs windows of at least its stride, {longtext.STRIDE} tokens, and --lengths begins at "
-            f"{args.lengths[0]}; name longer ones"
+            f"--against {against} is another network than --model {model}: not its teacher"
         )
+    return student, teacher
 
 
-def _variants(scores: report.Scores) -> list[str]:
-    """One sentence a version that must be known to read a RULER figure."""
-    found = {
-        row.split(" at ")[0]: f["version"]
-        for row, f in scores.facts.items()
-        if row.startswith("RULER")
-    }
-    return [
-        f"{row}: {version}." for row, version in found.items() if not row.startswith("RULER mean")
-    ]
-
-
-def check(args) -> None:
-    """Wrong combinations, before any work."""
-    if args.layers and args.against is None:
-        raise ValueError(
-            "--layers compares a student with its teacher; name the teacher with --against"
-        )
-    for name in args.ruler or ():
-        if name not in ruler.TASKS or name == "passkey":
-            raise ValueError(
-                f"--ruler {name} is not one of {', '.join(t for t in ruler.TASKS if t != 'passkey')}"
-            )
-    for name, least in (("samples", 1), ("blocks", 1), ("limit", 1), ("native", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name} is {value}; it must be at least {least}")
-    if args.scale is not None and not 1 <= args.scale < float("inf"):
-        raise ValueError(f"--scale is {args.scale}; it must be at least 1")
-    check_device(args.device)
-    if args.lengths and min(args.lengths) < 1:
-        raise ValueError(
-            f"--lengths {min(args.lengths)} is no number of tokens; it must be at least 1"
-        )
-    if (
-        args.no_text
-        and not (args.tasks or args.ppl or args.positions or args.passkey or args.layers)
-        and (args.ruler is None)
-    ):
-        raise ValueError(
-            "--no-text leaves nothing to do; ask for --tasks, --ruler, --passkey, --ppl or --layers"
-        )
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--model", type=Path, required=True, help="the directory to score")
-    p.add_argument(
-        "--against", type=Path, help="its teacher: adds the columns teacher and untrained"
-    )
-    p.add_argument("--out", type=Path, help="folder for report.json, report.md and the pictures")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--seed", type=int, default=0, help="of look-ups and confidence intervals")
-    p.add_argument(
-        "--predictions", action="store_true", help="also write every item's scores, under --out"
-    )
-    g = p.add_argument_group("held-out text")
-    g.add_argument(
-        "--data",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="text (default: the standard library's sources)",
-    )
-    g.add_argument("--no-text", action="store_true", help="leave the held-out text out")
-    g.add_argument(
-        "--native", type=int, help="tokens that count as 1x (default: the teacher's length)"
-    )
-    g.add_argument(
-        "--scale",
-        type=float,
-        help="the longest blocks, in native lengths (default: the student's length)",
-    )
-    g.add_argument("--blocks", type=int, default=8, help="long blocks or documents to read")
-    g.add_argument(
-        "--cache", type=Path, default=Path("out/cache"), help="folder for tokenised text"
-    )
-    g = p.add_argument_group("short text")
-    g.add_argument(
-        "--tasks", nargs="+", default=[], help="task files, folders of them, names, or all"
-    )
-    g.add_argument("--task-dir", type=Path, help="the folder in which named tasks lie")
-    g.add_argument("--limit", type=int, help="at most this many items a task")
-    g = p.add_argument_group("long text")
-    g.add_argument(
-        "--lengths", type=int, nargs="+", help="tokens (default: 1, 2, 4, ... native lengths)"
-    )
-    g.add_argument("--ppl", action="store_true", help="sliding-window perplexity at each length")
-    g.add_argument(
-        "--documents",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="long texts for --ppl (default: held-out text)",
-    )
-    g.add_argument("--positions", action="store_true", help="loss as a function of position")
-    g.add_argument("--passkey", action="store_true", help="passkey by depth and length")
-    g.add_argument("--ruler", nargs="*", metavar="TASK", help="RULER, or some of its tasks")
-    g.add_argument(
-        "--ruler-data", type=Path, help="folder with RULER's word lists, essays and QA sets"
-    )
-    g.add_argument(
-        "--ruler-seed", type=int, default=42, help="of RULER's and passkey's prompts (RULER: 42)"
-    )
-    g.add_argument(
-        "--samples",
-        type=int,
-        default=32,
-        help="prompts a task and length (RULER: 500, PI's passkey: 320)",
-    )
-    g = p.add_argument_group("diagnosis")
-    g.add_argument("--layers", action="store_true", help="relation KL by layer, relation and head")
-    args = p.parse_args(argv)
-    args.command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
-    return args
+def talk(args) -> None:
+    """Continues a text greedily, as it comes."""
+    device = torch.device(args.device)
+    config, _ = configs(args.model, None)
+    tokenizer = load_tokenizer(args.model)
+    ids = tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt, bos=True)
+    if len(ids) + args.new_tokens > config.rope.length:
+        print(f"the prompt's {len(ids)} tokens and {args.new_tokens} new ones exceed the context "
+              f"of {config.rope.length}: what comes after that may be nonsense", file=sys.stderr)  # fmt: skip
+    dtype, _ = choose_dtype(device, args.dtype)
+    model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
+    began, n = time.time(), 0
+    for text, n in stream(model, tokenizer, ids, args.new_tokens, dtype):  # noqa: B007
+        print(text, end="", flush=True)
+    rate = n / (time.time() - began)
+    print(f"\n[{len(ids)} tokens in, {n} out, {rate:.0f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        print(f"eval.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    exits.run(main, "eval.py")

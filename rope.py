@@ -1,34 +1,55 @@
-"""Rotary positions: which angle each pair of features turns by at each position, and how that is stretched.
+"""Rotary positions: which angle each pair of features turns by at each position, and how that is
+stretched.
 
-What.  RoPE turns feature pair k of a query or key at position p by the angle p w_k, so that a dot product of two
-rotated vectors depends on their distance alone. The frequencies fall geometrically, from one radian a token to a
-turn in tens of thousands:
+What.  RoPE turns feature pair k of a query or key at position p by the angle p w_k, so that a dot
+product of two rotated vectors depends on their distance alone. The frequencies fall geometrically,
+from one radian per token to a turn in tens of thousands of tokens:
 
     w_k = theta^(-2k/D)          k = 0 .. D/2-1
 
-Beyond the length M a model was trained at, the slow pairs reach angles it never saw, and it breaks. Every way out
-changes the frequencies (s = `factor`, L = the length at hand, M0 = the length before scaling):
+Beyond the length M that a model was trained at, the slow pairs reach angles it never saw, and it
+breaks. Every way out changes the frequencies (s = `factor`, L = the length at hand, M0 = the length
+before scaling):
 
     default    w_k
-    linear     w_k / s                         position interpolation: every angle back inside the trained range
-    ntk        theta' = theta s^(D/(D-2))      the slowest pair is divided by s, the fastest by 1; it is a plain theta
-    dynamic    theta' = theta (s L/M - (s-1))^(D/(D-2))      ntk that grows with L; the default up to L = M
-    yarn       pairs that turn often keep w_k, those that turn less than once in M0 get w_k / s, a ramp between;
-               and cos and sin are multiplied by 0.1 ln s + 1, so that attention over more tokens stays as sharp
+    linear     w_k / s                         position interpolation: all angles as in training
+    ntk        theta' = theta s^(D/(D-2))      slowest pair / s, fastest / 1; on disk a plain theta
+    dynamic    theta' = theta (s L/M - (s-1))^(D/(D-2))    ntk that grows with L; default if L <= M
+    yarn       pairs that turn more than 32 times in M0 keep w_k, those that turn less than once
+               get w_k / s, a ramp between; and cos and sin are multiplied by 0.1 ln s + 1, so that
+               attention over more tokens stays as sharp
     llama3     the same idea with its own ramp, on the wavelength 2 pi / w_k
     longrope   w_k / e_k, with one searched table e for lengths up to M0 and one beyond
 
-How it is applied.  Angles in float32; cos and sin, times the attention factor, are then cast to the activations'
-dtype. Pair k is (x_k, x_{k+D/2}), Hugging Face's half-split layout:  x' = x cos + rotate_half(x) sin.
+Why interpolation blurs near positions.  Two tokens d apart differ by the angle d w_k in pair k; it
+is the fast pairs that tell neighbours apart. Interpolation slows all pairs: the fastest turns 1/s
+radian per token, so that tokens less than s apart differ by less than one radian in every pair.
+The pairs that turned faster than that before, a share ln s / ln theta of all (15 of 64 at s = 8,
+theta = 10^4, D = 128), have no successor: distance d now looks as d/s did, and training never
+showed an eighth of a token. 1 - mean_k cos(d w_k), by which a vector of equal pairs differs from
+itself d tokens on, falls 61-fold at d = 1. tests/test_rope.py counts and measures this in
+`test_interpolation_blurs_near_positions`.
 
-On disk.  transformers 4 writes `rope_theta` + `rope_scaling`, transformers 5 one dict `rope_parameters`. `from_hf`
-reads either or both (`rope_scaling` wins, as in transformers 5), `to_hf` writes both.
+Why yarn's ramp does not.  A pair that turns many times within M0 has shown every angle in training,
+so at any longer distance it says nothing new and needs no slowing; only pairs whose wavelength
+exceeds M0 would reach unseen angles. Yarn leaves the first alone (pairs 0 to 20 at M0 = 4096, among
+them the 15 above, bit for bit), slows the last by s, and blends between: the same difference stays
+at 99.9 % (`test_yarn_keeps_the_pairs_that_tell_neighbours_apart`).
 
-Limits.  A scaled teacher is scaled further only by its own kind (linear, yarn, llama3: the factors multiply, M0
-stays). Anything else, such as linear over llama3, has no representation on disk and is refused.
+How it is applied.  Angles in float32; cos and sin, times the attention factor, are then cast to the
+activations' dtype. Pair k is (x_k, x_{k+D/2}), Hugging Face's half-split layout:
+x' = x cos + rotate_half(x) sin.
 
-Source.  RoFormer arXiv 2104.09864; position interpolation 2306.15595; YaRN 2309.00071; LongRoPE 2402.13753; the
-formulas and defaults are those of transformers' modeling_rope_utils, to float32.
+On disk.  transformers 4 writes `rope_theta` + `rope_scaling`, transformers 5 one dict
+`rope_parameters`. `from_hf` reads either or both (`rope_scaling` wins, as in transformers 5),
+`to_hf` writes both.
+
+Limits.  A scaled teacher is scaled further only by its own kind (linear, yarn, llama3: the factors
+multiply, M0 stays). Anything else, such as linear over llama3, has no representation on disk and is
+refused.
+
+Source.  RoFormer arXiv 2104.09864; position interpolation 2306.15595; YaRN 2309.00071; LongRoPE
+2402.13753; the formulas and defaults are those of transformers' modeling_rope_utils, to float32.
 """
 
 import math
@@ -39,13 +60,10 @@ from torch import Tensor
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # what a config.json may say
 STUDENT_KINDS = ("linear", "ntk", "dynamic", "yarn", "llama3")  # what --rope offers
-_ORIGINAL = ("yarn", "llama3", "longrope")  # the kinds whose formula needs M0
-_MULTIPLY = (
-    "linear",
-    "yarn",
-    "llama3",
-)  # scaling one of these by its own kind multiplies the factors
-_TUNING = {  # the optional numbers of each kind, with transformers' defaults (None: derived)
+_NEED_M0 = ("yarn", "llama3", "longrope")
+_MULTIPLY = ("linear", "yarn", "llama3")  # scaled by their own kind, the factors multiply
+# The optional numbers of each kind, with transformers' defaults (None: derived)
+_TUNING = {
     "yarn": {
         "attention_factor": None,
         "beta_fast": 32.0,
@@ -61,114 +79,111 @@ _TUNING = {  # the optional numbers of each kind, with transformers' defaults (N
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """One model's rotary positions. Lengths in tokens; `max_position` is the length that the model claims."""
+    """One model's rotary positions. Lengths in tokens; `max_position` is what the model claims."""
 
     kind: str = "default"
     theta: float = 10000.0
     factor: float = 1.0
     max_position: int = 2048
     original: int | None = None  # M0
-    head_dim: int = 128
+    head_dim: int = 128  # D: the network's own, which ntk, yarn and longrope depend on
     tuning: tuple[tuple[str, object], ...] = ()  # the kind's optional numbers that the file gave
 
     @staticmethod
     def from_hf(config: dict) -> "RopeConfig":
-        """Reads either dialect of a config.json. Raises ValueError naming the key and value that it cannot use."""
+        """Reads either dialect of config.json. Raises ValueError naming a key and value it refuses.
+
+        The one place where the head dimension is read: a key of its own or width / heads.
+        """
         scaling, parameters = _table(config, "rope_scaling"), _table(config, "rope_parameters")
         table = scaling or parameters
         kind = table.get("rope_type", table.get("type", "default"))
         if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(
-                f"rope_type {kind!r} is not supported; the known ones are {', '.join(KINDS)}"
-            )
-        theta = table.get(
-            "rope_theta", config.get("rope_theta", parameters.get("rope_theta", 10000.0))
-        )
-        theta = _positive("rope_theta", 10000.0 if theta is None else theta)
-        max_position = int(
-            _positive("max_position_embeddings", config.get("max_position_embeddings", 2048))
-        )
-        heads, width = config.get("num_attention_heads") or 1, config.get("hidden_size") or 128
-        head_dim = config.get("head_dim") or width // heads
+            known = ", ".join(KINDS)
+            raise ValueError(f"rope_type {kind!r} is not supported; the known ones are {known}")
+        theta = config.get("rope_theta", parameters.get("rope_theta"))
+        theta = _positive("rope_theta", table.get("rope_theta", theta), 10000.0)
+        longest = _whole("max_position_embeddings", config.get("max_position_embeddings", 2048))
         original = None
-        if kind in _ORIGINAL:
+        if kind in _NEED_M0:
             # transformers 5: the top level overrides the nested key for these kinds
-            original = config.get(
-                "original_max_position_embeddings", table.get("original_max_position_embeddings")
-            )
-            original = int(_positive("original_max_position_embeddings", original or max_position))
+            key = "original_max_position_embeddings"
+            original = _whole(key, config.get(key, table.get(key)) or longest)
         factor = table.get("factor")
         if factor is None and kind in ("yarn", "longrope"):
-            factor = max_position / original
+            factor = longest / original
         factor = _positive("factor", 1.0 if kind == "default" else factor)
         known = _TUNING.get(kind, {})
-        tuning = tuple((k, _number(k, table[k])) for k in known if table.get(k) is not None)
-        return RopeConfig(kind, theta, factor, max_position, original, head_dim, tuning)._checked()
+        tuning = tuple((k, _tuned(k, table[k])) for k in known if table.get(k) is not None)
+        dim = _head_dim(config)
+        return RopeConfig(kind, theta, factor, longest, original, dim, tuning)._checked()
 
     def to_hf(self) -> dict:
-        """The keys of config.json in both dialects; unambiguous in transformers 4 and 5, vLLM and llama.cpp."""
+        """The keys of config.json, both dialects; unambiguous to transformers, vLLM, llama.cpp."""
         out = {"max_position_embeddings": self.max_position, "rope_theta": self.theta}
         if self.kind == "default":
             parameters = {"rope_type": "default", "rope_theta": self.theta}
             return {**out, "rope_scaling": None, "rope_parameters": parameters}
-        # vLLM wants a float factor; llama.cpp reads M0 of llama3 from the top level
-        table = {"rope_type": self.kind, "factor": float(self.factor)}
-        if self.original is not None:
-            table["original_max_position_embeddings"] = out["original_max_position_embeddings"] = (
-                self.original
-            )
-        table |= {
-            k: list(v) if isinstance(v, tuple) else v
-            for k, v in self._filled().items()
-            if v is not None
-        }
+        table = {"rope_type": self.kind, "factor": float(self.factor)}  # vLLM refuses an integer
+        if self.original is not None:  # llama.cpp reads that of llama3 from the top level
+            table["original_max_position_embeddings"] = self.original
+            out["original_max_position_embeddings"] = self.original
+        for key, value in self._filled().items():
+            if value is not None:
+                table[key] = list(value) if isinstance(value, tuple) else value
         out["rope_scaling"] = {"type": self.kind, **table}
         out["rope_parameters"] = {**table, "rope_theta": self.theta}
         return out
 
     def scaled(self, kind: str, factor: float) -> "RopeConfig":
-        """The same model's positions stretched by `factor` (> 1) with `kind`, one of STUDENT_KINDS."""
+        """The same model's positions stretched by `factor` (> 1) with `kind`, a STUDENT_KIND."""
         if kind not in STUDENT_KINDS:
             raise ValueError(f"--rope {kind!r} is not one of {', '.join(STUDENT_KINDS)}")
         if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 1):
             raise ValueError(f"the scale is {factor!r}; it must be a number above 1, such as 8")
-        longer = round(self.max_position * factor)
+        longer = round(self.length * factor)
         if self.kind == kind and kind in _MULTIPLY:
-            given = self._filled().get(
-                "attention_factor"
-            )  # keep it derived: it grows with the factor
-            derived = frequencies(replace(self, tuning=()), self.head_dim)[1]
-            if given is not None and abs(given - derived) > 1e-3:
-                raise ValueError(f"the teacher's yarn has an attention_factor of its own, {given}: no rule says how it "
-                                 "grows; use a teacher with plain RoPE")  # fmt: skip
-            tuning = tuple((k, v) for k, v in self.tuning if k != "attention_factor")
+            tuning = self._tuning_to_scale()
             return replace(self, factor=self.factor * factor, max_position=longer, tuning=tuning)
         if self.kind != "default":
-            remedy = (
-                f"use --rope {self.kind}"
-                if self.kind in _MULTIPLY
-                else "use a teacher with plain RoPE"
-            )
+            remedy = "use a teacher with plain RoPE"
+            if self.kind in _MULTIPLY:
+                remedy = f"use --rope {self.kind}"
             raise ValueError(
-                f"the teacher's RoPE is already scaled ({self.kind}, factor {self.factor:g}): {kind} on top of it "
-                f"has no representation in config.json; {remedy}"
+                f"the teacher's RoPE is already scaled ({self.kind}, factor {self.factor:g}): "
+                f"{kind} on top of it has no representation in config.json; {remedy}"
             )
         if kind == "ntk":
             theta = self.theta * factor ** (self.head_dim / (self.head_dim - 2))
             return replace(self, theta=theta, max_position=longer)
+        factor = float(factor)
         if kind == "dynamic":  # its formula has M, the length before scaling, in max_position
-            return replace(self, kind=kind, factor=float(factor))
-        original = self.max_position if kind in _ORIGINAL else None
-        return replace(
-            self, kind=kind, factor=float(factor), max_position=longer, original=original
-        )
+            return replace(self, kind=kind, factor=factor)
+        original = self.max_position if kind in _NEED_M0 else None
+        return replace(self, kind=kind, factor=factor, max_position=longer, original=original)
 
     @property
     def length(self) -> int:
-        """The tokens that the model can be used at: dynamic's file keeps the length before scaling."""
-        return (
-            round(self.max_position * self.factor) if self.kind == "dynamic" else self.max_position
-        )
+        """The tokens that the model can be used at; a dynamic file keeps the length before it."""
+        if self.kind == "dynamic":
+            return round(self.max_position * self.factor)
+        return self.max_position
+
+    def __str__(self) -> str:
+        """In words, for plans and cards: "linear RoPE, factor 8, theta 10000, 4,096 tokens"."""
+        factor = "" if self.kind == "default" else f", factor {self.factor:g}"
+        return f"{self.kind} RoPE{factor}, theta {self.theta:g}, {self.length:,} tokens"
+
+    def _tuning_to_scale(self) -> tuple[tuple[str, object], ...]:
+        """Without an attention factor that is the derived one: that grows with the factor."""
+        given = self._filled().get("attention_factor")
+        derived = frequencies(replace(self, tuning=()), self.head_dim)[1]
+        if given is not None and abs(given - derived) > 1e-3:
+            raise ValueError(
+                f"the teacher's yarn has an attention_factor of its own, {given}: no rule says how "
+                "it grows; use a teacher with plain RoPE"
+            )
+        return tuple((k, v) for k, v in self.tuning if k != "attention_factor")
 
     def _filled(self) -> dict:
         return _TUNING.get(self.kind, {}) | dict(self.tuning)
@@ -179,44 +194,43 @@ class RopeConfig:
         for name in ("short_factor", "long_factor") if self.kind == "longrope" else ():
             table = self._filled()[name]
             if not isinstance(table, tuple) or len(table) != self.head_dim // 2:
-                raise ValueError(
-                    f"longrope needs {name} with head_dim / 2 = {self.head_dim // 2} numbers"
-                )
+                pairs = self.head_dim // 2
+                raise ValueError(f"longrope needs {name} with head_dim / 2 = {pairs} numbers")
         return self
 
 
 def frequencies(
     rope: RopeConfig, head_dim: int, seq_len: int | None = None
 ) -> tuple[Tensor, float]:
-    """(w [head_dim/2] float32 on the CPU, attention factor). seq_len matters to dynamic and longrope alone."""
-    d, s, tuning = head_dim, rope.factor, rope._filled()
-    pairs = torch.arange(0, d, 2, dtype=torch.int64).float() / d
-    w = 1.0 / (rope.theta**pairs)
+    """(w [head_dim/2] float32 on the CPU, attention factor) for sequences of `seq_len` tokens.
+
+    seq_len matters to dynamic and longrope alone; None means no longer than the model's own length.
+    """
+    D, s, tuning = head_dim, rope.factor, rope._filled()
+    exponents = torch.arange(0, D, 2, dtype=torch.int64).float() / D  # 2k / D
+    w = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return w / s, 1.0
     if rope.kind == "dynamic":
         longest = max(seq_len or 0, rope.max_position)
-        theta = rope.theta * (s * longest / rope.max_position - (s - 1)) ** (d / (d - 2))
-        return 1.0 / (theta**pairs), 1.0
+        theta = rope.theta * (s * longest / rope.max_position - (s - 1)) ** (D / (D - 2))
+        return 1.0 / (theta**exponents), 1.0
     if rope.kind == "yarn":
-        return _yarn(rope, w, d, tuning)
+        return _yarn(rope, w, D, tuning)
     if rope.kind == "llama3":
         return _llama3(rope, w, tuning), 1.0
     if rope.kind == "longrope":
         table = tuning["long_factor" if (seq_len or 0) > rope.original else "short_factor"]
-        given = tuning["attention_factor"]
+        stretched = torch.tensor(table, dtype=torch.float32) * rope.theta**exponents
         derived = 1.0 if s <= 1 else math.sqrt(1 + math.log(s) / math.log(rope.original))
-        return 1.0 / (
-            torch.tensor(table, dtype=torch.float32) * rope.theta**pairs
-        ), given or derived
+        return 1.0 / stretched, tuning["attention_factor"] or derived
     return w, 1.0
 
 
-def _yarn(rope: RopeConfig, w: Tensor, d: int, tuning: dict) -> tuple[Tensor, float]:
-    def pair_turning(
-        turns: float,
-    ) -> float:  # the index whose wavelength fits `turns` times into M0
-        return d * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+def _yarn(rope: RopeConfig, w: Tensor, D: int, tuning: dict) -> tuple[Tensor, float]:
+    def pair_turning(turns: float) -> float:
+        """The index, not rounded, whose wavelength fits `turns` times into M0."""
+        return D * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     def temperature(scale: float, m: float) -> float:
         return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
@@ -224,10 +238,10 @@ def _yarn(rope: RopeConfig, w: Tensor, d: int, tuning: dict) -> tuple[Tensor, fl
     low, high = pair_turning(tuning["beta_fast"]), pair_turning(tuning["beta_slow"])
     if tuning["truncate"]:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, d - 1)
+    low, high = max(low, 0), min(high, D - 1)
     if low == high:
         high += 0.001
-    ramp = ((torch.arange(d // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    ramp = ((torch.arange(D // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
     s, factor = rope.factor, tuning["attention_factor"]
     if factor is None and tuning["mscale"] and tuning["mscale_all_dim"]:
         factor = temperature(s, tuning["mscale"]) / temperature(s, tuning["mscale_all_dim"])
@@ -243,8 +257,13 @@ def _llama3(rope: RopeConfig, w: Tensor, tuning: dict) -> Tensor:
     return torch.where(wavelength < rope.original / high, w, out)
 
 
-def rotation(rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int, dtype: torch.dtype):
-    """cos and sin [*positions.shape, head_dim] in `dtype` for integer positions. seq_len: the longest one plus 1."""
+def rotation(
+    rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [*positions.shape, head_dim] in `dtype` for integer positions.
+
+    seq_len: the longest position plus 1.
+    """
     w, factor = frequencies(rope, head_dim, seq_len)
     angles = positions[..., None].float() * w.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
@@ -252,9 +271,12 @@ def rotation(rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int, d
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, T, D] turned; cos and sin are [T, D], or [B, 1, T, D] for rows at positions of their own."""
+    """x [B, H, T, D] turned; cos and sin are [T, D], or [B, 1, T, D] where rows have their own."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+# ---- reading config.json: each value is taken as its key means it, or refused by name
 
 
 def _table(config: dict, key: str) -> dict:
@@ -264,21 +286,37 @@ def _table(config: dict, key: str) -> dict:
     return value
 
 
-def _positive(name: str, value) -> float:
-    good = (
-        isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and math.isfinite(value)
-        and 0 < value < 1e12
-    )
-    if not good:
+def _positive(name: str, value, default: float | None = None) -> float:
+    value = default if value is None else value
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and 0 < value < 1e12):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
     return float(value)
 
 
-def _number(name: str, value):
+def _whole(name: str, value) -> int:
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError(f"{name} is {value!r}; it must be a whole number")
+    return int(_positive(name, value))
+
+
+def _tuned(name: str, value):
     if isinstance(value, bool):
         return value
     if isinstance(value, list):
         return tuple(_positive(name, v) for v in value)
     return _positive(name, value)
+
+
+def _head_dim(config: dict) -> int:
+    value = config.get("head_dim")
+    if value is None:
+        width = _whole("hidden_size", config.get("hidden_size") or 128)
+        value = max(
+            width // _whole("num_attention_heads", config.get("num_attention_heads") or 1), 1
+        )
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1e7:
+        raise ValueError(f"config.json has head_dim = {value!r}; it must be a positive integer")
+    if value % 2:
+        raise ValueError(f"head_dim is {value}; rotary positions need an even one")
+    return value

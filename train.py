@@ -2,27 +2,40 @@
 
     python train.py --teacher DIR --scale 8          both stages, then an export that loads everywhere
     python train.py                                  the same on the teacher and text that are at hand offline
-    torchrun --nproc_per_node 8 train.py ...         the same on eight GPUs, see parallel.py
+    torchrun --nproc_per_node 8 train.py ...         the same on eight GPUs (engine/parallel.py)
 
-It reads top to bottom: arguments, plan, models, stages, export. Stage 1 reproduces the frozen teacher's Q/Q, K/K and
-V/V relations at the native length (py); stage 2 predicts the next token at the extended length. Both train the
-q, k and v projections alone, in float32 copies under bf16 compute on a GPU, in float32 on a CPU.
+Stage 1.  Teacher and student read the same block, the teacher with its native RoPE, the student with the stretched
+one, and advance in lock-step, one layer at a time. In every layer the loss of relation_kl.py compares their q, k and v:
 
---out DIR gets metrics.jsonl (a line a step) and curves.png, run.json (arguments, versions, seed), state/ (to --resume
-from), report.json, .md and .png (what was lost and what came back) and student/, the Hugging Face directory to use.
+    L = mean over layers of (KL_Q/Q + KL_K/K + KL_V/V) + weight * KL of the next-token distributions
 
-Exit codes: 0 done; 2 refused or cannot go on, one sentence says why and nothing saved is lost; 3 stopped by Ctrl-C or
-SIGTERM, state saved. torchrun has its own: 1 where a process's is not 0.
+each relation a mean over its own rows and heads. Only the q, k and v projections learn; every other tensor of the
+student IS the teacher's. Why the last term: the relations do not see a rotation common to all queries, or to all keys,
+of a head (relation_kl.py); attention does, and so do the next-token distributions.
+
+Stage 2.  The student predicts the next token at the extended length; beside each long block stand a few native ones
+with stage 1's loss, so that what stage 1 won is kept.
+
+Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16 units, else float32.
+
+--out DIR gets metrics.jsonl (a line per step) and curves.png, run.json (arguments, versions, seed), state/ (to
+--resume from), report.json, .md and .png (what was lost, what came back) and student/, the Hugging Face directory.
+
+Exit codes: 0 done; 2 refused or cannot go on, one sentence says why; 3 stopped by Ctrl-C, SIGTERM or SIGHUP, the state
+saved if there was one. torchrun has its own: 1 where a process's is not 0.
+
+Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the number of query heads
+even where keys are shared: --preset authors does as they do.
+
+Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.py.
 """
 
-import argparse
+from engine import exits  # first: from here on, a Ctrl-C ends in one line  # isort: skip
+
+import dataclasses
 import functools
-import json
-import math
-import os
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +43,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 import eval as evaluation
-from engine import data, lora, parallel, resume, watch
-from engine import plan as planning
+from engine import cost, data, flags, folder, graph, lora, parallel, plan, resume, watch
 from engine.lookups import Lookups
 from evals import report
 from hub import checkpoint, files
@@ -42,300 +54,14 @@ from model import (
     Llama,
     LlamaConfig,
     by_chunks,
-    check_device,
-    compute_dtype,
+    choose_dtype,
     make_student,
     next_token_loss,
     trainable,
 )
-from relation_kl import IMPLEMENTATIONS, choose, relation_kl
-from rope import STUDENT_KINDS
+from relation_kl import relation_kl
 
-HERE = Path(__file__).resolve().parent
-# Flags that stand for a whole recipe, applied before the defaults of the parser
-# fmt: off
-PRESETS = {
-    # Many small steps, and text like the teacher's own: see LOG.md for what else was tried
-    "demo": {"tokens1": 240_000, "tokens2": 180_000, "batch1": 1, "batch2": 1, "lr1": 2e-3, "lr2": 7e-4,
-             "logit_weight": 1.0, "lookups": 0.25},
-    # The paper's own: adapters, 144 steps of 4 x 4096 tokens
-    "authors": {"lora_rank": 1024, "lora_alpha": 2048.0, "lora_dropout": 0.05, "lr1": 2e-5, "length1": 4096,
-                "batch1": 4, "tokens1": 144 * 4 * 4096},
-    "default": {"tokens1": 2_100_000, "tokens2": 2_100_000, "lora_dropout": 0.0, "logit_weight": 0.0, "lookups": 0.0},
-}
-# fmt: on
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    what = p.add_argument_group("what")
-    what.add_argument(
-        "--teacher", type=Path, help="Hugging Face directory of a LLaMA (default: the demo's)"
-    )
-    what.add_argument(
-        "--scale", type=number, default=8.0, help="how many times the context, above 1 (default: 8)"
-    )
-    what.add_argument(
-        "--rope", choices=STUDENT_KINDS, default="linear", help="how the positions are stretched"
-    )
-    what.add_argument(
-        "--data",
-        type=Path,
-        nargs="+",
-        default=[],
-        help="text files or folders (default: Python's own)",
-    )
-    what.add_argument("--out", type=Path, help="folder for the result (default: out/NAME-xSCALE)")
-    what.add_argument("--stage", choices=("1", "2", "both"), default="both")
-    how = p.add_argument_group("how (defaults are printed with the plan)")
-    for n, name in ((1, "stage 1"), (2, "stage 2")):
-        how.add_argument(f"--tokens{n}", type=int, help=f"tokens that {name} reads")
-        how.add_argument(f"--length{n}", type=int, help=f"tokens a block of {name}")
-        how.add_argument(f"--batch{n}", type=int, help=f"blocks a step of {name}")
-        how.add_argument(f"--lr{n}", type=float, help=f"peak learning rate of {name}")
-    how.add_argument(
-        "--logit-weight",
-        type=float,
-        help="of the next-token KL in stage 1 (default: 0; the demo: 1)",
-    )
-    how.add_argument(
-        "--lookups",
-        type=float,
-        help="share of blocks that are look-up documents (0; the demo: 0.25)",
-    )
-    how.add_argument(
-        "--lora-rank", type=int, help="train adapters of this rank instead of full projections"
-    )
-    how.add_argument(
-        "--lora-alpha", type=float, help="their weight is alpha / rank (default: twice the rank)"
-    )
-    how.add_argument("--lora-dropout", type=float, help="on the adapters' input (default: 0)")
-    how.add_argument(
-        "--preset", choices=("authors",), help="authors: the paper's adapters and stage 1"
-    )
-    how.add_argument(
-        "--micro", type=int, help="blocks at a time (default: as many as fill 8192 tokens)"
-    )
-    how.add_argument("--impl", choices=IMPLEMENTATIONS, default="auto", help="of the relation loss")
-    how.add_argument("--seed", type=int, default=0)
-    how.add_argument(
-        "--eval-blocks", type=int, default=8, help="long held-out blocks for the table; 0: no table"
-    )
-    run = p.add_argument_group("running")
-    run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
-    run.add_argument(
-        "--save-minutes", type=float, default=10, help="write the state at least this often"
-    )
-    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    run.add_argument(
-        "--shard", action="store_true", help="under torchrun: cut the models over the GPUs (FSDP2)"
-    )
-    run.add_argument(
-        "--peak-tflops", type=float, help="what 100 %% MFU means (default: measured at the start)"
-    )
-    run.add_argument(
-        "--tensorboard", action="store_true", help="also write figures for TensorBoard"
-    )
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument(
-        "--cache",
-        type=Path,
-        help="folder for tokenised text, to share between runs (default: in --out)",
-    )
-    p.error = one_sentence  # instead of argparse's page of usage
-    args = p.parse_args(argv)
-    for preset in (args.preset, None if args.teacher else "demo", "default"):
-        for key, value in PRESETS.get(preset, {}).items():
-            if getattr(args, key) is None:
-                setattr(args, key, value)
-    if args.lora_rank and args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
-    args.out = args.out or Path("out") / (
-        f"{args.teacher.name}-x{args.scale:g}" if args.teacher else "demo"
-    )
-    args.cache = args.cache or args.out / "cache"
-    args.teacher = args.teacher or HERE / "demo" / "teacher"
-    place = next(p for p in (args.out, *args.out.absolute().parents) if p.exists())
-    if not place.is_dir():
-        raise ValueError(f"--out {args.out}: {place} is a file; name a folder")
-    check_device(args.device)
-    if args.eval_blocks < 0 or not 0 <= (args.lora_dropout or 0) < 1:
-        raise ValueError(
-            f"--eval-blocks {args.eval_blocks} (0 or more), --lora-dropout {args.lora_dropout} (0 to 1)"
-        )
-    positive = [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
-    for key in (*positive, "micro", "lora_rank", "peak_tflops"):
-        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
-            raise ValueError(
-                f"--{key.replace('_', '-')} is {getattr(args, key)}; it must be above 0"
-            )
-    if not (0 <= args.lookups <= 1 and args.logit_weight >= 0):
-        raise ValueError(
-            f"--lookups is {args.lookups} (0 to 1), --logit-weight is {args.logit_weight} (0 or above)"
-        )
-    if args.tensorboard:
-        watch.require_tensorboard()
-    return args
-
-
-def one_sentence(message: str) -> None:
-    raise ValueError(message)
-
-
-def number(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 1):
-        raise argparse.ArgumentTypeError(f"{text} is not a number above 1, such as 8")
-    return value
-
-
-class Run:
-    """One run's fixed parts and its progress: what the functions below share, and what a state holds."""
-
-    def __init__(self, args, world: parallel.World):
-        """The plan: everything that can be refused before anything heavy is loaded or anything written."""
-        self.args, self.world, self.device = args, world, world.device
-        self.dtype = compute_dtype(world.device)
-        if args.shard and world.size == 1:
-            raise ValueError(
-                "--shard cuts the models over several processes: torchrun --nproc_per_node N train.py ..."
-            )
-        self.teacher_config = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
-        self.student_config = self.teacher_config.extended(args.rope, args.scale)
-        self.native, self.long = (
-            self.teacher_config.rope.length,
-            round(self.teacher_config.rope.length * args.scale),
-        )
-        self.plan = planning.stages(args, self.teacher_config, self.student_config.rope.length)
-        self.own = [
-            world.share(s.name, s.batch) for s in self.plan
-        ]  # blocks of a step that are this rank's
-        if args.rope == "dynamic" and any(
-            s.objective == "relation" and self.native >= s.T for s in self.plan
-        ):
-            raise ValueError(
-                "--rope dynamic changes nothing up to the native length: leave stage 1 out with --stage 2"
-            )
-        self.tokenizer = load_tokenizer(args.teacher)
-        if self.tokenizer.size > self.teacher_config.vocab_size:
-            sizes = f"{self.tokenizer.size} ids, config.json's vocab_size is {self.teacher_config.vocab_size}"
-            raise ValueError(f"the tokenizer has {sizes}: they are not one model's")
-        checkpoint.find_tensors(args.teacher)
-        self.columns: dict[str, dict[str, float]] = {}
-        self.total = 0  # steps over all stages
-
-    def save(self, stage: int, step: int, optimiser) -> None:
-        """All ranks gather, rank 0 writes; the state says to go on with `step` of `stage`."""
-        info = {"total": self.total, "stage": stage, "step": step, "columns": self.columns}
-        info["arguments"] = resume.matters(self.args)
-        tensors = resume.gather(self.weights, optimiser, keep=self.world.main)
-        self.world.on_main(self._write, tensors, info)
-        self.saved = time.time()
-
-    def _write(self, tensors: dict, info: dict) -> None:
-        with files.disk_sentences(self.args.out / "state"):
-            resume.write(self.args.out / "state", tensors, info)
-            self.watch.curves(patience=60)
-
-    def measure(self, name: str, model: Llama) -> None:
-        """A column of the table. Sharded models need all ranks; else the others wait for rank 0."""
-        if not self.args.eval_blocks or name in self.columns:
-            return
-        what = (
-            model,
-            self.corpus,
-            self.lookups,
-            self.native,
-            self.args.scale,
-            self.args.eval_blocks,
-        )
-        if self.args.shard:
-            self.columns[name] = evaluation.measure(*what)
-        else:
-            self.columns[name] = self.world.on_main(evaluation.measure, *what)
-
-
-def say_plan(run: Run) -> None:
-    """Settles how each stage uses the memory that is free, prints it all, and refuses what cannot fit."""
-    args, c, shards = run.args, run.teacher_config, run.world.size if run.args.shard else 1
-    free = int(run.world.least(planning.free_memory(run.device)))
-    run.peak = (
-        args.peak_tflops * 1e12
-        if args.peak_tflops
-        else run.world.on_main(watch.peak_flops, run.device)
-    )
-    run.settled = [
-        planning.settle(c, stage, run.dtype, args.micro, args.lora_rank, shards, own, free)
-        for stage, own in zip(run.plan, run.own, strict=True)
-    ]
-    needs = [need for _, _, need in run.settled]
-    print(planning.describe(c, run.student_config, run.plan, needs, args.lora_rank))
-    head = torch.empty(1, 1, 1, c.head_dim, dtype=run.dtype, device=run.device)
-    impl, reason = choose(head) if args.impl == "auto" else (args.impl, "--impl says so")
-    print(f"relation loss: {impl}, because {reason}")
-    rate = run.peak, run.world.size, bool(args.peak_tflops)
-    print(planning.describe_time(c, run.plan, args.lora_rank, *rate), flush=True)
-    for stage, need in zip(run.plan, needs, strict=True):
-        planning.refuse_if_too_large(need, free, stage)
-
-
-def load_text(run: Run) -> None:
-    args, world = run.args, run.world
-    with files.disk_sentences(args.cache):
-        world.on_main(
-            lambda: data.load_corpus(args.data, run.tokenizer, args.cache) and None
-        )  # tokenises once for all
-        run.corpus = data.load_corpus(args.data, run.tokenizer, args.cache, quiet=not world.main)
-    for stage in run.plan:
-        run.corpus.blocks(stage.T)
-    if args.eval_blocks and run.long >= len(run.corpus.held_out):
-        print(
-            f"no table: the held-out text has {len(run.corpus.held_out):,} tokens, a block {run.long:,}; add --data"
-        )
-        args.eval_blocks = 0
-    wanted = args.eval_blocks and (world.main or args.shard)
-    run.mixer = Lookups(run.tokenizer, run.corpus.train) if args.lookups else None
-    run.lookups = (
-        evaluation.make_lookups(run.tokenizer, run.corpus, run.native, run.long) if wanted else None
-    )
-
-
-def load_models(run: Run) -> None:
-    args = run.args
-    place = "cpu" if args.shard else str(run.device)
-    run.teacher = Llama.from_pretrained(args.teacher, dtype=run.dtype, device=place)
-    trained = () if args.lora_rank else TRAINED
-    run.student = make_student(run.teacher, run.student_config, trained=trained)
-    if args.lora_rank:
-        torch.manual_seed(args.seed)
-        lora.adapt(run.student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    else:  # the masters start from the stored numbers, not from their rounding to the compute dtype
-        for name, value in checkpoint.read_tensors(
-            args.teacher, list(trainable(run.student))
-        ).items():
-            run.student.get_parameter(name).data.copy_(value)
-    run.units = (
-        parallel.shard(run.teacher, run.student, run.world, run.dtype) if args.shard else None
-    )
-    run.weights = trainable(run.student)
-
-
-def open_out(run: Run) -> None:
-    """The first writing: the folder, run.json, and the log without what the state to resume from does not know."""
-    args = run.args
-    run.about = {
-        "arguments": resume.matters(args),
-        "versions": evaluation.versions(run.device) | {"processes": run.world.size},
-        "text": run.corpus.name,
-        "command": sys.argv,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    files.write_atomic(args.out / "run.json", json.dumps(run.about, indent=1) + "\n")
-    resume.cut_log(args.out / "metrics.jsonl", run.total)
-    shape = run.teacher_config, args.lora_rank
-    run.watch = watch.Watch(args.out, run.plan, *shape, run.peak, run.world.size, args.tensorboard)
+# ---- stage 1's loss
 
 
 def relation_loss(
@@ -348,47 +74,62 @@ def relation_loss(
     checkpointing: bool = False,
     authors_heads: bool = False,
     logit_weight: float = 0.0,
+    relations: str = "qkv",
     units: list | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(loss, its parts [L, 3] without grad) for ids [B, T]: mean KL in nats of Q/Q, K/K and V/V in every layer.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Teacher and student in lock-step over ids [B, T]: (loss, its relations [L, 3], next-token KL), in nats.
 
-    units: with --shard, what gathers layer l of both models while a function runs (parallel.py).
+    The last two carry no gradient. Both models advance together, so that q, k and v of one layer of each are all that
+    is alive at a time; with `checkpointing` a layer keeps its two inputs [B, T, C] and is computed again in the
+    backward. Without the logit term the last layer ends at its q, k and v: what would come after is in no loss.
+    units: with --shard, what gathers layer l of both models while a function runs (engine/parallel.py).
     """
     B, T = ids.shape
+    L, H, Hkv = (getattr(teacher.config, k) for k in ("n_layer", "n_head", "n_kv_head"))
     with torch.no_grad():
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
-    turns = teacher.turn(T, h_teacher), student.turn(T, h_student)
+    turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
+    # YaRN multiplies q and k by a temperature: divided out, so that the student is not taught to undo it
     scales = teacher.score_scale(T), student.score_scale(T)
-    weight = teacher.config.n_kv_head / teacher.config.n_head if authors_heads else 1.0
 
     def step(l: int, h_teacher: Tensor, h_student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """One layer of both: (teacher's h, student's h, mean KL [3])."""
-        last = l + 1 == teacher.config.n_layer and not logit_weight
+        """Layer l of both: (teacher's h, student's h, mean KL [3])."""
+        last = l + 1 == L and not logit_weight
         with torch.no_grad():
             h_teacher, theirs = _layer(teacher.model.layers[l], h_teacher, turns[0], last)
         h_student, ours = _layer(student.model.layers[l], h_student, turns[1], last)
         parts = []
-        for r, (x, y) in enumerate(zip(ours, theirs, strict=True)):
+        for r, (x, y) in enumerate(zip(ours, theirs, strict=True)):  # Q/Q, K/K, V/V
             a_teacher, a = scales if r < 2 else (x.shape[-1] ** -0.5,) * 2
             parts.append(relation_kl(x, y, scale=a, teacher_scale=a_teacher, impl=impl).mean())
         return h_teacher, h_student, torch.stack(parts)
 
-    all_parts = []
-    for l in range(teacher.config.n_layer):
+    table = []
+    for l in range(L):
         run = step
         if checkpointing and torch.is_grad_enabled():
             run = functools.partial(recompute, step, use_reentrant=False)
         if units:
             run = functools.partial(units[l], run)
         h_teacher, h_student, parts = run(l, h_teacher, h_student)
-        all_parts.append(parts)
-    table = torch.stack(all_parts)  # [L, 3]
-    weights = torch.tensor([1.0, weight, weight], device=table.device, dtype=table.dtype)
-    loss = (table * weights).sum(-1).mean()
-    if logit_weight:
-        loss = loss + logit_weight * logit_kl(teacher, student, h_teacher, h_student)
-    return loss, table.detach()
+        table.append(parts)
+    table = torch.stack(table)  # [L, 3]
+    shared = Hkv / H if authors_heads else 1.0
+    weights = (float("q" in relations), shared * ("k" in relations), shared * ("v" in relations))
+    loss = sum(w * table[:, r].mean() for r, w in enumerate(weights))
+    if not logit_weight:
+        return loss, table.detach(), torch.zeros_like(loss.detach())
+    kl = logit_kl(teacher, student, h_teacher, h_student)
+    return loss + logit_weight * kl, table.detach(), kl.detach()
+
+
+def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool):
+    if last:
+        return h, layer.self_attn.qkv(layer.input_layernorm(h), turn)
+    return type(layer).forward(
+        layer, h, turn
+    )  # not layer(...): a sharded layer's unit is already gathered
 
 
 def logit_kl(
@@ -401,200 +142,260 @@ def logit_kl(
 
     def part(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            log_q = teacher.lm_head(teacher.model.norm(y)).float().log_softmax(-1)
+            log_r = teacher.lm_head(teacher.model.norm(y)).float().log_softmax(-1)
         log_p = student.lm_head(student.model.norm(x)).float().log_softmax(-1)
-        return F.kl_div(log_p, log_q, log_target=True, reduction="none").sum(-1)  # [<= chunk]
+        return F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1)  # [<= chunk]
 
     return by_chunks(part, chunk, h_student.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
 
 
-def _layer(
-    layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    if last:
-        return h, layer.self_attn.qkv(layer.input_layernorm(h), turn)
-    return type(layer).forward(
-        layer, h, turn
-    )  # not layer(...): a sharded layer's unit is already gathered
-
-
-def objective(run: Run, stage: planning.Stage, checkpointing: bool):
-    """The stage's loss as a function of ids [B, T + 1] -> (loss, parts [L, 3] or None)."""
-    fixed = {"impl": run.args.impl, "checkpointing": checkpointing, "units": run.units}
-
-    def relation(ids: torch.Tensor):
-        weight = run.args.logit_weight
-        return relation_loss(
-            run.teacher, run.student, ids[:, :-1], run.dtype, logit_weight=weight, **fixed
-        )
-
-    def next_token(ids: torch.Tensor):
-        h = run.student.hidden(ids[:, :-1], run.dtype, checkpointing)
-        return next_token_loss(run.student, h, ids[:, 1:]), None
-
-    return {"relation": relation, "next token": next_token}[stage.objective]
-
-
-def backward(
-    run: Run, ids: torch.Tensor, first: int, micro: int, loss_of, reducer: parallel.Reducer
-):
-    """Gradients of the global batch from this rank's ids [B, T + 1], whose first block is number `first` of the stage.
-
-    Returns means over all ranks' blocks, (loss, parts [L, 3] or None), and whether to stop and whether to save, on
-    which all ranks must agree.
-    """
-    loss, parts, done = torch.zeros((), device=run.device), None, 0
-    for piece in ids.split(micro):
-        resume.reseed(run.args.seed, run.total, first + done)
-        done += len(piece)
-        reducer.last = done == len(ids)
-        share = len(piece) / len(ids)
-        value, table = loss_of(piece)
-        (value * share).backward()
-        loss += value.detach() * share
-        if table is not None:
-            parts = table * share + (0 if parts is None else parts)
-    reducer.finish()
-    late = run.world.main and time.time() - run.saved > 60 * run.args.save_minutes
-    said = torch.tensor(
-        [float(bool(run.stop)), float(late)], device=run.device, dtype=torch.float64
-    )
-    figures = [loss.view(1), *([] if parts is None else [parts.flatten()])]
-    means = run.world.mean(torch.cat([said, *(f.double() for f in figures)])).cpu()
-    shape = None if parts is None else means[3:].view(parts.shape)
-    return float(means[2]), shape, bool(means[0]), bool(means[1])
-
-
-def train_stage(run: Run, number: int, first: int) -> torch.optim.Optimizer:
-    """Steps `first` .. of stage `number` of the plan: one line of metrics a step, the state every so often."""
-    args, stage, own, world = run.args, run.plan[number], run.own[number], run.world
-    micro, checkpointing, _ = run.settled[number]
-    loss_of = objective(run, stage, checkpointing)
-    optimiser = torch.optim.AdamW(
-        run.weights.values(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0
-    )
-    if first:
-        resume.load(resume.latest(args.out / "state"), run.weights, optimiser, first)
-    reducer = parallel.Reducer(run.weights.values(), world)
-    if world.main:
-        run.watch.begin(number, first)
-    for step in range(first, stage.steps):
-        began = time.time()
-        start = step * stage.batch + world.rank * own
-        seed = args.seed + 7919 * number
-        ids = run.corpus.batch(seed, start, own, stage.T)
-        ids = (run.mixer.mix(ids, seed, start, args.lookups) if run.mixer else ids).to(run.device)
-        try:
-            loss, parts, stop, late = backward(run, ids, start, micro, loss_of, reducer)
-            norm = parallel.whole(
-                torch.nn.utils.get_total_norm([p.grad for p in run.weights.values()])
-            )
-            watch.refuse_non_finite(
-                world, stage, step, loss, float(norm), parts, run.weights, run.student, ids
-            )
-            torch.nn.utils.clip_grads_with_norm_(run.weights.values(), 1.0, norm)
-            for group in optimiser.param_groups:
-                group["lr"] = planning.learning_rate(stage, step)
-            optimiser.step()
-        except torch.OutOfMemoryError:
-            raise planning.OutOfMemory(stage, run.device) from None
-        optimiser.zero_grad(set_to_none=True)
-        if world.main:
-            rate, gib = optimiser.param_groups[0]["lr"], watch.peak_memory(run.device)
-            run.watch.step(
-                run.total, step, loss, float(norm), rate, time.time() - began, gib, parts
-            )
-        run.total += 1
-        if stop or late:
-            run.save(number, step + 1, optimiser)
-        if stop:
-            print(
-                f"\nstopped after step {step + 1} of {stage.name}; the same command with --resume goes on from here"
-            )
-            world.leave(resume.STOPPED)
-    reducer.close()
-    if world.main:
-        run.watch.end()
-    return optimiser
-
-
-def export(run: Run) -> None:
-    """The table, the adapter, and the Hugging Face directory, which is read back before it counts."""
-    args, columns = run.args, run.columns
-    with files.disk_sentences(args.out):
-        shares = report.recovered(columns, "loss at 1x") if args.eval_blocks else {}
-        text = report.write(args.out, columns, shares, run.about) if args.eval_blocks else ""
-        stored = checkpoint.stored_dtype(args.teacher)
-        if args.lora_rank:
-            lora.save_adapter(run.student, args.out / "adapter", str(args.teacher), TRAINED)
-        student = lora.merge(run.student)
-        recipe = (
-            run.teacher_config,
-            run.student_config,
-            args.teacher.name,
-            run.plan,
-            text,
-            resume.matters(args),
-        )
-        at, card = args.out / "student", model_card(*recipe)
-        keep = {"frozen_from": args.teacher, "trained": TRAINED}
-        checkpoint.save_pretrained(
-            student, at, tokenizer_from=args.teacher, dtype=stored, card=card, **keep
-        )
-    print(f"\n{text}\n\nexported to {at} ({run.long:,} tokens of context); next:")
-    print(f"  python eval.py --model {at} --against {args.teacher}")
+# ---- both stages
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
-    world = parallel.World(args.device)
+    args = flags.parse(argv, __doc__)  # nothing changes args after this line
+    world = parallel.World(args.device)  # this process, or torchrun's many
+    device, (dtype, why) = world.device, choose_dtype(world.device, args.dtype)
 
-    # ---------------------------------------------------------------- plan: nothing heavy yet, and nothing written
-    run = Run(args, world)
-    say_plan(run)
-    state = world.on_main(resume.claim_out, args)
+    # ---- plan: whatever can be refused without text and weights is refused here; nothing is written
+    native = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
+    longer = native.extended(args.rope or plan.rope_kind(native), args.scale)
+    tokenizer = load_tokenizer(args.teacher)
+    stages = plan.make_stages(args, native, longer)
+    plan.check(args, native, longer, stages, tokenizer, world.size)
+    apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
+    if not args.dry_run:
+        world.on_main(
+            lambda: folder.check(args.out, "--out", "train.py", resume=args.resume, apart=apart)
+        )
+    free = int(world.min(cost.free_memory(device)))
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else world.on_main(cost.peak_flops, device)
+    shards = world.size if args.shard else 1
+    own = [s.batch // world.size for s in stages]  # blocks of a step that are this process's
+    settled = [
+        plan.settle(native, s, dtype, args.micro, args.lora_rank, shards, n, free)
+        for s, n in zip(stages, own, strict=True)
+    ]  # (blocks at a time, recompute activations?, memory by part)
+    needs = [need for _, _, need in settled]
+    print(plan.describe(native, longer, stages, needs, args.lora_rank))
+    print(f"compute: {str(dtype)[6:]}, because {why}")
+    impl, why = plan.relation_impl(args, native, dtype, device)
+    print(f"relation loss: {impl}, because {why}")
+    print(
+        plan.describe_time(native, stages, args.lora_rank, peak, world.size, bool(args.peak_tflops))
+    )
+    for stage, need in zip(stages, needs, strict=True):
+        plan.refuse_if_too_large(need, free, stage)
     if args.dry_run:
-        return world.leave(0)
+        return world.exit(0)
 
-    # ---------------------------------------------------------------- text and models
-    load_text(run)
-    load_models(run)
-    if state:
-        run.columns, run.total = state["columns"], state["total"]
-        resume.load(state["from"], run.weights, None, 0)
-    run.stop, run.saved = resume.StopRequest(), time.time()
-    with files.disk_sentences(args.out):
-        world.on_main(open_out, run)
+    with folder.Folder(args.out, "train.py", active=world.main) as out:
+        # ---- text: tokenised once, by the first process
+        def enough(corpus: data.Corpus) -> None:
+            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
+            plan.check_text(corpus, stages, documents)
+            out.add(*out.owned(args.cache))  # the text will be worth keeping
 
-        # ------------------------------------------------------------ the stages
-        if not state:
-            run.measure(report.TEACHER, run.teacher)
-            run.measure(report.UNTRAINED, run.student)
-        for number in range(state["stage"] if state else 0, len(run.plan)):
-            optimiser = train_stage(
-                run, number, state["step"] if state and number == state["stage"] else 0
+        def load_corpus(quiet: bool) -> data.Corpus:
+            return data.load_corpus(
+                args.data, tokenizer, args.cache, quiet=quiet, without=args.out, check=enough
             )
-            run.measure(run.plan[number].name, run.student)
-            run.save(number + 1, 0, optimiser)
 
-    # ---------------------------------------------------------------- export and report
-    if args.shard:
-        parallel.unshard(run.student, world)
-    world.on_main(export, run)
-    if world.main:
-        run.watch.close()
-    run.stop.close()
-    world.leave(0)
+        with files.disk_sentences(args.cache):
+            world.on_main(lambda: load_corpus(quiet=False) and None)
+            corpus = load_corpus(quiet=not world.main)
+        lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
+        held_out = evaluation.HeldOut(
+            corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
+        )
+
+        # ---- models: the student's tensors ARE the teacher's, except float32 copies of q, k and v
+        teacher = Llama.from_pretrained(
+            args.teacher, dtype=dtype, device="cpu" if args.shard else str(device)
+        )
+        student = make_student(teacher, longer, trained=() if args.lora_rank else TRAINED)
+        if args.lora_rank:
+            torch.manual_seed(args.seed)
+            lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        else:  # the masters start from the stored numbers, not from their rounding to the compute dtype
+            for name, value in checkpoint.read_tensors(
+                args.teacher, list(trainable(student))
+            ).items():
+                student.get_parameter(name).data.copy_(value)
+        units = parallel.shard(teacher, student, world, dtype) if args.shard else None
+        weights = trainable(student)
+
+        # ---- where to begin: at zero, or where the newest good state says
+        depends = world.on_main(resume.matters, args, stages, corpus.digest)
+        at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
+        if at.state:
+            resume.load(at.state, weights, None, 0)
+        stop, saved = resume.StopRequest(), time.time()
+        about = {
+            "arguments": depends,
+            "versions": evaluation.versions(device) | {"processes": world.size},
+        }
+        about |= {"text": corpus.name, "command": sys.argv}
+        if world.main:
+            log = watch.Watch(out, stages, native, args, peak, world.size, about, at.total)
+
+        def save() -> None:
+            """All processes gather, the first one writes."""
+            tensors = resume.gather(weights, optimiser, keep=world.main)
+            with files.disk_sentences(args.out / "state"):
+                world.on_main(resume.write, out, tensors, at, depends)
+
+        def measure(name: str, model: Llama) -> None:
+            """A column of the table; sharded models need all processes."""
+            if held_out.blocks and name not in at.columns:
+                at.columns[name] = (
+                    held_out.measure(model)
+                    if args.shard
+                    else world.on_main(held_out.measure, model)
+                )
+
+        measure(report.TEACHER, teacher)
+        measure(report.UNTRAINED, student)
+
+        # ---- the stages: one loop, two objectives
+        for number in range(at.stage, len(stages)):
+            stage, (micro, checkpointing, _) = stages[number], settled[number]
+            optimiser = torch.optim.AdamW(
+                weights.values(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0,
+                fused=device.type == "cuda" and not args.shard,
+            )  # fmt: skip
+            if at.step:
+                resume.load(at.state, weights, optimiser, at.step)
+            reducer = parallel.Reducer(weights.values(), world)  # averages gradients over processes
+
+            def losses(part: cost.Stage, piece: Tensor, again: bool = checkpointing) -> tuple:
+                """The loss of one piece of a step's blocks [n, T + 1], and what else is logged of it."""
+                if part.objective == "relation":  # relate tokens as the teacher does
+                    return relation_loss(
+                        teacher, student, piece[:, :-1], dtype, impl=impl, checkpointing=again,
+                        authors_heads=args.authors_heads, logit_weight=args.logit_weight, relations=args.relations, units=units,
+                    )  # fmt: skip
+                h = student.hidden(piece[:, :-1], dtype, again)  # predict the next token
+                return (next_token_loss(student, h, piece[:, 1:]),)
+
+            record, why = graph.wanted(device, world.size, checkpointing, args.lora_dropout)
+            gradients = graph.Recorded(losses, list(weights.values()), record)
+            print(f"{stage.name}: CUDA graph {'on' if record else 'off'}, because {why}")
+            if world.main:
+                log.begin(number, at.step)
+            for step in range(at.step, stage.steps):
+                began = time.time()
+
+                # this step's blocks, a function of seed and step alone, a few at a time
+                figures = watch.Figures(native.n_layer, device)
+                gradients.zero()
+                try:
+                    for part, few in ((stage, micro), (stage.beside, args.micro)):
+                        if part is None:
+                            continue
+                        mine = part.batch // world.size
+                        first = step * part.batch + world.rank * mine
+                        seed = args.seed + 7919 * number + 104729 * (part is stage.beside)
+                        ids = corpus.batch(seed, first, mine, part.T)  # [mine, T + 1]
+                        ids = lookups.mix(ids, seed, first, args.lookups) if lookups else ids
+                        ids, few = ids.to(device), cost.at_a_time(part, few, mine)
+                        for begin in range(0, mine, few):
+                            piece = ids[begin : begin + few]
+                            resume.reseed(args.seed, at.total, first + begin)
+                            reducer.last = part is (stage.beside or stage) and begin + few >= mine
+                            figures.add(
+                                part, gradients(part, piece, len(piece) / mine), len(piece) / mine
+                            )
+                    reducer.finish()
+
+                    # all processes agree: on the figures, whether to stop, whether to save
+                    late = world.main and time.time() - saved > 60 * args.save_minutes
+                    stopping, saving = figures.agree(world, bool(stop), late)
+                    norm = parallel.whole(
+                        torch.nn.utils.get_total_norm([w.grad for w in weights.values()])
+                    )
+                    watch.refuse_non_finite(
+                        world, stage, step, figures, float(norm), weights, student, ids, at
+                    )
+
+                    # update
+                    torch.nn.utils.clip_grads_with_norm_(weights.values(), 1.0, norm)
+                    for group in optimiser.param_groups:
+                        group["lr"] = plan.learning_rate(stage, step)
+                    optimiser.step()
+                except (MemoryError, RuntimeError) as e:
+                    if exits.ran_out(e):
+                        raise plan.out_of_memory(stage, device, resume.kept(at)) from None
+                    raise
+
+                # log, save
+                at.step, at.total = step + 1, at.total + 1
+                if world.main:
+                    log.step(
+                        at.total - 1,
+                        step,
+                        figures,
+                        float(norm),
+                        group["lr"],
+                        time.time() - began,
+                        device,
+                    )
+                if stopping or saving:
+                    save()
+                    saved = time.time()
+                    if world.main:
+                        log.draw(patience=60)
+                if stopping:
+                    print(
+                        f"\nstopped after step {step + 1} of {stage.name}; --resume goes on from here"
+                    )
+                    out.close()
+                    return world.exit(exits.STOPPED)
+            reducer.close()
+            if world.main:
+                log.end()
+            measure(stage.name, student)
+            at.stage, at.step = number + 1, 0
+            save()
+
+        # ---- report and export: a Hugging Face directory, read back before it counts
+        if args.shard:
+            parallel.unshard(student, world)
+        world.on_main(export, out, args, student, native, longer, stages, at.columns, about)
+        stop.close()
+        if world.main:
+            log.close()
+        out.close()
+        world.exit(0)
+
+
+def export(out, args, student, native, longer, stages, columns, about) -> None:
+    """The table, the adapter, and the Hugging Face directory."""
+    with files.disk_sentences(args.out):
+        shares = report.recovered(columns, "loss at 1x") if columns else {}
+        text = report.write(out, columns, shares, about) if columns else ""
+        if args.lora_rank:
+            with out.directory("adapter") as work:
+                lora.write_adapter(student, work, str(args.teacher), TRAINED)
+        card = model_card(
+            args.teacher.name,
+            before=str(native.rope),
+            after=str(longer.rope),
+            kind=longer.rope.kind,
+            length=longer.rope.length,
+            stages=[dataclasses.asdict(stage) for stage in stages],
+            scores=text,
+            arguments=about["arguments"],
+        )
+        with out.directory("student") as work:
+            checkpoint.write_pretrained(
+                lora.merge(student), work, tokenizer_from=args.teacher, card=card,
+                dtype=checkpoint.stored_dtype(args.teacher), frozen_from=args.teacher, trained=TRAINED,
+            )  # fmt: skip
+    at = args.out / "student"
+    print(f"\n{text}\n\nexported to {at} ({longer.rope.length:,} tokens of context); next:")
+    print(f"  python eval.py --model {at} --against {args.teacher}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        if os.environ.get("RANK", "0") == "0" or isinstance(
-            e, planning.OutOfMemory
-        ):  # which one rank may meet alone
-            print(f"train.py: {e}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(1)  # torchrun ends all when one has ended: rank 0 speaks first
-        os._exit(2)  # not sys.exit, which would wait for ranks that are still at work
+    exits.run(main, "train.py")

@@ -14,10 +14,11 @@ How it is timed.  Wall clock around a synchronised call, the median of --repeat 
     optimiser                           norm, clipping and Adam
     backward                            the rest of the step, so that the five add up to it; with checkpointing, what
                                         is computed again is in it, both models' forward and the relations' included
+    as a CUDA graph                     the whole step with forward and backward recorded (engine/graph.py); a GPU figure
     waiting                             inside the others: the share of a step in which the GPU ran no kernel, from the
                                         sum of kernel times in one profiled step; a GPU figure
 
-MFU is plan.flops (teacher, student, relations and backward; recomputation not counted) over the step's time and the
+MFU is cost.flops (teacher, student, relations and backward; recomputation not counted) over the step's time and the
 rate of one large matrix product in the same run. Memory: peak of torch's allocator; on a CPU the process's resident
 set. The plan's own estimate stands beside it.
 
@@ -29,12 +30,11 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import train
-from engine import lora, watch
-from engine import plan as planning
+from engine import cost, graph, lora, plan
 from hub import files
+from hub.checkpoint import set_parameter
 from model import (
     TRAINED,
     Llama,
@@ -89,11 +89,14 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--lora-rank", type=int, metavar="R", help="adapters instead of full projections"
     )
+    parser.add_argument(
+        "--relations-alone", action="store_true", help="stage 1 without the next-token KL"
+    )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps [5]")
 
 
 def config_of(name: str) -> LlamaConfig:
-    file = Path(__file__).resolve().parent / "demo" / "teacher" / "config.json"
+    file = Path(__file__).resolve().parents[1] / "demo" / "teacher" / "config.json"
     return LlamaConfig.from_hf(SHAPES[name] or files.read_json(file))
 
 
@@ -104,13 +107,10 @@ def random_models(
         teacher = Llama(config)
     generator = torch.Generator(device).manual_seed(0)
     for name, p in list(teacher.named_parameters()):
-        owner, _, leaf = name.rpartition(".")
         w = torch.ones(p.shape, device=device, dtype=dtype)
         if p.dim() == 2:
             w.normal_(std=0.02, generator=generator)
-        setattr(teacher.get_submodule(owner), leaf, nn.Parameter(w, requires_grad=False))
-    if config.tied:
-        teacher.lm_head.weight = teacher.model.embed_tokens.weight
+        set_parameter(teacher, name, w)
     student = make_student(teacher.eval(), config.extended("linear", 8), () if rank else TRAINED)
     if rank:
         lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0)
@@ -120,34 +120,39 @@ def random_models(
 class Step:
     """One stage of one shape, ready to be called."""
 
-    def __init__(self, arguments, config: LlamaConfig, stage: planning.Stage, device: torch.device):
+    def __init__(self, arguments, config: LlamaConfig, stage: cost.Stage, device: torch.device):
         self.stage, self.device, self.rank = stage, device, arguments.lora_rank
         self.dtype = compute_dtype(device)
-        free = planning.free_memory(device)
-        settled = planning.settle(
+        free = cost.free_memory(device)
+        settled = plan.settle(
             config, stage, self.dtype, arguments.micro, self.rank, 1, stage.batch, free
         )
         self.micro, self.checkpointing, self.need = settled
-        planning.refuse_if_too_large(self.need, free, stage)
+        plan.refuse_if_too_large(self.need, free, stage)
         self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
         self.weights = list(trainable(self.student).values())
-        self.adam = torch.optim.AdamW(self.weights, lr=1e-6)
+        self.adam = torch.optim.AdamW(self.weights, lr=1e-6, fused=device.type == "cuda")
         self.ids = torch.randint(0, config.vocab_size, (stage.batch, stage.T + 1), device=device)
+        self.gradients = graph.Recorded(self.losses, self.weights, False)
 
     def __call__(self) -> None:
+        self.gradients.zero()
         for piece in self.ids.split(self.micro):
-            (self.loss(piece) * (len(piece) / len(self.ids))).backward()
+            self.gradients(self.stage, piece, len(piece) / len(self.ids))
         self.update()
-        self.adam.zero_grad(set_to_none=True)
 
-    def loss(self, ids):
-        if self.stage.objective == "relation":
-            more = {"checkpointing": self.checkpointing}
-            return train.relation_loss(self.teacher, self.student, ids[:, :-1], self.dtype, **more)[
-                0
-            ]
+    def losses(self, stage: cost.Stage, ids) -> tuple:
+        if stage.objective == "relation":
+            more = {"checkpointing": self.checkpointing, "logit_weight": float(stage.logits)}
+            return train.relation_loss(self.teacher, self.student, ids[:, :-1], self.dtype, **more)
         h = self.student.hidden(ids[:, :-1], self.dtype, self.checkpointing)
-        return next_token_loss(self.student, h, ids[:, 1:])
+        return (next_token_loss(self.student, h, ids[:, 1:]),)
+
+    def as_graph(self) -> bool:
+        """From here on the gradients are a CUDA graph, where train.py would record one."""
+        record, _ = graph.wanted(self.device, 1, self.checkpointing, 0.0)
+        self.gradients = graph.Recorded(self.losses, self.weights, record)
+        return record
 
     def update(self) -> None:
         torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
@@ -157,11 +162,11 @@ class Step:
         """The layers of one model over all micro-batches; in stage 1 the last one ends at q, k and v."""
         for piece in self.ids.split(self.micro):
             h = model.embed(piece[:, :-1], self.dtype)
-            turn = model.turn(self.stage.T, h)
+            turn = model.cos_sin(self.stage.T, h)
             *most, last = model.model.layers
             for layer in most:
                 h, _ = layer(h, turn)
-            if self.stage.objective == "relation":
+            if self.stage.objective == "relation" and not self.stage.logits:
                 last.self_attn.qkv(last.input_layernorm(h), turn)
             else:
                 last(h, turn)
@@ -214,7 +219,7 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     whole = seconds(step, device, repeat)
-    gib = watch.peak_memory(device)
+    gib = cost.peak_memory(device)
     parts = {}
     if stage.objective == "relation":
         parts["teacher forward"] = seconds(step.teacher_forward, device, repeat)
@@ -225,7 +230,7 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
         w.grad = torch.zeros_like(w)
     parts["optimiser"] = seconds(step.update, device, repeat)
     parts["backward"] = whole - sum(parts.values())
-    work = sum(planning.flops(c, stage, step.rank).values())
+    work = sum(cost.flops(c, stage, step.rank).values())
     row = {
         "stage": stage.name,
         "T": stage.T,
@@ -240,10 +245,15 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
     }
     row |= {"tflops": work / whole / 1e12, "mfu": work / whole / peak, "peak_tflops": peak / 1e12}
     row |= {"parts": parts, "waiting": waiting(step, whole), "gib": gib}
-    return row | {"planned_gib": sum(step.need.values()) / 2**30}
+    row["planned_gib"] = sum(step.need.values()) / 2**30
+    if step.as_graph():
+        step()  # records
+        row["graph_seconds"] = seconds(step, device, repeat)
+        row["graph_mfu"] = work / row["graph_seconds"] / peak
+    return row
 
 
-def stages(arguments, config: LlamaConfig) -> list[planning.Stage]:
+def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:
     first = arguments.length or config.rope.length
     out = []
     for n, objective, T in (
@@ -252,8 +262,14 @@ def stages(arguments, config: LlamaConfig) -> list[planning.Stage]:
     ):
         if arguments.stage in (str(n), "both"):
             out.append(
-                planning.Stage(
-                    f"stage{n}", objective, T, arguments.batch or max(1, 16384 // T), 1, 1e-6
+                cost.Stage(
+                    f"stage{n}",
+                    objective,
+                    T,
+                    arguments.batch or max(1, 16384 // T),
+                    1,
+                    1e-6,
+                    n == 1 and not arguments.relations_alone,
                 )
             )
     return out
@@ -268,16 +284,16 @@ def bench_step(arguments, fixed: dict, log) -> None:
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(arguments.model)
-    peak = watch.peak_flops(device)
+    peak = cost.peak_flops(device)
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(
-        f"{arguments.model}: {planning.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s"
+        f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s"
     )
     for stage in stages(arguments, config):
         try:
             row = measure(Step(arguments, config, stage, device), arguments.repeat, peak)
         except torch.OutOfMemoryError:
-            raise SystemExit(str(planning.OutOfMemory(stage, device))) from None
+            raise SystemExit(str(plan.out_of_memory(stage, device))) from None
         except ValueError as e:
             raise SystemExit(str(e)) from None
         print(json.dumps({"model": arguments.model, **row, **fixed}), file=log, flush=True)
@@ -296,5 +312,10 @@ def _said(r: dict) -> str:
     if r["waiting"] is not None:
         lines.append(
             f"        {'waiting, inside':16}{r['waiting'] * r['seconds']:10.4f} s {r['waiting']:7.1%}"
+        )
+    if "graph_seconds" in r:
+        s = r["graph_seconds"]
+        lines.append(
+            f"        {'as a CUDA graph':16}{s:10.4f} s {s / r['seconds']:7.1%}  MFU {r['graph_mfu']:.1%}"
         )
     return "\n".join(lines)

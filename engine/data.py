@@ -20,43 +20,60 @@ k.
 Limits.  Documents run on across block borders, and attention sees across them, as in most pre-training.
 """
 
+import errno
+import functools
 import gzip
 import hashlib
 import json
 import os
 import sysconfig
+import tempfile
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from hub import files
 from hub.tokenizer import Tokenizer
 
-TEXT, LINES = (".txt", ".md", ".py"), (".jsonl", ".jsonl.gz")
+LINES = (".jsonl", ".jsonl.gz")
+KINDS = (".txt", ".txt.gz", ".md", ".py", *LINES, ".parquet", ".npy")
+PARTS = ("train", "held_out")
+_NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 HELD_OUT_ONE_IN = 20
 _BATCH = 256  # documents tokenised at a time
 
 
+@functools.lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)
+
+
 @dataclass(frozen=True)
 class Corpus:
-    """Two streams of ids: `train` and `held_out`, 1-D, mapped from disk; `name` says what they are made of."""
+    """Two streams of ids: `train` and `held_out`, 1-D, mapped from disk.
+
+    name says what they are made of; digest is of the contents of the files and of the tokenizer.
+    """
 
     train: np.ndarray
     held_out: np.ndarray
     name: str
+    digest: str = ""
 
     def batch(self, seed: int, first: int, count: int, T: int) -> Tensor:
         """The blocks number first .. first+count-1 of a run: [count, T + 1] int64, the last column the last target."""
         n = self.blocks(T)
         rows = []
         for k in range(first, first + count):
-            order = np.random.Generator(np.random.Philox(key=[seed, k // n])).permutation(n)
-            start = int(order[k % n]) * T
+            start = int(_order(seed, k // n, n)[k % n]) * T
             rows.append(np.asarray(self.train[start : start + T + 1], dtype=np.int64))
         return torch.from_numpy(np.stack(rows))
 
@@ -69,13 +86,19 @@ class Corpus:
         return n
 
     def held_out_blocks(self, T: int, most: int) -> Tensor:
-        """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream."""
+        """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream.
+
+        Where there is enough text they are the odd-numbered ones: the even ones are for choosing recipes on.
+        """
         n = (len(self.held_out) - 1) // T
         if n < 1:
             raise ValueError(
                 f"the held-out text has {len(self.held_out)} tokens, less than one block of {T}; add --data"
             )
-        picks = sorted({int(i) for i in np.linspace(0, n - 1, min(most, n))})
+        there = range(1, n, 2) if n // 2 >= most else range(n)
+        picks = sorted(
+            {there[int(i)] for i in np.linspace(0, len(there) - 1, min(most, len(there)))}
+        )
         return torch.from_numpy(
             np.stack([self.held_out[i * T : (i + 1) * T + 1].astype(np.int64) for i in picks])
         )
@@ -86,133 +109,234 @@ def standard_library() -> Path:
 
 
 def load_corpus(
-    paths: list[Path], tokenizer: Tokenizer, cache: Path, quiet: bool = False
+    paths: list[Path],
+    tokenizer: Tokenizer,
+    cache: Path,
+    *,
+    quiet: bool = False,
+    without: Path | None = None,
+    check: Callable[[Corpus], None] = lambda corpus: None,
 ) -> Corpus:
     """The corpus of `paths` (empty: the standard library), tokenised into `cache` unless it is there already.
 
+    without: a folder to leave out of the scan, such as the run's own; check: called before anything is written, to
+    refuse a text that is too short.
     Raises ValueError naming the file (and line) that is missing, empty, undecodable or malformed.
     """
-    files = find_files(paths)
-    key = hashlib.sha256(f"4 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
-    for name, file in files:
-        stat = file.stat()
-        key.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    folder = cache / key.hexdigest()[:20]
-    if not (folder / "held_out.npy").is_file():
-        _tokenise(files, tokenizer, folder, quiet)
-    train, held_out = (
-        np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("train", "held_out")
-    )
-    what = (
-        ", ".join(str(p) for p in paths)
-        if paths
-        else f"the standard library in {standard_library()}"
-    )
-    return Corpus(train, held_out, what)
+    found = find_files(paths, without)
+    key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
+    for name, file in found:
+        key.update(f"{name}\0{_digest(file)}\n".encode())
+    digest = key.hexdigest()[:20]
+    what = ", ".join(map(str, paths)) if paths else f"the standard library in {standard_library()}"
+    parts = _cached(cache / digest)
+    if not parts:
+        train, held_out = _tokenise(found, tokenizer, quiet)
+        check(Corpus(train, held_out, what, digest))
+        _keep(cache / digest, train, held_out)
+        parts = _cached(cache / digest)
+        assert parts, "a cache that was just written reads back"
+    corpus = Corpus(*parts, what, digest)
+    check(corpus)
+    return corpus
 
 
-def find_files(paths: list[Path]) -> list[tuple[str, Path]]:
+def _digest(file: Path) -> str:
+    value = hashlib.sha256()
+    with _opened(file) as f:
+        while piece := f.read(1 << 24):
+            value.update(piece)
+    return value.hexdigest()
+
+
+def _opened(file: Path):
+    try:
+        return file.open("rb")
+    except PermissionError:
+        raise ValueError(f"cannot read {file}: permission denied") from None
+
+
+def _cached(folder: Path) -> list[np.ndarray] | None:
+    """The two streams of a complete cache, mapped; None where it is missing or incomplete."""
+    try:
+        sizes = json.loads((folder / "sizes.json").read_text())
+        parts = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in PARTS]
+        return parts if sizes == [len(p) for p in parts] else None
+    except (OSError, ValueError, EOFError, TypeError):
+        return None  # made again
+
+
+def _keep(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, ids in zip(PARTS, (train, held_out), strict=True):
+        fd, work = tempfile.mkstemp(dir=folder)
+        try:
+            with os.fdopen(fd, "wb") as f:
+                np.save(f, ids)
+                f.flush()
+                os.fsync(fd)
+            os.replace(work, folder / f"{part}.npy")
+        except OSError as e:  # numpy says "93729 requested and 1984 written" of a full disk
+            os.unlink(work)
+            raise OSError(e.errno or errno.ENOSPC, "no room for the tokenised text") from None
+    files.write_atomic(folder / "sizes.json", json.dumps([len(train), len(held_out)]))
+
+
+def find_files(paths: list[Path], without: Path | None = None) -> list[tuple[str, Path]]:
     """(name, file) of every source, sorted by name; names are relative to the folder that was given."""
     found: dict[str, Path] = {}
     for path in paths or [standard_library()]:
-        if path.is_file():
-            if not path.name.endswith((*TEXT, *LINES, ".npy")):
-                raise ValueError(
-                    f"--data {path}: unknown kind of file; use {', '.join((*TEXT, *LINES))} or .npy"
-                )
-            found[path.name if path.name not in found else str(path)] = path
-        elif path.is_dir():
-            kinds = (".py",) if not paths else (*TEXT, *LINES, ".npy")
-            for file in sorted(path.rglob("*")):
-                name = file.relative_to(path)
-                if not paths and {
-                    "site-packages",
-                    "dist-packages",
-                    "test",
-                    "tests",
-                    "__pycache__",
-                } & set(name.parts):
-                    continue
-                if file.name.endswith(kinds) and file.is_file():
-                    found[str(name) if str(name) not in found else str(file)] = file
-        else:
+        if not path.exists():
             raise ValueError(f"--data {path} does not exist")
+        if path.is_dir():
+            for file in _below(path, KINDS if paths else (".py",), without):
+                name = file.relative_to(path)
+                if paths or not _NOT_SOURCES & set(name.parts):
+                    found[str(name) if str(name) not in found else str(file)] = file
+        elif not path.is_file():
+            raise ValueError(
+                f"--data {path} is no file or folder (a pipe cannot be read twice); save the text first"
+            )
+        elif not path.name.lower().endswith(KINDS):
+            raise ValueError(f"--data {path}: unknown kind of file; use {', '.join(KINDS)}")
+        else:
+            found[path.name if path.name not in found else str(path)] = path
     if not found:
         raise ValueError(
-            f"no text in {', '.join(map(str, paths))}: no file ends in {', '.join((*TEXT, *LINES))} or .npy"
+            f"no text in {', '.join(map(str, paths))}: no file ends in {', '.join(KINDS)}"
         )
     return sorted(found.items())
 
 
-def documents(files: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.ndarray]]:
+def _below(path: Path, kinds: tuple[str, ...], without: Path | None) -> Iterator[Path]:
+    """Every file of these kinds under a folder. Raises ValueError where a folder cannot be read."""
+
+    def refuse(e: OSError) -> None:
+        raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
+
+    own = without.resolve() if without else None
+    for here, folders, names in os.walk(path, onerror=refuse):
+        folders[:] = sorted(f for f in folders if own is None or (Path(here) / f).resolve() != own)
+        for name in sorted(names):
+            file = Path(here) / name
+            if name.lower().endswith(kinds) and file.is_file():
+                yield file
+
+
+def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.ndarray]]:
     """(name, text) of every document, or (name, ids) for a .npy stream."""
-    for name, file in files:
+    for name, file in found:
+        kind = file.name.lower()
         try:
-            if file.suffix == ".npy":
+            if kind.endswith(".npy"):
                 ids = _load_ids(file)
                 if ids.ndim != 1 or ids.dtype.kind not in "iu":
                     raise ValueError(
                         f"{file} must be one row of integer ids; it is {ids.dtype} {list(ids.shape)}"
                     )
                 yield name, ids
-            elif file.name.endswith(LINES):
+            elif kind.endswith(".parquet"):
+                yield from _table(name, file)
+            elif kind.endswith(LINES):
                 yield from _lines(name, file)
             else:
-                yield name, file.read_text(encoding="utf-8")
+                with _text(file) as f:
+                    yield name, f.read()
         except UnicodeDecodeError as e:
             raise ValueError(
                 f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert or leave it out"
             ) from None
-
-
-def _load_ids(file: Path) -> np.ndarray:
-    try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
-    except (EOFError, ValueError) as e:
-        raise ValueError(f"{file} is not a plain numpy array: {e}") from None
-
-
-def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    opened = (
-        gzip.open(file, "rt", encoding="utf-8")
-        if file.suffix == ".gz"
-        else file.open(encoding="utf-8")
-    )
-    with opened as f:
-        try:
-            for number, line in enumerate(f, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise ValueError(f"{file}, line {number}: no string field `text`")
-                yield f"{name}:{number}", row["text"]
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{file}, line {number}: not JSON ({e.msg})") from None
         except (gzip.BadGzipFile, EOFError, zlib.error) as e:
             raise ValueError(f"{file} is damaged: {e}") from None
 
 
+def _text(file: Path):
+    _opened(file).close()  # permission, in a sentence
+    return (
+        gzip.open(file, "rt", encoding="utf-8")
+        if file.suffix.lower() == ".gz"
+        else file.open(encoding="utf-8")
+    )
+
+
+def _load_ids(file: Path) -> np.ndarray:
+    try:
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (EOFError, ValueError, OSError, TokenError, SyntaxError, zipfile.BadZipFile) as e:
+        raise ValueError(f"{file} is not a plain numpy array: {e}") from None
+    if not isinstance(ids, np.ndarray):
+        raise ValueError(f"{file} is not a plain numpy array: it is an archive of several")
+    return ids
+
+
+def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
+    with _text(file) as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except RecursionError:
+                raise ValueError(f"{file}, line {number}: nested too deeply to be real") from None
+            except json.JSONDecodeError as e:
+                raise ValueError(f"{file}, line {number}: not JSON ({e.msg})") from None
+            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                raise ValueError(f"{file}, line {number}: no string field `text`")
+            if not row["text"].isascii() and any("\ud800" <= c <= "\udfff" for c in row["text"]):
+                raise ValueError(
+                    f"{file}, line {number}: half of a surrogate pair (half an emoji); mend the line"
+                )
+            yield f"{name}:{number}", row["text"]
+
+
+def _table(name: str, file: Path) -> Iterator[tuple[str, str]]:
+    """The column `text` of a Parquet file, with pyarrow, row group by row group."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ValueError(
+            f"{file} needs the package pyarrow: pip install pyarrow, or save it as .jsonl"
+        ) from None
+    try:
+        table = parquet.ParquetFile(file)
+        if "text" not in table.schema_arrow.names:
+            raise ValueError(
+                f"{file} has no column `text`; it has {', '.join(table.schema_arrow.names[:8])}"
+            )
+        row = 0
+        for batch in table.iter_batches(columns=["text"], batch_size=_BATCH):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{file}, row {row}: the column `text` holds {type(text).__name__}"
+                    )
+                yield f"{name}:{row}", text
+    except pyarrow.ArrowException as e:
+        raise ValueError(f"{file} is not readable Parquet: {e}") from None
+
+
 def _tokenise(
-    files: list[tuple[str, Path]], tokenizer: Tokenizer, folder: Path, quiet: bool
-) -> None:
+    found: list[tuple[str, Path]], tokenizer: Tokenizer, quiet: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train, held out)."""
     kept: list[tuple[str, np.ndarray]] = []
     waiting: list[tuple[str, str]] = []
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
 
     def flush() -> None:
-        for (name, _), ids in zip(
-            waiting, tokenizer.encode_documents([t for _, t in waiting]), strict=True
-        ):
+        each = tokenizer.encode_documents([text for _, text in waiting])
+        for (name, _), ids in zip(waiting, each, strict=True):
             kept.append((name, np.asarray(ids, dtype=dtype)))
         waiting.clear()
 
-    for name, text in tqdm(
-        documents(files), desc="tokenising", unit=" documents", disable=quiet or None
-    ):
+    bar = tqdm(documents(found), desc="tokenising", unit=" documents", disable=quiet or None)
+    for name, text in bar:
         if isinstance(text, np.ndarray):
-            if text.size and (int(text.min()) < 0 or int(text.max()) >= tokenizer.size):
-                bad = int(text.min()) if int(text.min()) < 0 else int(text.max())
+            low, high = (int(text.min()), int(text.max())) if text.size else (0, 0)
+            if low < 0 or high >= tokenizer.size:
+                bad = low if low < 0 else high
                 raise ValueError(f"{name} holds the id {bad}; the vocabulary has {tokenizer.size}")
             kept.append((name, text.astype(dtype)))
         elif text.strip():
@@ -221,16 +345,8 @@ def _tokenise(
                 flush()
     flush()
     if not kept:
-        raise ValueError(f"{', '.join(str(f) for _, f in files[:3])}: the text is empty")
-    train, held_out = split(kept)
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, ids in (
-        ("train", train),
-        ("held_out", held_out),
-    ):  # held_out last: its presence says "complete"
-        work = folder / f".{part}.{os.getpid()}.npy"
-        np.save(work, ids)
-        work.replace(folder / f"{part}.npy")
+        raise ValueError(f"{', '.join(str(f) for _, f in found[:3])}: the text is empty")
+    return split(kept)
 
 
 def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:

@@ -47,6 +47,15 @@ class Lookups:
         self.set, self.ask = tokenizer.encode("\n# remember"), tokenizer.encode("\n# recall")
         self.filler = filler
 
+    def check(self, T: int) -> None:
+        """Raises ValueError where a training document of T tokens has no room for its lines."""
+        line = max(len(self.set), len(self.ask)) + 2
+        if (T + 1) // line < 4 * PAIRS:
+            raise ValueError(f"a look-up document of {T} tokens cannot hold {4 * PAIRS} lines of {line} tokens; use "
+                             "longer blocks or leave --lookups out")  # fmt: skip
+        if len(self.filler) <= T + 1:
+            raise ValueError(f"a look-up document of {T} tokens needs a longer text; add --data")
+
     def document(
         self, rng: np.random.Generator, T: int, spread: str
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -75,6 +84,10 @@ class Lookups:
         """Where each line begins: disjoint slots of one line's length, every question after its value."""
         line = max(len(self.set), len(self.ask)) + 2
         slots = (T + 1) // line
+        if slots < 2 * PAIRS:
+            raise ValueError(
+                f"a look-up document of {T} tokens cannot hold {2 * PAIRS} lines of {line} tokens"
+            )
         asks = PAIRS if spread == "far" else 3 * PAIRS
         if spread == "far":  # at T = 512 the lines themselves fill an eighth
             near = max(PAIRS, slots // 8)
@@ -85,10 +98,6 @@ class Lookups:
             taken = rng.choice(slots, PAIRS + asks, replace=False)
             early, late = np.sort(taken[:PAIRS]), taken[PAIRS:]
             pairs = rng.integers(0, PAIRS, asks)
-        if slots < 2 * PAIRS:
-            raise ValueError(
-                f"a look-up document of {T} tokens cannot hold {2 * PAIRS} lines of {line} tokens"
-            )
         set_at = [(int(s) * line, p) for p, s in enumerate(early)]
         ask_at = [(int(s) * line, int(p)) for s, p in zip(late, pairs, strict=True) if s > early[p]]
         return set_at, sorted(ask_at)

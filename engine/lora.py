@@ -3,7 +3,7 @@
     y = W x + b + (alpha / r) B A dropout(x)          A [r, in], B [out, r], B = 0 at the start
 
 A and B are float32 and the only tensors that learn; W stays the teacher's. `merge` folds them into plain weights for
-the export, and `save_adapter` writes them as PEFT does (adapter_config.json, adapter_model.safetensors), so that PEFT
+the export, and `write_adapter` writes them as PEFT does (adapter_config.json, adapter_model.safetensors), so that PEFT
 can put them on the original model. PEFT restores weights only: whoever does that must also set the RoPE scaling in
 the base model's config.json; the README beside the adapter says to what.
 
@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hub import files
+from hub.card import adapter_card
+from hub.checkpoint import set_parameter
 from model import Linear, Llama
 
 
@@ -84,21 +85,19 @@ def merge(student: Llama) -> Llama:
             if isinstance(source, LoraLinear) and leaf == "weight"
             else getattr(source, leaf)
         )
-        setattr(plain.get_submodule(owner), leaf, nn.Parameter(value.detach(), requires_grad=False))
-    if student.config.tied:
-        plain.lm_head.weight = plain.model.embed_tokens.weight
+        set_parameter(plain, name, value.detach())
     return plain.eval()
 
 
-def save_adapter(student: Llama, path: Path, base: str, trained: tuple[str, ...]) -> None:
-    """adapter_config.json and adapter_model.safetensors in PEFT's names, atomically."""
+def write_adapter(student: Llama, work: Path, base: str, trained: tuple[str, ...]) -> None:
+    """adapter_config.json and adapter_model.safetensors in PEFT's names, into the folder `work`."""
     tensors, last = {}, None
     for name, m in student.named_modules():
         if isinstance(m, LoraLinear):
             last = m
             tensors[f"base_model.model.{name}.lora_A.weight"] = m.lora_A.detach().cpu().contiguous()
             tensors[f"base_model.model.{name}.lora_B.weight"] = m.lora_B.detach().cpu().contiguous()
-    assert last is not None, "save_adapter needs a student with adapters"
+    assert last is not None, "write_adapter needs a student with adapters"
     rank = last.lora_A.shape[0]
     config = {
         "peft_type": "LORA",
@@ -111,11 +110,7 @@ def save_adapter(student: Llama, path: Path, base: str, trained: tuple[str, ...]
         "bias": "none",
         "inference_mode": True,
     }
-    readme = (
-        "A LoRA adapter in PEFT's format. It was trained under stretched positions: set these keys in the base\n"
-        f"model's config.json before loading it.\n\n```json\n{json.dumps(student.config.rope.to_hf(), indent=1)}\n```\n"
-    )
-    with files.atomic_directory(path) as work:
-        save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
-        (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (work / "README.md").write_text(readme)
+    readme = adapter_card(base, student.config.rope.to_hf())
+    save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
+    (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (work / "README.md").write_text(readme)

@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hub.checkpoint import set_parameter
 from model import Llama
 
 # Ranks wait this long for each other: rank 0 measures and exports while the others do
@@ -56,7 +57,7 @@ class World:
         if not self.main:
             sys.stdout = open(os.devnull, "w")  # rank 0 alone speaks
 
-    def leave(self, code: int) -> None:
+    def exit(self, code: int) -> None:
         """Ends the run with this exit code; returns where there is one process and the code is 0.
 
         All wait for all, as the first to go would cut the others' connections. Then the process ends without the
@@ -72,7 +73,7 @@ class World:
         if code:
             sys.exit(code)
 
-    def share(self, name: str, batch: int) -> int:
+    def blocks_per_rank(self, name: str, batch: int) -> int:
         """How many of `batch` blocks are this rank's."""
         if batch % self.size:
             raise ValueError(
@@ -102,7 +103,7 @@ class World:
             values /= self.size
         return values
 
-    def least(self, value: float) -> float:
+    def min(self, value: float) -> float:
         """The smallest of all ranks' values, so that all decide alike."""
         if self.size == 1:
             return value
@@ -201,19 +202,18 @@ def unshard(student: Llama, world: World) -> None:
     for name, p in list(student.named_parameters()):
         full = whole(p)  # all ranks take part
         if world.main:
-            owner, _, leaf = name.rpartition(".")
-            setattr(
-                student.get_submodule(owner),
-                leaf,
-                nn.Parameter(full.cpu(), requires_grad=p.requires_grad),
-            )
-    if student.config.tied:
-        student.lm_head.weight = student.model.embed_tokens.weight
+            full = nn.Parameter(full.cpu(), requires_grad=p.requires_grad)
+            set_parameter(student, name, full)
 
 
 def whole(p: Tensor) -> Tensor:
     """The tensor of which a rank may hold a part. Every rank must ask."""
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
+
+
+def own(p: Tensor) -> Tensor:
+    """The part of the tensor that this rank holds: all of it where nothing is sharded."""
+    return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:

@@ -1,188 +1,148 @@
-"""The plan: what a run will do, how much memory it needs, and whether that is there, all before anything is loaded.
+"""The plan: what a run will do, how much memory it needs, and every reason to refuse it, before anything is loaded.
 
-Stages are data: a name, an objective, a block length T, blocks a step, steps and a peak learning rate. `stages` fills
-in what the user left out; `memory` adds up what each part will take; `refuse_if_too_large` compares that with the
-machine and names the flag that helps.
+Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a peak learning rate.
+`make_stages` fills in what the user left out; `settle` decides how a step uses the memory that is free; `check` refuses
+what cannot work, with the flag that helps.
 
-The learning rates.  Adam moves every weight by about its rate a step whatever the gradient's size, and the wider a
-layer, the more such moves add up in its output. Two points fix a power law in the width C: 2e-3 was best at C = 576
-(135M parameters, stage 1) and the paper uses 2e-5 at C = 4096, hence lr = 2e-3 (576 / C)^2.3. Stage 2 takes a sixth
-of it, as was best at C = 576. Between and beyond the two points this is a guess: try a few.
+Defaults.  From runs of two sizes (LOG.md), C = 320 and C = 576, and the paper's at C = 4096. Adam moves every weight
+by about its rate per step whatever the gradient's size, and the wider a layer, the more such moves add up in its
+output: two points, 2e-3 at C = 576 and 2e-5 at C = 4096, fix a power law, lr = 2e-3 (576 / C)^2.3, never above 2e-3,
+which was best at C = 320 too. Kinds that leave the fast pairs alone (all but linear) lose less before training: they
+take 0.3 of that rate and an eighth of the tokens. Stage 2 takes a quarter of stage 1's rate, or half for those kinds.
+Stage 1 wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat 2048 at equal tokens. Stage 2
+wants steps more than length: blocks of 16K gave a lower loss at 64K than blocks of 64K at equal tokens. A CPU's tokens
+are what it does in about an hour at 135M parameters. For widths far from these it is a guess: try a few rates.
 
-Memory.  What autograd keeps of a layer is listed tensor by tensor in `layer_bytes` and tested against the bytes that
-torch's saved-tensor hooks count; weights, gradients and Adam's moments are arithmetic; the logits of a chunk and the
-buffers of one relation live for a moment only. A tenth is added for what the allocator loses.
+Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
 
-Work.  `flops` counts the products of matrices and nothing else, a multiplication and an addition as two. A linear layer
-of n weights costs 2 n a token forward, 2 n for the gradient of its input, 2 n for that of its weights where they
-learn; causal attention 4 D H T^2 / 2 a block and layer forward and twice that backward; a relation 12 D T^2 / 2 a head,
-forward and backward (relation_kl.py). What activation checkpointing computes again is not counted, nor is the gradient
-for the first layer's input, which nobody needs. MFU is this count over seconds over the rate of a large matrix product.
-
-Limits.  Memory is that of one process. The sliding window of a teacher saves work that is counted here.
+Source.  The measured points: LOG.md; the paper: LinearARD, arXiv 2604.00004.
 """
 
+import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from model import TRAINED, LlamaConfig
+from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
+from engine.exits import OutOfMemory
+from hub import checkpoint
+from hub.tokenizer import Tokenizer
+from model import TRAINED, Llama, LlamaConfig
+from relation_kl import choose
 
-HEAD_CHUNK = 4096  # tokens whose logits exist at once, see model.next_token_loss
-
-
-@dataclass(frozen=True)
-class Stage:
-    name: str  # "stage1" or "stage2"
-    objective: str  # "relation": distill.py; "next token": cross-entropy
-    T: int
-    batch: int  # blocks a step, over all processes
-    steps: int
-    lr: float
-    logits: bool = False  # stage 1: the next-token distributions are compared too, distill.py
-
-    @property
-    def tokens(self) -> int:
-        return self.T * self.batch * self.steps
+TOP_RATE = 2e-3  # the best rate measured; the power law's 0.3 at C = 64 blows a model up
+GENTLE = 0.3  # of it for kinds that keep the fast pairs as they are
+# Tokens of stage 1 and stage 2, by device and by whether the positions are linear
+TOKENS = {
+    ("cuda", True): (2_097_152, 2_097_152),
+    ("cuda", False): (262_144, 524_288),
+    ("cpu", True): (262_144, 131_072),
+    ("cpu", False): (65_536, 65_536),
+}
 
 
-def stages(args, config: LlamaConfig, length: int) -> list[Stage]:
-    """The stages that --stage asks for: stage 1 at the native length, stage 2 at the extended `length`."""
-    lr = 2e-3 * (576 / config.width) ** 2.3
-    first = _stage(
-        "stage1",
-        "relation",
-        args.length1 or config.rope.length,
-        args.batch1,
-        args.tokens1,
-        args.lr1 or lr,
-    )
-    first = replace(first, logits=args.logit_weight > 0)
+def rope_kind(config: LlamaConfig) -> str:
+    """What --rope means where it is left out: the teacher's own kind if that can be stretched, else linear."""
+    return config.rope.kind if config.rope.kind in ("yarn", "llama3") else "linear"
+
+
+def make_stages(args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig) -> list[Stage]:
+    """The stages that --stage asks for: stage 1 at the native length, stage 2 at the extended one.
+
+    Stage 2 may have `beside`: for each long block, --native-blocks of stage 1's kind at its length, so that what stage
+    1 won is not lost again.
+    """
+    linear, native = student.rope.kind == "linear", config.rope.length
+    lr = min(TOP_RATE, TOP_RATE * (576 / config.width) ** 2.3) * (1.0 if linear else GENTLE)
+    small = config.width <= 1024
+    T1 = args.length1 or min(native, 512 if small else 2048)
+    T2 = args.length2 or min(student.rope.length, max(16384, native))
+    batch1 = args.batch1 or max(1, (1024 if small else 8192) // T1)
+    batch2 = args.batch2 or max(1, 16384 // T2)
+    tokens = TOKENS["cuda" if args.device.startswith("cuda") else "cpu", linear]
+    tokens1, tokens2 = args.tokens1 or tokens[0], args.tokens2 or tokens[1]
+    logits = args.logit_weight > 0
+    first = _stage("stage1", "relation", T1, batch1, tokens1, args.lr1 or lr, logits)
     second = _stage(
-        "stage2",
-        "next token",
-        args.length2 or length,
-        args.batch2,
-        args.tokens2,
-        args.lr2 or lr / 6,
+        "stage2", "next token", T2, batch2, tokens2, args.lr2 or lr / (4 if linear else 2)
     )
+    if args.native_blocks:
+        beside = replace(first, name="stage2", batch=args.native_blocks * batch2, lr=second.lr)
+        second = replace(second, beside=replace(beside, T=min(T1, T2), steps=second.steps))
     return {"1": [first], "2": [second], "both": [first, second]}[args.stage]
 
 
-def _stage(name: str, objective: str, T: int, batch: int | None, tokens: int, lr: float) -> Stage:
-    batch = batch or max(1, 16384 // T)
-    return Stage(name, objective, T, batch, max(1, round(tokens / (T * batch))), float(f"{lr:.2g}"))
+def _stage(
+    name: str, objective: str, T: int, batch: int, tokens: int, lr: float, logits=False
+) -> Stage:
+    steps = max(1, round(tokens / (T * batch)))
+    return Stage(name, objective, T, batch, steps, float(f"{lr:.2g}"), logits)
 
 
-def parameters(c: LlamaConfig) -> tuple[int, int]:
-    """(all, those of q_proj, k_proj and v_proj) of a network of this shape."""
-    qkv = c.width * c.head_dim * (c.n_head + 2 * c.n_kv_head) + c.qkv_bias * c.head_dim * (
-        c.n_head + 2 * c.n_kv_head
-    )
-    rest = (
-        c.n_head * c.head_dim * c.width
-        + 3 * c.width * c.mlp_width
-        + 2 * c.width
-        + c.qk_norm * 2 * c.head_dim
-    )
-    heads = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
-    biases = c.out_bias * c.width + c.mlp_bias * (2 * c.mlp_width + c.width)
-    return c.n_layer * (qkv + rest + biases) + heads, c.n_layer * qkv
+def learning_rate(stage: Stage, step: int) -> float:
+    """Up over the first twentieth, never from 0, then down in a straight line to a fiftieth."""
+    warm = math.ceil(stage.steps / 20)
+    down = (stage.steps - step) / max(1, stage.steps - warm)
+    return stage.lr * min((step + 1) / (warm + 1), max(0.02, down))
 
 
-def trained_parameters(c: LlamaConfig, rank: int | None) -> int:
-    """How many numbers learn: the q, k and v projections, or adapters of `rank` beside them."""
-    if not rank:
-        return parameters(c)[1]
-    return c.n_layer * rank * (3 * c.width + c.head_dim * (c.n_head + 2 * c.n_kv_head))
+# ---- what can be refused
 
 
-def layer_bytes(c: LlamaConfig, b: int, full: bool, rank: int | None, last: bool = False) -> int:
-    """Bytes a token that autograd keeps of one student layer computed in `b` bytes; `last`: ends at q, k and v.
-
-    full: q, k and v learn whole, so that their input is kept; rank: of their adapters.
-    """
-    heads, C, M = c.n_head + 2 * c.n_kv_head, c.width, c.mlp_width
-    projections = 4 * C + 4  # RMSNorm: its input in float32 and one factor
-    projections += b * C * bool(full or rank)  # its output, the input of q, k and v
-    projections += b * heads * c.head_dim  # q, k, v as attention and the relations take them
-    projections += 3 * b * (rank or 0)  # between the two adapter matrices
-    if c.qk_norm:  # again an input in float32, and a factor
-        projections += (c.n_head + c.n_kv_head) * (4 * c.head_dim + 4)
-    if last:
-        return projections
-    attention = b * c.n_head * c.head_dim + 4 * c.n_head  # its output and log-sum-exps
-    return (
-        projections + attention + 4 * C + 4 + 3 * b * M
-    )  # the second norm; gate, silu(gate) and up
-
-
-def activation_bytes(
-    c: LlamaConfig,
-    stage: Stage,
-    dtype: torch.dtype,
-    micro: int,
-    checkpointing: bool,
-    rank: int | None = None,
-) -> dict[str, int]:
-    """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or logits."""
-    b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
-    heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
-    one, cut = layer_bytes(c, b, not rank, rank), stage1 and not stage.logits
-    if (
-        checkpointing
-    ):  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
-        kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
-    else:
-        kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, last=True)
-        kept -= (
-            4 * c.width if b == 4 or not rank else 0
-        )  # the embeddings, frozen, need no norm's backward
-    kept += (
-        0 if cut else b * c.width + 4 * c.width + 4 + 8
-    )  # the last norm's input and output, the targets
-    beside = {}
-    if stage1:  # the teacher's q, k and v; they are the only ones kept beside the student's
-        beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
-    if not cut:  # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
-        beside["logits"] = (
-            min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * stage1)
+def check(
+    args: argparse.Namespace,
+    config: LlamaConfig,
+    student: LlamaConfig,
+    stages: list[Stage],
+    tokenizer: Tokenizer,
+    processes: int,
+) -> None:
+    """Every refusal that needs no text and no weights. Raises ValueError."""
+    if args.shard and processes == 1:
+        raise ValueError(
+            "--shard cuts the models over several processes: torchrun --nproc_per_node N train.py ..."
         )
-    if b == 2:  # autograd keeps the bfloat16 copies of float32 weights
-        kept_casts = (
-            (1 if checkpointing else c.n_layer) * b * trained_parameters(c, rank) // c.n_layer
+    for s in stages:
+        if s.batch % processes:
+            raise ValueError(f"--batch{s.name[-1]} is {s.batch} and there are {processes} processes; "
+                             "it must be a multiple of that")  # fmt: skip
+    distils = [s for s in stages for s in (s, s.beside) if s and s.objective == "relation"]
+    if student.rope.kind == "dynamic" and any(config.rope.length >= s.T for s in distils):
+        raise ValueError("--rope dynamic changes nothing up to the native length: there is nothing to distil; use "
+                         "--stage 2 --native-blocks 0")  # fmt: skip
+    if tokenizer.size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is {config.vocab_size}: "
+                         "they are not one model's")  # fmt: skip
+    if args.lora_rank and args.lora_rank > config.width:
+        raise ValueError(
+            f"--lora-rank is {args.lora_rank}; it must be from 1 to the model's width, {config.width}"
         )
-    return {"activations": kept * tokens + (kept_casts if b == 2 else 0)} | beside
+    with torch.device("meta"):
+        checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
 
 
-def memory(
-    c: LlamaConfig,
-    stage: Stage,
-    dtype: torch.dtype,
-    micro: int,
-    checkpointing: bool,
-    rank: int | None = None,
-    shards: int = 1,
-) -> dict[str, int]:
-    """Bytes by part for one process working on `micro` blocks at a time; `shards`: over how many --shard cuts."""
-    b = torch.finfo(dtype).bits // 8
-    everything, qkv = parameters(c)
-    ends = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
-    trained = trained_parameters(c, rank)
-    parts = {
-        "frozen and shared weights": ends * b + (everything - qkv - ends) * b // shards,
-        "teacher's q, k, v": qkv * b // shards,
-        "trained weights, gradients, Adam": trained * 16 // shards,
-    }
-    if shards > 1:  # the layer at work and the next one, gathered, and the gradients of one
-        parts["gathered layers"] = (
-            2 * (everything - ends + trained) * b + 4 * trained
-        ) // c.n_layer
-    parts |= activation_bytes(c, stage, dtype, micro, checkpointing, rank)
-    # One relation's student in float32 and its gradient, and what it hands on: the largest is Q/Q
-    parts["at work"] = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
-    return parts | {"allocator, a tenth": sum(parts.values()) // 10}
+def check_text(corpus, stages: list[Stage], lookups) -> None:
+    """Every refusal that needs the text. lookups: None, or what makes look-up documents."""
+    for stage in stages:
+        for s in (stage, stage.beside):
+            if s:
+                corpus.blocks(s.T)
+                if lookups:
+                    lookups.check(s.T)
+
+
+def relation_impl(args: argparse.Namespace, config: LlamaConfig, dtype, device) -> tuple[str, str]:
+    """(the implementation of the relation loss, why)."""
+    head = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device)
+    if args.impl == "auto":
+        return choose(head)
+    if args.impl == "triton":
+        import kernel_triton
+
+        if reason := kernel_triton.unsupported(head):
+            raise ValueError(f"--impl triton: {reason}; leave it at auto")
+    return args.impl, "--impl says so"
 
 
 def needs_checkpointing(need: dict[str, int], free: int) -> bool:
@@ -191,64 +151,19 @@ def needs_checkpointing(need: dict[str, int], free: int) -> bool:
 
 
 def settle(
-    c: LlamaConfig,
-    stage: Stage,
-    dtype: torch.dtype,
-    micro: int | None,
-    rank,
-    shards: int,
-    own: int,
-    free: int,
+    c: LlamaConfig, stage: Stage, dtype, micro: int | None, rank, shards: int, own: int, free: int
 ):
     """(blocks at a time, checkpointing, memory by part) of a process that does `own` blocks of each step."""
-    micro = min(micro or max(1, 8192 // stage.T), own)
+    micro = at_a_time(stage, micro, own)
     checkpointing = needs_checkpointing(memory(c, stage, dtype, micro, False, rank, shards), free)
     return micro, checkpointing, memory(c, stage, dtype, micro, checkpointing, rank, shards)
-
-
-def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, float]:
-    """Floating-point operations of one step, over all processes, by part (the module's docstring has the rule)."""
-    L, heads = c.n_layer, c.n_head + 2 * c.n_kv_head
-    qkv = 2 * c.width * c.head_dim * heads  # forward, a token and layer
-    rest = 2 * c.n_head * c.head_dim * c.width + 6 * c.width * c.mlp_width
-    attention = 2 * c.head_dim * c.n_head * stage.T
-    adapters = 2 * trained_parameters(c, rank) / L if rank else 0
-    learning = 2 * adapters if rank else qkv
-    stage1 = stage.objective == "relation"
-    cut = stage1 and not stage.logits  # the last layer ends at its q, k and v, and there is no head
-    layers, head = L - cut, 0 if cut else 2 * c.width * c.vocab_size
-    forward = L * qkv + layers * (rest + attention) + head
-    parts = {"teacher forward": forward} if stage1 else {}
-    parts["student forward"] = forward + L * adapters
-    if stage1:
-        parts["relation"] = L * 6 * c.head_dim * stage.T * heads
-    parts["backward"] = L * learning + (L - 1) * qkv + layers * (rest + 2 * attention) + head
-    return {k: v * stage.T * stage.batch for k, v in parts.items()}
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can still take on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with open("/proc/meminfo") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
 
 
 def refuse_if_too_large(parts: dict[str, int], free: int, stage: Stage) -> None:
     need = sum(parts.values())
     if need > free:
-        raise ValueError(
-            f"{stage.name} needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; {remedy(stage)}"
-        )
-
-
-class OutOfMemory(ValueError):
-    """The device's memory ran out during a step, on one process or more."""
-
-    def __init__(self, stage: Stage, device: torch.device):
-        super().__init__(
-            f"{stage.name} ran out of memory on {device}: {remedy(stage)}. The last saved state is kept"
-        )
+        raise ValueError(f"{stage.name} needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+                         f"{remedy(stage)}")  # fmt: skip
 
 
 def remedy(stage: Stage) -> str:
@@ -260,8 +175,15 @@ def remedy(stage: Stage) -> str:
     )
 
 
+def out_of_memory(stage: Stage, device: torch.device, kept: str = "") -> OutOfMemory:
+    return OutOfMemory(f"{stage.name} ran out of memory on {device}: {remedy(stage)}{kept}")
+
+
+# ---- what is printed
+
+
 def describe(
-    c: LlamaConfig, student: LlamaConfig, plan: list[Stage], parts: list[dict[str, int]], rank=None
+    c: LlamaConfig, student: LlamaConfig, stages: list[Stage], needs: list[dict], rank=None
 ) -> str:
     """What is printed before the run: the positions old and new, the parameters, the stages and their memory."""
     everything, _ = parameters(c)
@@ -269,53 +191,52 @@ def describe(
     for name, config in (("teacher", c), ("student", student)):
         r = config.rope
         lines.append(f"{name:12}{r.kind:>10}{r.factor:>9g}{r.theta:>12g}{r.length:>10,}")
-    lines.append(
-        f"parameters  {everything:,} in all, {trained_parameters(c, rank):,} trained ({', '.join(TRAINED)})"
-    )
+    if student.rope.kind == "linear":
+        lines.append(
+            "positions   linear is the paper's kind; --rope yarn loses far less before training (README)"
+        )
+    if student.rope.kind == "dynamic":
+        lines.append(
+            "positions   dynamic is served by transformers alone: vLLM and llama.cpp read it otherwise"
+        )
+    trained = trained_parameters(c, rank)
+    lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")
     if c.window:
         lines.append(
             f"the teacher attends over a sliding window of {c.window:,}; the student over its whole length"
         )
-    for stage, part in zip(plan, parts, strict=True):
+    for stage, need in zip(stages, needs, strict=True):
         lines.append(
-            f"{stage.name}      {stage.objective}, {stage.steps} steps of {stage.batch} x {stage.T:,} tokens "
-            f"({stage.tokens / 1e6:.2f}M), learning rate {stage.lr:g}, about {sum(part.values()) / 2**30:.1f} GiB:"
+            f"{stage.name}      {stage.objective}, {stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens "
+            f"({stage.tokens:,}), learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
-        lines.append("            " + ", ".join(f"{k} {v / 2**30:.2f}" for k, v in part.items()))
+        if b := stage.beside:
+            lines.append(
+                f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"
+            )
+        lines.append("            " + ", ".join(f"{k} {size(v)}" for k, v in need.items() if v))
     return "\n".join(lines)
+
+
+def size(b: float) -> str:
+    """1.5 GiB, 23 MiB, 4 KiB."""
+    for unit, n in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if b >= 2**n:
+            return f"{b / 2**n:.3g} {unit}"
+    return f"{b:.0f} B"
 
 
 def describe_time(
-    c: LlamaConfig, plan: list[Stage], rank: int | None, rate: float, size: int, given: bool
+    c: LlamaConfig, stages: list[Stage], rank, rate: float, processes: int, given: bool
 ) -> str:
-    """The work of each stage, and its time at half of `rate` flop/s on each of `size` devices."""
+    """The work of each stage, and its time at half of `rate` flop/s on each process's device."""
     lines = []
-    for stage in plan:
+    for stage in stages:
         work = {k: v * stage.steps for k, v in flops(c, stage, rank).items()}
-        seconds = sum(work.values()) / (0.5 * rate * size)
+        seconds = sum(work.values()) / (0.5 * rate * processes)
         shares = ", ".join(f"{k} {v / sum(work.values()):.0%}" for k, v in work.items())
         lines.append(
             f"{stage.name}      {sum(work.values()):.3g} flop ({shares}); at half of the "
-            f"{'given' if given else 'measured'} {size} x {rate / 1e12:.3g} TFLOP/s about {clock(seconds)}"
+            f"{'given' if given else 'measured'} {processes} x {rate / 1e12:.3g} TFLOP/s about {clock(seconds)}"
         )
     return "\n".join(lines)
-
-
-def clock(seconds: float) -> str:
-    """12s, 3m20s, 5h07m."""
-    s = round(seconds)
-    return (
-        f"{s}s"
-        if s < 60
-        else f"{s // 60}m{s % 60:02d}s"
-        if s < 3600
-        else f"{s // 3600}h{s % 3600 // 60:02d}m"
-    )
-
-
-def learning_rate(stage: Stage, step: int) -> float:
-    """Up over the first twentieth, never from 0, then down in a straight line to a fiftieth."""
-    warm = math.ceil(stage.steps / 20)
-    return stage.lr * min(
-        (step + 1) / (warm + 1), max(0.02, (stage.steps - step) / max(1, stage.steps - warm))
-    )

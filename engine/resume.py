@@ -1,54 +1,65 @@
-"""Stopping and going on: training state that survives Ctrl-C, a kill at any moment, and a full disk.
+"""Stopping and going on: training state that survives Ctrl-C, a kill at any moment, damage and a full disk.
 
 What.  state/step-N/ holds state.safetensors (the trained weights and Adam's two moments, by name) and state.json (the
-stage, the step, the figures so far, the arguments that matter). It is written beside its name, synced and renamed, so a
-name that exists is complete; the last two are kept.
+stage, the step, the figures so far, what the run depends on, and a checksum). It is written apart, synced and renamed
+(folder.py), so a name that exists was complete; the last two are kept. A state that does not read back as it was
+written is named and passed over for the one before it.
 
-Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a step of its
-number alone, so weights, moments and the step's number are the whole state: a resumed run has the losses and weights
-of one that was never interrupted, to the bit, on the same hardware and library versions.
+Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a step is one of its
+number, so weights, moments and the step's number are the whole state: a resumed run has the losses and weights of one
+that was never interrupted, to the bit, on the same hardware and library versions.
+
+What it depends on.  The arguments that decide the result, and the contents of the teacher's files and of the text, by
+their digests. A resumed run must have the same; what changed is named.
 
 Processes.  A state holds whole tensors, whatever number of processes wrote it: any other number reads it.
 
-Signals.  Ctrl-C or SIGTERM asks for a stop: the step is finished, the state saved, the exit code is 3. A second one
-kills at once; under torchrun, which passes on to its processes the Ctrl-C that they already had, only if it comes a
-second or more after the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then the state before counts.
+Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop: the step is finished, the state saved, the exit
+code is 3. A second one kills at once; under torchrun, which passes on to its processes the Ctrl-C that they already
+had, only if it comes a second or more after the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then
+the state before counts.
+
+Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed.
 """
 
 import argparse
+import hashlib
 import json
 import os
-import shutil
+import re
 import signal
 import time
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from engine import parallel
+from engine.folder import Folder
 from hub import files
 
-STOPPED = 3  # exit code of a run that was asked to stop and saved its state
 _KEEP = 2
+_NAME = re.compile(r"step-(\d{8})")
 
 
 class StopRequest:
-    """True once SIGINT or SIGTERM came; the next one then has its usual effect, at once."""
+    """True once SIGINT, SIGTERM or SIGHUP came; the next one then has its usual effect, at once."""
 
     def __init__(self):
         self.asked = 0.0
-        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
+        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        self._before = {n: signal.signal(n, self._ask) for n in signals}
 
     def _ask(self, number, frame) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.asked < 1:
             return
         if self.asked or "TORCHELASTIC_RUN_ID" not in os.environ:
             for n in self._before:
-                signal.signal(
-                    n, signal.SIG_DFL
-                )  # not KeyboardInterrupt, which waits for torch to come back
+                signal.signal(n, signal.SIG_DFL)  # not KeyboardInterrupt, which waits for torch
         if self.asked:
             os.kill(os.getpid(), number)
         self.asked = time.monotonic()
@@ -61,19 +72,33 @@ class StopRequest:
         return self.asked > 0
 
 
-def save(
-    folder: Path, weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, info: dict
-) -> None:
-    """Writes folder/step-<info["total"]>; what it raises (a full disk, say) leaves everything older intact."""
-    write(folder, gather(weights, optimiser), info)
+@dataclass
+class Progress:
+    """How far a run is: the step to do next, and the columns of the table that are there."""
+
+    stage: int = 0  # its number in the plan
+    step: int = 0  # of that stage
+    total: int = 0  # steps done, over all stages
+    columns: dict[str, dict[str, float]] = field(default_factory=dict)
+    state: Path | None = None  # where weights and moments are to be read from
+
+
+def kept(at: Progress) -> str:
+    """What a refusal may promise."""
+    return ". The last saved state is kept" if at.state else ""
 
 
 def gather(
     weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, keep: bool = True
 ) -> dict[str, Tensor]:
-    """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one may keep them."""
+    """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one may keep them.
+
+    Raises ValueError naming a weight that is not finite: such a state could never go on.
+    """
     tensors = {}
     for name, p in weights.items():
+        if not torch.isfinite(parallel.own(p)).all():
+            raise ValueError(f"the update made {name} NaN or infinite; lower the learning rate")
         moments = optimiser.state.get(p, {})
         held = {"": p} | {f"{k}.": moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
         for key, t in held.items():
@@ -83,36 +108,61 @@ def gather(
     return tensors
 
 
-def write(folder: Path, tensors: dict[str, Tensor], info: dict) -> None:
-    with files.atomic_directory(folder / f"step-{info['total']:08d}") as work:
+def write(out: Folder, tensors: dict[str, Tensor], at: Progress, depends: dict) -> None:
+    """state/step-<at.total>, whole or not at all; then the states before the last two go."""
+    info = {"total": at.total, "stage": at.stage, "step": at.step, "columns": at.columns}
+    with out.directory(f"state/step-{at.total:08d}") as work:
         save_file(tensors, work / "state.safetensors")
+        info |= {"checksum": _checksum(work / "state.safetensors"), "depends": depends}
         (work / "state.json").write_text(json.dumps(info) + "\n")
-    for old in sorted(folder.glob("step-*"))[:-_KEEP]:
-        old.rename(
-            old.with_name(f".{old.name}.old")
-        )  # a kill while it is removed must not leave half a state
-    for rest in folder.glob(".step-*"):  # also what earlier kills left
-        shutil.rmtree(rest)
+    at.state = out.path / f"state/step-{at.total:08d}"
+    for old in _states(out.path / "state")[_KEEP:]:
+        out.remove(f"state/{old.name}")
+
+
+def _checksum(file: Path) -> int:
+    value = 0
+    with file.open("rb") as f:
+        while piece := f.read(1 << 24):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+def _states(folder: Path) -> list[Path]:
+    """What is named like a state, newest first."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted((p for p in found if _NAME.fullmatch(p.name)), reverse=True)
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest complete state, or None."""
-    complete = sorted(folder.glob("step-*"))
-    return complete[-1] if complete else None
+    """The newest state that reads back as it was written, or None; a damaged one is named on the way."""
+    for state in _states(folder):
+        try:
+            info = load_info(state)
+            if _checksum(state / "state.safetensors") != info["checksum"]:
+                raise ValueError("state.safetensors is not as it was written")
+            return state
+        except (ValueError, KeyError, TypeError, OSError) as e:
+            print(f"{state} is damaged ({e}); looking for the one before it", flush=True)
+    return None
 
 
 def load_info(state: Path) -> dict:
-    return files.read_json(state / "state.json")
+    """state.json, with the keys of Progress and `depends`."""
+    info = files.read_json(state / "state.json")
+    kinds = {"total": int, "stage": int, "step": int, "columns": dict, "depends": dict}
+    for key, kind in kinds.items():
+        if not isinstance(info.get(key), kind):
+            raise ValueError(f"state.json has no {key}")
+    return info
 
 
-def load(
-    state: Path,
-    weights: dict[str, nn.Parameter],
-    optimiser: torch.optim.Optimizer | None,
-    step: int,
-) -> None:
-    """Puts weights and, unless None, Adam's moments back; `step` is how many updates the optimiser has made."""
-    tensors = load_file(state / "state.safetensors")
+def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) -> None:
+    """Puts weights and, unless None, Adam's moments back; `step` is how many updates it has made."""
+    try:
+        tensors = load_file(state / "state.safetensors")
+    except SafetensorError as e:
+        raise ValueError(f"{state}/state.safetensors cannot be read: {e}") from None
     for name, p in weights.items():
         if name not in tensors or tensors[name].shape != p.shape:
             raise ValueError(
@@ -123,68 +173,78 @@ def load(
             moments = {
                 k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
             }
-            optimiser.state[p] = {"step": torch.tensor(float(step)), **moments}
+            place = (
+                p.device if optimiser.defaults["fused"] else "cpu"
+            )  # where each kind of Adam counts
+            optimiser.state[p] = {"step": torch.tensor(float(step), device=place), **moments}
 
 
-def matters(args: argparse.Namespace) -> dict:
-    """The arguments that decide the result: a resumed run must have the same."""
-    keys = [
-        "scale",
-        "rope",
-        "stage",
-        "seed",
-        "lora_rank",
-        "lora_alpha",
-        "lora_dropout",
-        "logit_weight",
-        "lookups",
-    ]
-    keys += ["eval_blocks"]
-    keys += [f"{key}{n}" for key in ("tokens", "length", "batch", "lr") for n in (1, 2)]
+def matters(args: argparse.Namespace, stages: list, text: str) -> dict:
+    """What decides the result: a resumed run must have the same. text: the corpus' digest."""
+    keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout")
+    keys += ("logit_weight", "relations", "lookups", "eval_blocks", "dtype")
+    out = {k: getattr(args, k) for k in keys}
+    for s in stages:
+        plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
+        plan |= {"native blocks": s.beside.batch // s.batch} if s.beside else {}
+        out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
-    return {k: getattr(args, k) for k in keys} | paths
+    return out | paths | {"teacher's files": digest(args.teacher), "text": text}
 
 
-def claim_out(args: argparse.Namespace) -> dict | None:
-    """Refuses an --out that holds another run; returns the state to resume from, if asked for and there."""
-    found = latest(args.out / "state")
-    if args.resume and found:
-        info = load_info(found)
-        same_run(info["arguments"], matters(args))
-        return info | {"from": found}
-    if (args.out / "run.json").exists() and not args.resume:
-        raise ValueError(
-            f"--out {args.out} holds another run; add --resume to go on with it, or name another --out"
-        )
-    return None
+def digest(path: Path) -> str:
+    """Of the contents of a model directory's config, tokenizer and safetensors, by name."""
+    whole = hashlib.sha256()
+    for file in sorted(path.iterdir()):
+        if file.name.endswith((".safetensors", ".json", ".model", ".tiktoken", ".txt")):
+            whole.update(f"{file.name} {file_digest(file)}\n".encode())
+    return whole.hexdigest()[:16]
+
+
+def file_digest(file: Path) -> str:
+    value = hashlib.sha256()
+    with file.open("rb") as f:
+        while piece := f.read(1 << 24):
+            value.update(piece)
+    return value.hexdigest()
+
+
+def find(out: Path, depends: dict) -> Progress:
+    """What --resume goes on from: the newest good state, or the beginning where none was saved yet."""
+    state = latest(out / "state")
+    if state is None:
+        if _states(out / "state"):
+            raise ValueError(f"no state in {out}/state is whole; start anew with another --out")
+        print("no state was saved yet: starting from the beginning", flush=True)
+        return Progress()
+    info = load_info(state)
+    same_run(info["depends"], depends)
+    return Progress(info["stage"], info["step"], info["total"], info["columns"], state)
 
 
 def same_run(saved: dict, now: dict) -> None:
-    """Refuses to continue with a changed argument that matters, by name."""
+    """Refuses to continue with something changed that matters, by name."""
     changed = [k for k in now if saved.get(k) != now[k]]
     if changed:
         said = "; ".join(f"{k} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
         raise ValueError(f"--resume: {said}; give the old values, or start anew with another --out")
 
 
-def cut_log(file: Path, total: int) -> None:
+def cut_log(out: Folder, total: int) -> None:
     """Drops what an interrupted run logged after the state that is resumed."""
-    if file.is_file():
-        rows = [
-            line
-            for line in file.read_text().splitlines()
-            if _number(line) is not None and _number(line) < total
-        ]
-        files.write_atomic(file, "".join(f"{r}\n" for r in rows))
+    file = out.path / "metrics.jsonl"
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    kept = [line for line in lines if (n := _number(line)) is not None and n < total]
+    out.write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
 
 
 def _number(line: str) -> int | None:
     try:
         return json.loads(line)["total"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None  # the line that the kill cut short
 
 
 def reseed(seed: int, total: int, block: int) -> None:
-    """The noise of a step (LoRA's dropout) depends on its number and on the first block it is for, on no process."""
+    """The noise of a step (LoRA's dropout) depends on its number and its first block, on no process."""
     torch.manual_seed(hash((seed, total, block)) % (1 << 63))

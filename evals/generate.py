@@ -1,52 +1,49 @@
-"""Text out: greedy generation with a key/value cache, and a prompt to try a checkpoint with.
+"""Text out: greedy generation with a key/value cache.
 
-    python generate.py --model out/demo/student --prompt "def main("
+How it is computed.  The prompts are read once, in one batch, by the forward that training uses
+(prefill), and their keys and values are kept. Then every step reads one token per sequence: its
+query against the kept keys, each sequence at its own position. The cache is
+[B, Hkv, prompt + new, D] per layer; shorter prompts are padded on the right, where nothing looks.
 
-How it is computed.  Each prompt is read once by the forward that training uses (prefill), and its keys and values are
-kept. Then every step reads one token a sequence: its query against the kept keys, all sequences in one batch, each at
-its own position. The cache is [B, Hkv, prompt + new, D] a layer.
+Under "dynamic" and "longrope" positions the frequencies depend on the length at hand. A step then
+takes those of the current length, while kept keys hold those of the length at which they were made:
+so do transformers. Prompts of such a model are continued one by one.
 
-Limits.  Greedy only. Under "dynamic" and "longrope" positions the frequencies depend on the length at hand, and kept
-keys hold those of the prompt's length, as they do in transformers; for every other kind, cache and no cache give the
-same tokens.
+Limits.  Greedy only. For every other kind of position, cache and no cache give the same tokens.
 """
 
-import argparse
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hub.tokenizer import load_tokenizer
-from model import Llama, check_device
+from engine.cost import free_memory
+from hub.tokenizer import Tokenizer
+from model import Llama
 from rope import rotation
+
+BY_LENGTH = ("dynamic", "longrope")  # kinds of position whose frequencies depend on the length
 
 
 class LayerCache:
-    """One layer's keys and values [B, Hkv, room, D]; `lengths` [B], shared by all layers, says how many are valid."""
+    """One layer's keys and values [B, Hkv, room, D]; `lengths` [B] says how many are valid.
 
-    def __init__(
-        self,
-        B: int,
-        heads: int,
-        room: int,
-        D: int,
-        like: Tensor,
-        lengths: Tensor,
-        window: int | None,
-    ):
-        self.k, self.v = (
-            torch.zeros(B, heads, room, D, dtype=like.dtype, device=like.device) for _ in range(2)
-        )
+    All layers share one tensor of lengths.
+    """
+
+    def __init__(self, k: Tensor, v: Tensor, room: int, lengths: Tensor, window: int | None):
+        """k, v [B, Hkv, T, D]: the prompts', right-padded."""
+        B, heads, T, D = k.shape
+        self.k, self.v = k.new_zeros(B, heads, room, D), v.new_zeros(B, heads, room, D)
+        self.k[:, :, :T], self.v[:, :, :T] = k, v
         self.lengths, self.window = lengths, window
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds one position a sequence, k and v [B, Hkv, 1, D]; returns all keys, all values and who is seen."""
-        B = k.shape[0]
-        rows = torch.arange(B, device=k.device)
+        """Adds one position per sequence, k and v [B, Hkv, 1, D].
+
+        Returns all keys, all values and who is seen [B, 1, 1, room].
+        """
+        rows = torch.arange(k.shape[0], device=k.device)
         self.k[rows, :, self.lengths], self.v[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
         j = torch.arange(self.k.shape[2], device=k.device)
         seen = j <= self.lengths[:, None]  # [B, room]
@@ -55,46 +52,66 @@ class LayerCache:
         return self.k, self.v, seen[:, None, None]
 
 
+def cache_bytes(model: Llama, B: int, room: int, dtype: torch.dtype) -> int:
+    """Of the keys and values of B sequences of `room` tokens."""
+    c = model.config
+    return 2 * c.n_layer * B * c.n_kv_head * room * c.head_dim * dtype.itemsize
+
+
 @torch.no_grad()
-def steps(model: Llama, prompts: list[list[int]], new: int, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Yields the next token [B] of every prompt, `new` times. Prompts are id lists of any, not equal, lengths."""
+def steps(
+    model: Llama, prompts: list[list[int]], new: int, dtype: torch.dtype, vocabulary: int | None
+) -> Iterator[Tensor]:
+    """Yields the next token [B] of every prompt, `new` times. Prompts are ids of any lengths.
+
+    vocabulary: ids from here on are never chosen: embeddings are often padded beyond the tokenizer's.
+    Raises ValueError for an empty prompt, and where the cache would not fit the free memory.
+    """
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, such as the model's BOS")
-    c, device = model.config, model.device
-    room, B = max(map(len, prompts)) + new, len(prompts)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    like = torch.empty(0, dtype=dtype, device=device)
-    caches = [
-        LayerCache(B, c.n_kv_head, room, c.head_dim, like, lengths, c.window)
-        for _ in range(c.n_layer)
-    ]
-    last = []
-    for b, prompt in enumerate(prompts):
-        h = model.embed(torch.tensor([prompt], device=device), dtype)
-        turn = model.turn(len(prompt), h)
-        for layer, cache in zip(model.model.layers, caches, strict=True):
-            h, (_, k, v) = layer(h, turn)
-            cache.k[b, :, : len(prompt)], cache.v[b, :, : len(prompt)] = k[0], v[0]
-        last.append(h[:, -1:])
-    h = torch.cat(last)  # [B, 1, C]
+    c, device, B = model.config, model.device, len(prompts)
+    longest = max(map(len, prompts))
+    need, free = cache_bytes(model, B, longest + new, dtype), free_memory(device)
+    if need > free:
+        raise ValueError(
+            f"{new} new tokens need a cache of {need / 2**30:.1f} GiB and {free / 2**30:.1f} are free; "
+            "ask for fewer"
+        )
+    ids = torch.zeros(B, longest, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        ids[row, : len(prompt)] = torch.tensor(prompt)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    caches = []
+    for h, (_, k, v) in model.walk(ids.to(device), dtype):  # noqa: B007 - the last h is wanted
+        caches.append(LayerCache(k, v, longest + new, lengths, c.window))
+    h = h[torch.arange(B, device=device), lengths - 1]  # [B, C]
     for n in range(new):
-        token = model.lm_head(model.model.norm(h[:, -1])).argmax(-1)
+        token = model.lm_head(model.model.norm(h))[:, :vocabulary].argmax(-1)
         yield token
         if n + 1 < new:
             h = model.embed(token[:, None], dtype)
-            cos, sin = rotation(c.rope, c.head_dim, lengths[:, None], room, dtype)  # [B, 1, D]
+            now = longest + n + 1  # tokens of the longest sequence
+            cos, sin = rotation(c.rope, c.head_dim, lengths[:, None], now, dtype)  # [B, 1, D]
             for layer, cache in zip(model.model.layers, caches, strict=True):
                 h, _ = layer(h, (cos[:, None], sin[:, None]), cache)
+            h = h[:, 0]
             lengths += 1
 
 
 def generate(
-    model: Llama, prompts: list[list[int]], new: int, dtype: torch.dtype, eos: int | None = None
+    model: Llama,
+    prompts: list[list[int]],
+    new: int,
+    dtype: torch.dtype,
+    eos: int | None = None,
+    vocabulary: int | None = None,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, at most `new` tokens, cut before the end token."""
+    if model.config.rope.kind in BY_LENGTH and len(prompts) > 1:
+        return [generate(model, [p], new, dtype, eos, vocabulary)[0] for p in prompts]
     out: list[list[int]] = [[] for _ in prompts]
     done = [False] * len(prompts)
-    for token in steps(model, prompts, new, dtype):
+    for token in steps(model, prompts, new, dtype, vocabulary):
         for b, t in enumerate(token.tolist()):
             done[b] = done[b] or t == eos
             if not done[b]:
@@ -104,40 +121,21 @@ def generate(
     return out
 
 
-def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.add_argument("--model", type=Path, required=True)
-    p.add_argument("--prompt", help="the text to go on from (default: standard input)")
-    p.add_argument("--tokens", type=int, default=100, help="at most this many new tokens")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = p.parse_args(argv)
-    if args.tokens < 1:
-        raise ValueError(f"--tokens is {args.tokens}; it must be at least 1")
-    check_device(args.device)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
-    tokenizer = load_tokenizer(args.model)
-    ids = tokenizer.encode(args.prompt if args.prompt is not None else sys.stdin.read(), bos=True)
-    began, out, said = time.time(), [], ""
-    for token in steps(model, [ids], args.tokens, dtype):
+def stream(
+    model: Llama, tokenizer: Tokenizer, ids: list[int], new: int, dtype: torch.dtype
+) -> Iterator[tuple[str, int]]:
+    """(a piece of text, tokens so far) of the continuation of one prompt, until the end token.
+
+    A character whose bytes are not all there yet waits for the next piece. A piece is what decoding
+    adds to the piece before it, so that the time per token does not grow with the text.
+    """
+    out: list[int] = []
+    last, said = 0, 0  # out[last:said] is the piece before
+    for token in steps(model, [ids], new, dtype, tokenizer.size):
         if token.item() == tokenizer.eos_id:
             break
         out.append(token.item())
-        text = tokenizer.decode(out)
-        if not text.endswith("\ufffd"):  # a character whose bytes are not all there yet
-            print(text[len(said) :], end="", flush=True)
-            said = text
-    print(
-        f"\n[{len(ids)} tokens in, {len(out)} out, {len(out) / (time.time() - began):.0f} tokens/s]",
-        file=sys.stderr,
-    )
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        print(f"generate.py: {e}", file=sys.stderr)
-        sys.exit(2)
+        text = tokenizer.decode(out[last:])
+        if not text.endswith("\ufffd"):
+            yield text[len(tokenizer.decode(out[last:said])) :], len(out)
+            last, said = said, len(out)

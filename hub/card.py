@@ -1,59 +1,132 @@
-"""The model card: the README.md of an exported directory, so that whoever finds it knows what it is and how to run it.
+"""The model card: the README.md of an exported directory, so that whoever finds it knows what it is
+and how to run it.
 
-It states the recipe (what was stretched, by how much, with which stages), the scores that the run measured and the
-exact commands for transformers, vLLM, llama.cpp and lm-evaluation-harness.
+What.  Front matter that the Hub reads (the base model, its licence, what the model is for), the
+recipe (what was stretched, by how much, in which stages), the scores that the run measured, and the
+exact commands for transformers, vLLM, llama.cpp, lm-evaluation-harness and an upload.
 
-vLLM takes max_position_embeddings, which the hub's convention sets to the extended length, for the length before
-linear scaling, and multiplies it by the factor: --max-model-len says what is right.
+How.  Everything comes in as plain values. Names of folders and arguments are escaped: a teacher in
+a folder called "<script>" or with a line "---" in its name changes neither page nor front matter.
+
+Limits.  vLLM takes max_position_embeddings, which the Hub's convention sets to the extended length,
+for the length before linear scaling, and multiplies it by the factor: --max-model-len says what is
+right. Positions of kind "dynamic" run right in transformers alone: vLLM's table of positions ends
+at the native length and llama.cpp's converter drops the scaling, so that the card leaves both out.
+
+Source.  The Hub's model card metadata; the commands of the programs named.
 """
 
-from model import LlamaConfig
+import html
+import json
+import re
+
+# What a stage of engine/plan.py does, by its objective
+_OBJECTIVES = {
+    "relation": "reproduce the original's Q/Q, K/K and V/V relations (LinearARD, arXiv 2604.00004)",
+    "next token": "predict the next token at the long length",
+}
 
 
 def model_card(
-    teacher: LlamaConfig, student: LlamaConfig, name: str, plan: list, scores: str, recipe: dict
+    name: str,
+    *,
+    before: str,
+    after: str,
+    kind: str,
+    length: int,
+    stages: list[dict],
+    scores: str,
+    arguments: dict,
+    base_model: str | None = None,
+    licence: dict[str, str] | None = None,
 ) -> str:
-    """Markdown. name: of the teacher; plan: its stages (plan.py); scores: a table; recipe: arguments that mattered."""
-    old, new = teacher.rope, student.rope
-    stages = "\n".join(
-        f"| {s.name} | {s.objective} | {s.steps} x {s.batch} x {s.T:,} = {s.tokens / 1e6:.2f}M tokens | {s.lr:g} |"
-        for s in plan
+    """Markdown.
+
+    name: of the teacher; before, after: its positions and the student's, in words; kind and length
+    (tokens): of the student's positions; stages: those that were run, each with the keys name,
+    objective, steps, batch, T and lr; scores: a table in Markdown, or ""; arguments: of the run;
+    base_model: the teacher's id on the Hub; licence: its front matter, from `licence_of`.
+    """
+    title = f"{_plain(name)}, extended to {length:,} tokens"
+    did = "; ".join(f"{s['name']}: {_OBJECTIVES[s['objective']]}" for s in stages)
+    kept = "everything but the trained projections is the original's, bit for bit"
+    law = "The original's licence applies."
+    if licence:
+        law = f"The original's licence applies: {_plain(licence.get('license_name', licence['license']))}."
+    given = {k: v for k, v in arguments.items() if v not in (None, [], "")}
+    said = ", ".join(
+        f"{k} {_plain(str(v))}" for k, v in given.items() if k not in ("teacher", "data")
     )
-    changed = f"{old.kind} RoPE, theta {old.theta:g}, {old.length:,} tokens"
-    changed += (
-        f" -> {new.kind} RoPE, factor {new.factor:g}, theta {new.theta:g}, {new.length:,} tokens"
-    )
-    arguments = ", ".join(
-        f"{k} {v}"
-        for k, v in recipe.items()
-        if v not in (None, [], "") and k not in ("teacher", "data")
-    )
-    text = f"""---
-library_name: transformers
-tags: [long-context, rope-scaling]
----
-# {name}, extended to {new.length:,} tokens
-
-{changed}.
-
-Trained to reproduce the original's Q/Q, K/K and V/V relations (stage 1, LinearARD, arXiv 2604.00004) and to predict the
-next token at the long length (stage 2); everything but the trained projections is the original's, bit for bit. The
-original's licence applies.
-
-| stage | objective | steps x blocks x tokens | learning rate |
-|---|---|---|---|
-{stages}
-
-Arguments: {arguments}.
-"""
+    rows = [
+        f"| {s['name']} | {s['objective']} | {s['steps']} x {s['batch']} x {s['T']:,} = "
+        f"{_count(s['steps'] * s['batch'] * s['T'])} tokens | {s['lr']:g} |"
+        for s in stages
+    ]
+    parts = [
+        _front_matter(f"{name}-{length}", base_model, licence or {}),
+        f"# {title}",
+        f"Positions: {before} -> {after}.",
+        f"Trained in {len(stages)} stage{'s' if len(stages) > 1 else ''} ({did}); {kept}. {law}",
+        "| stage | objective | steps x blocks x tokens | learning rate |\n|---|---|---|---|\n"
+        + "\n".join(rows),
+        f"Arguments: {said}.",
+    ]
     if scores:
-        text += f"\nMeasured at the end of the run:\n\n{scores}\n"
-    return text + _commands(new.length)
+        parts.append(f"Measured at the end of the run:\n\n{scores.strip()}")
+    return "\n\n".join([*parts, _commands(length, kind)])
 
 
-def _commands(length: int) -> str:
-    return f"""
-## Use
+def adapter_card(name: str, positions: dict, base_model: str | None = None) -> str:
+    """The README of a LoRA adapter: what PEFT cannot restore, the positions, as keys to set."""
+    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
+    if base_model:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    lines += ["tags: [lora, long-context, rope-scaling]", "---"]
+    return "\n".join(lines) + (
+        f"\n# A LoRA adapter for {_plain(name)}, in PEFT's format\n\n"
+        "It was trained under stretched positions: set these keys in the base model's config.json\n"
+        f"before loading it.\n\n```json\n{json.dumps(positions, indent=1)}\n```\n"
+    )
+
+
+def licence_of(readme: str) -> dict[str, str]:
+    """license, license_name and license_link from a model card's front matter; {} if it has none."""
+    front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme, re.DOTALL)
+    found = {}
+    for line in front[1].splitlines() if front else ():
+        key, colon, value = line.partition(":")
+        value = value.strip().strip("\"'")
+        if key in ("license", "license_name", "license_link") and colon and value:
+            found[key] = value
+    return found if "license" in found else {}
+
+
+def _front_matter(name: str, base_model: str | None, licence: dict[str, str]) -> str:
+    """YAML in which what others wrote stands as JSON strings, which YAML takes literally."""
+    keys = {"model_name": name} | licence
+    if base_model:
+        keys["base_model"] = base_model
+    given = [f"{k}: {json.dumps(v)}" for k, v in keys.items()]
+    fixed = ["library_name: transformers", "pipeline_tag: text-generation"]
+    return "\n".join(["---", *fixed, *given, "tags: [long-context, rope-scaling]", "---"])
+
+
+def _plain(text: str) -> str:
+    """One line that Markdown and HTML show as it is."""
+    flat = html.escape(" ".join(text.split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", flat)
+
+
+def _count(tokens: int) -> str:
+    """950, 41.0k, 2.10M, 1.25B"""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if tokens >= size:
+            return f"{tokens / size:.3g}{letter}"
+    return str(tokens)
+
+
+def _commands(length: int, kind: str) -> str:
+    text = """## Use
 
 transformers (4.57 and 5; config.json holds both of their dialects):
 
@@ -62,8 +135,20 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY", dtype="auto", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
-
-vLLM (the length must be said: under linear scaling vLLM would multiply it once more):
+"""
+    if kind == "dynamic":
+        text += """
+Dynamic positions are computed from the length at hand, which transformers alone does right: vLLM's
+table of positions ends at the native length, and llama.cpp's converter drops the scaling silently.
+"""
+    else:
+        why = ""
+        if kind == "linear":
+            why = (
+                " (the length must be said: under linear scaling it would be multiplied once more)"
+            )
+        text += f"""
+vLLM{why}:
 
 ```bash
 vllm serve DIRECTORY --max-model-len {length}
@@ -75,10 +160,20 @@ llama.cpp:
 python convert_hf_to_gguf.py DIRECTORY --outfile model.gguf
 llama-cli -m model.gguf -c {length}
 ```
-
+"""
+    return (
+        text
+        + f"""
 lm-evaluation-harness:
 
 ```bash
-lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} --tasks lambada_openai,piqa,arc_easy
+lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} --tasks lambada_openai
+```
+
+To the Hub:
+
+```bash
+hf upload YOUR-NAME/MODEL DIRECTORY
 ```
 """
+    )

@@ -156,13 +156,13 @@ def _no_weights(path: Path) -> str:
     return f"{path} holds no model.safetensors and no model.safetensors.index.json"
 
 
-def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
-    """Fills a model built on `meta`, strictly: every missing, extra or mis-shaped tensor is named."""
+def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
+    """{parameter: its file}, from headers alone; every missing, extra or mis-shaped tensor is named."""
     found = find_tensors(path)
     wanted = {
         name: tuple(p.shape) for name, p in model.named_parameters()
     }  # a tied head appears once
-    if getattr(model.config, "tied", False):
+    if model.config.tied:
         found.pop("lm_head.weight", None)  # some writers store the tied copy too
     found = {
         k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")
@@ -182,16 +182,19 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
         ] * bool(extra)
         said += [f"of another shape or dtype: {_some(wrong)}"] * bool(wrong)
         raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(said)}")
-    tied = getattr(model.config, "tied", False)
-    for file in sorted({f for f, _, _ in found.values()}):
+    return {name: found[name][0] for name in wanted}
+
+
+def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
+    """Fills a model built on `meta`, strictly."""
+    found = check_fits(model, path)
+    for file in sorted(set(found.values())):
         try:
             with safe_open(file, framework="pt", device="cpu") as f:
-                for name in (n for n in wanted if found[n][0] == file):
+                for name in (n for n in found if found[n] == file):
                     _place(model, name, f.get_tensor(name), dtype, device)
         except SafetensorError as e:
             raise ValueError(f"{file} cannot be read: {e}") from None
-    if tied:
-        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def _place(
@@ -202,18 +205,35 @@ def _place(
         raise ValueError(
             f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged"
         )
+    set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Puts `value` in the place of the parameter `name`, and of the head if that is tied to it.
+
+    A parameter is taken as it is, shared and not copied; a plain tensor becomes one without grad.
+    """
+    if not isinstance(value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=False)
     owner, _, leaf = name.rpartition(".")
-    moved = tensor.to(device=device, dtype=dtype or tensor.dtype)
-    setattr(model.get_submodule(owner), leaf, nn.Parameter(moved, requires_grad=False))
+    setattr(model.get_submodule(owner), leaf, value)
+    if name == "model.embed_tokens.weight" and model.config.tied:
+        model.lm_head.weight = value
 
 
 def _some(names: list[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def save_pretrained(
+def save_pretrained(model, path: str | Path, **how) -> None:
+    """Writes a Hugging Face directory that appears whole or not at all; `how`: see write_pretrained."""
+    with atomic_directory(Path(path)) as work:
+        write_pretrained(model, work, **how)
+
+
+def write_pretrained(
     model,
-    path: str | Path,
+    work: Path,
     *,
     tokenizer_from: Path | None = None,
     dtype: torch.dtype | None = None,
@@ -222,21 +242,18 @@ def save_pretrained(
     frozen_from: Path | None = None,
     trained: tuple[str, ...] = (),
 ) -> None:
-    """Writes a Hugging Face directory, atomically, reads it back and compares logits before it returns.
+    """Fills the folder `work`, reads it back and compares logits before it returns.
 
     dtype None keeps each tensor's own; tokenizer_from: a directory whose tokenizer files are copied byte for byte.
     frozen_from: a directory whose own bytes replace every tensor but those of the modules named in `trained`, as a
     model that computes in bfloat16 may hold a rounded copy of them.
     Raises RuntimeError if what is on disk does not give the same logits.
     """
-    path = Path(path)
     tensors = {
         n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()
     }
     if frozen_from:
-        tensors |= read_tensors(
-            frozen_from, [n for n in tensors if n.split(".")[-2] not in trained]
-        )
+        tensors |= _stored(model, frozen_from, trained)
     config = model.config.to_hf()
     config.pop("dtype", None)
     names = {
@@ -248,15 +265,14 @@ def save_pretrained(
     config["torch_dtype"] = names[
         tensors["model.embed_tokens.weight"].dtype
     ]  # every transformers reads this key
-    with atomic_directory(path) as work:
-        (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _write_shards(tensors, work, shard_bytes)
-        for name in TOKENIZER_FILES if tokenizer_from else ():
-            if (tokenizer_from / name).is_file():
-                shutil.copyfile(tokenizer_from / name, work / name)
-        if card:
-            (work / "README.md").write_text(card)
-        _check_written(model, work, tensors)
+    (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _write_shards(tensors, work, shard_bytes)
+    for name in TOKENIZER_FILES if tokenizer_from else ():
+        if (tokenizer_from / name).is_file():
+            shutil.copyfile(tokenizer_from / name, work / name)
+    if card:
+        (work / "README.md").write_text(card)
+    _check_written(model, work, tensors)
 
 
 def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> None:
@@ -283,30 +299,37 @@ def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> N
 
 
 def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
-    """The directory must load, hold exactly these bytes, and give the logits of the model in memory."""
-    device = model.device
-    again = type(model).from_pretrained(work, device=str(device))
+    """The directory must load, hold exactly these bytes, and give these weights' logits under the
+    configuration of the model in memory."""
+    again = type(model).from_pretrained(work, device=str(model.device))
+    with torch.device("meta"):
+        meant = type(model)(model.config)
     for name, p in again.named_parameters():
         if not torch.equal(p.cpu(), tensors[name]):
             raise RuntimeError(
-                f"the export in {work} does not hold {name} as it was written; the disk may be failing"
+                f"the export in {work} does not hold {name} as it was written; the disk may fail"
             )
-    ids = torch.arange(8, device=device)[None] % model.config.vocab_size
-    held, compute = model.model.embed_tokens.weight.dtype, again.model.embed_tokens.weight.dtype
+        set_parameter(meant, name, p)
+    ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
-        ours = model.lm_head(model.hidden(ids, compute)).float()
-        theirs = again(ids).float()
-    # float32 throughout agrees to rounding; weights that were held in fewer bits than they are written do not
-    allowed = 1e-2 if held == compute else 1e-1
-    if not torch.allclose(
-        ours,
-        theirs,
-        rtol=1e-4 if held == compute == torch.float32 else 2e-2,
-        atol=allowed * ours.std().item(),
-    ):
+        a, b = meant.eval()(ids).float(), again(ids).float()
+    if not torch.allclose(a, b, rtol=1e-5, atol=1e-5 * a.std().item(), equal_nan=True):
         raise RuntimeError(
-            f"the export in {work} gives other logits than the model: {(ours - theirs).abs().max()}"
+            f"the export in {work} gives other logits than the model: {(a - b).abs().max()}"
         )
+
+
+def _stored(model, frozen_from: Path, trained: tuple[str, ...]) -> dict[str, Tensor]:
+    """The bytes on disk of every tensor but the trained ones, of which the model must hold copies,
+    rounded or not: else the directory is another model's, or something was trained unsaid."""
+    held = dict(model.named_parameters())
+    found = read_tensors(frozen_from, [n for n in held if n.split(".")[-2] not in trained])
+    for name, tensor in found.items():
+        if not torch.equal(tensor.to(held[name].dtype), held[name].detach().cpu()):
+            raise RuntimeError(
+                f"{name} is not what {frozen_from} holds, and not said to be trained"
+            )
+    return found
 
 
 def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:

@@ -61,29 +61,43 @@ def atomic_directory(path: Path):
     work.mkdir()
     try:
         yield work
-        readable = 0o666 & ~_umask()  # safetensors writes files that their owner alone may read
-        for file in sorted(work.rglob("*")):
-            if file.is_file():
-                file.chmod(readable)
-                with file.open("rb") as f:
-                    os.fsync(f.fileno())
+        sync_tree(work)
         shutil.rmtree(old, ignore_errors=True)
         if path.exists():
             path.rename(old)
         work.rename(path)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _umask() -> int:
+def resolve(name: str) -> Path:
+    """The directory that --teacher or --model names."""
+    return Path(name)
+
+
+def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
-def _sync_directory(path: Path) -> None:
+def readable() -> int:
+    """The mode of an ordinary new file: safetensors and tempfile write for their owner alone."""
+    return 0o666 & ~umask()
+
+
+def sync_tree(folder: Path) -> None:
+    """Every file below, readable and on disk."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            file.chmod(readable())
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+
+
+def sync_directory(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY)
     os.fsync(fd)
     os.close(fd)

@@ -21,7 +21,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks._yaml_loader import load_yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from evals import tasks
+from evals import likelihood, tasks
 from hub.tokenizer import load_tokenizer
 from model import Llama
 
@@ -34,6 +34,10 @@ YAML = {
     "winogrande": "winogrande/default.yaml",
     "openbookqa": "openbookqa/openbookqa.yaml",
     "boolq": "super_glue/boolq/default.yaml",
+    "copa": "super_glue/copa/default.yaml",
+    "commonsense_qa": "commonsense_qa/default.yaml",
+    "wsc": "super_glue/wsc/default.yaml",
+    "wsc273": "wsc273/default.yaml",
     "social_iqa": "siqa/siqa.yaml",
     "mathqa": "mathqa/mathqa.yaml",
 }
@@ -67,7 +71,7 @@ def compare(
         groups.setdefault(request.doc_id, []).append(request)
     groups = [sorted(groups[k], key=lambda r: r.idx) for k in sorted(groups)]
     mine = tasks.load(file, limit)
-    got = tasks.score(model, tokenizer, mine, torch.float32)
+    got = likelihood.score(model, tokenizer, mine, torch.float32)
     answers = iter(harness.loglikelihood([r for g in groups for r in g], disable_tqdm=True))
     agree, worst = 0, 0.0
     for i, (group, item) in enumerate(zip(groups, mine.items, strict=True)):

@@ -1,33 +1,115 @@
-"""The model card says what the directory is and gives commands that are right for its length."""
+"""The card says what the directory is, gives commands that are right for it, and escapes names."""
 
+import re
+
+import pytest
+import yaml
 from conftest import random_model
 
-from engine.plan import Stage
-from hub.card import model_card
+from hub.card import adapter_card, licence_of, model_card
+
+STAGES = [
+    {"name": "stage1", "objective": "relation", "T": 64, "batch": 4, "steps": 10, "lr": 0.002},
+    {"name": "stage2", "objective": "next token", "T": 512, "batch": 1, "steps": 5, "lr": 0.0005},
+]
+
+
+def card(name: str = "tiny", kind: str = "linear", **changes) -> str:
+    teacher = random_model().config.rope
+    student = teacher.scaled(kind, 8)
+    given = {
+        "before": str(teacher),
+        "after": str(student),
+        "kind": student.kind,
+        "length": student.length,
+        "stages": STAGES,
+        "scores": "| a | table |",
+        "arguments": {"scale": 8.0, "rope": kind, "lr1": None},
+    }
+    return model_card(name, **given | changes)
+
+
+def front_matter(text: str) -> dict:
+    return yaml.safe_load(re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)[1])
 
 
 def test_the_card_states_recipe_scores_and_commands():
-    teacher = random_model().config
-    student = teacher.extended("linear", 8)
-    plan = [
-        Stage("stage1", "relation", 64, 4, 10, 0.002),
-        Stage("stage2", "next token", 512, 1, 5, 0.0005),
-    ]
-    text = model_card(
-        teacher,
-        student,
-        "tiny",
-        plan,
-        "| a | table |",
-        {"scale": 8.0, "rope": "linear", "lr1": None},
-    )
+    text = card()
     assert text.startswith("---\nlibrary_name: transformers\n")
     for said in (
         "tiny, extended to 512 tokens",
         "linear RoPE, factor 8",
         "10 x 4 x 64",
         "| a | table |",
+        "2.56k tokens",
+        "hf upload",
     ):
         assert said in text
     assert "--max-model-len 512" in text and "max_length=512" in text and "-c 512" in text
     assert "scale 8.0, rope linear" in text and "lr1" not in text
+
+
+@pytest.mark.parametrize(
+    "which, said, unsaid", [(0, "relations", "predict"), (1, "predict", "Q/Q")]
+)
+def test_the_card_claims_the_stages_that_were_run_and_no_other(which, said, unsaid):
+    text = card(stages=[STAGES[which]])
+    assert f"Trained in 1 stage (stage{which + 1}: " in text
+    assert said in text and unsaid not in text and f"stage{2 - which}" not in text
+
+
+def test_the_front_matter_names_base_model_licence_and_task():
+    licence = {"license": "other", "license_name": "llama3", "license_link": "LICENSE"}
+    found = front_matter(card(base_model="meta-llama/Meta-Llama-3-8B", licence=licence))
+    assert found == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "model_name": "tiny-512",
+        "base_model": "meta-llama/Meta-Llama-3-8B",
+        "tags": ["long-context", "rope-scaling"],
+        **licence,
+    }
+    assert "base_model" not in front_matter(card()) and "license" not in front_matter(card())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a\n---\nlicense: mit", "<script>alert(1)</script>", "x](http://e) `y` | z", 'quo"te: #'],
+)
+def test_a_hostile_name_changes_neither_the_page_nor_the_front_matter(name):
+    text = card(name)
+    found = front_matter(text)
+    assert found["model_name"] == f"{name}-512" and "license" not in found
+    body = text.split("\n---\n", 1)[1]
+    assert len([line for line in body.splitlines() if line.startswith("# ")]) == 1
+    assert "<script" not in body and "\n---" not in body
+    assert not re.search(r"(?<!\\)\]\(http", body), "a link that the name opened"
+    assert "<script" not in adapter_card(name, {}).split("\n---\n", 1)[1]
+
+
+def test_dynamic_positions_are_served_by_transformers_alone_and_the_card_says_so():
+    text = card(kind="dynamic")
+    assert "vllm serve" not in text and "convert_hf_to_gguf" not in text
+    assert "transformers alone" in text and "lm_eval" in text
+
+
+@pytest.mark.parametrize(
+    "readme, found",
+    [
+        ("---\nlicense: apache-2.0\nlanguage: en\n---\n# x", {"license": "apache-2.0"}),
+        ('---\nlicense: "mit"\n---', {"license": "mit"}),
+        ("# no front matter\nlicense: mit\n", {}),
+        ("---\nlicense:\n---\n", {}),
+        ("---\nlicense_name: x\n---\n", {}),
+        ("", {}),
+    ],
+)
+def test_the_licence_is_read_from_the_teachers_card(readme, found):
+    assert licence_of(readme) == found
+
+
+def test_the_adapters_readme_says_which_positions_to_set():
+    rope = random_model().config.rope.scaled("linear", 8)
+    text = adapter_card("tiny", rope.to_hf(), base_model="org/tiny")
+    assert front_matter(text)["base_model"] == "org/tiny" and '"factor": 8.0' in text
+    assert front_matter(text)["library_name"] == "peft"

@@ -13,8 +13,10 @@ from conftest import random_model, write_model
 from safetensors.torch import load_file, save_file
 
 from hub import checkpoint, files
+from hub.checkpoint import set_parameter
 from hub.tokenizer import load_tokenizer
-from model import Llama, LlamaConfig
+from model import TRAINED, Llama, LlamaConfig, make_student
+from rope import RopeConfig
 
 IDS = torch.randint(0, 4096, (1, 20), generator=torch.Generator().manual_seed(0))
 
@@ -331,4 +333,28 @@ def test_the_export_is_checked_by_reading_it_back(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", lossy)
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
         checkpoint.save_pretrained(random_model(), tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_export_keeps_the_stored_bits_of_what_was_frozen_and_only_of_that(tmp_path):
+    """Computed in bfloat16, stored in float32: frozen tensors are the teacher's own bits."""
+    source = write_model(tmp_path / "teacher", tie_word_embeddings=False)
+    rounded = Llama.from_pretrained(source, dtype=torch.bfloat16)
+    student = make_student(rounded, rounded.config.extended("linear", 8))
+    keep = {"frozen_from": source, "trained": TRAINED, "dtype": torch.float32}
+    checkpoint.save_pretrained(student, tmp_path / "x", **keep)
+    stored, written = (load_file(p / "model.safetensors") for p in (source, tmp_path / "x"))
+    for name, p in student.named_parameters():
+        assert torch.equal(written[name], p if p.requires_grad else stored[name])
+    set_parameter(student, "model.norm.weight", torch.ones(32))
+    with pytest.raises(RuntimeError, match=r"model\.norm\.weight is not what"):
+        checkpoint.save_pretrained(student, tmp_path / "y", **keep)
+
+
+def test_an_export_whose_config_says_another_network_is_caught(tmp_path, monkeypatch):
+    real = RopeConfig.to_hf
+    monkeypatch.setattr(RopeConfig, "to_hf", lambda rope: real(rope) | {"rope_scaling": None, "rope_parameters": None})  # fmt: skip
+    with pytest.raises(RuntimeError, match="other logits"):
+        model = random_model(rope_scaling={"rope_type": "linear", "factor": 8.0})
+        checkpoint.save_pretrained(model, tmp_path / "x")
     assert not (tmp_path / "x").exists()

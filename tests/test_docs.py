@@ -1,4 +1,4 @@
-"""The README and the tree say the same: files, line budgets, commands and flags."""
+"""The README and the tree say the same: files, imports, line budgets, commands, flags and docstrings."""
 
 import ast
 import re
@@ -9,77 +9,132 @@ import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
-MODULES = sorted(p for p in ROOT.glob("*.py"))
+BOOK = ("rope", "model", "relation_kl", "kernel_triton", "train", "eval")
+FOLDERS = ("hub", "engine", "evals", "bench")
+MODULES = sorted(
+    p for p in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
+)
+MODULES = [p for p in MODULES if p.name != "__init__.py"]
 # Above the general budget of 400 lines, with the reason
 LARGER = {
-    "kernel_triton.py": 460,  # two kernels, and tile choices with their evidence
-    "ruler.py": 600,  # thirteen tasks, whose templates are data
+    "kernel_triton.py": 520,  # two kernels, and tile choices with their evidence
+    "kernel_hopper.py": 520,  # likewise
+    "train.py": 420,  # both stages in one reading
 }
+# Above the general budget of 60 lines: the two scripts' one flow of locals, and kernels
+LONG = {"train.main", "eval.main"}
+# Imports go down only: a room may import those of a lower rank, and its own
+RANK = {"hub": 0, "rope": 0, "kernel_triton": 0, "kernel_hopper": 0, "relation_kl": 1, "model": 2}
+RANK |= {"engine": 3, "evals": 4, "eval": 5, "train": 6, "bench": 7}
 
 
-def test_the_file_tree_names_every_module_and_no_other():
-    tree = README.split("## The files")[1].split("\n## ")[0]
-    named = set(re.findall(r"`(\w+\.py)`", tree))
-    assert named == {p.name for p in MODULES}
+def room(path) -> str:
+    return path.stem if path.parent == ROOT else path.parent.name
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
+def imported(path, everywhere: bool = True) -> set[tuple[str, ...]]:
+    """What of ours a module imports, as ("engine", "data") or ("rope",); everywhere: also inside functions."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found |= {tuple(a.name.split(".")) for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            first = tuple(node.module.split("."))
+            names = {(*first, a.name) for a in node.names}
+            found |= names if len(first) == 1 and first[0] in FOLDERS else {first}
+    return {name[:2] for name in found if name[0] in RANK}
+
+
+def test_the_top_level_is_the_book():
+    assert {p.stem for p in ROOT.glob("*.py")} - {"kernel_hopper"} == set(BOOK)
+
+
+def test_imports_go_down_only():
+    for path in MODULES:
+        for name in imported(path):
+            up = RANK[name[0]] >= RANK[room(path)] and name[0] != room(path)
+            assert not up, f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
+
+
+def test_there_is_no_circle():
+    """Among modules, lazily imported ones included."""
+
+    def key(path):
+        return (path.stem,) if path.parent == ROOT else (path.parent.name, path.stem)
+
+    edges = {key(p): imported(p) & {key(q) for q in MODULES} for p in MODULES}
+    order: list[tuple] = []
+    while len(order) < len(edges):
+        ready = [n for n in edges if n not in order and edges[n] <= {*order, n}]
+        assert ready, f"a circle among {sorted(set(edges) - set(order))}"
+        order += ready
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_holds_one_concept_opened_by_a_docstring(path):
     text = path.read_text()
     assert len(text.splitlines()) <= LARGER.get(path.name, 400)
     module = ast.parse(text)
-    assert len((ast.get_docstring(module) or "").splitlines()) >= 5, "a docstring that teaches"
-    kernels = path.name == "kernel_triton.py"
+    lesson = ast.get_docstring(module) or ""
+    assert len(lesson.splitlines()) >= 5, "a docstring that teaches"
+    kernels = path.name.startswith("kernel_")
     for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef) and not kernels:
+        if (
+            isinstance(node, ast.FunctionDef)
+            and not kernels
+            and f"{path.stem}.{node.name}" not in LONG
+        ):
             assert node.end_lineno - node.lineno < 62, f"{node.name} is longer than 60 lines"
 
 
-def test_imports_go_one_way():
-    """No circles, and nothing imports a script."""
-    names = {p.stem for p in MODULES}
-    edges = {}
+@pytest.mark.parametrize("name", [*BOOK])
+def test_the_books_docstrings_end_with_limits_and_a_source(name):
+    lesson = ast.get_docstring(ast.parse((ROOT / f"{name}.py").read_text()))
+    assert "Limits." in lesson and ("Source." in lesson or "Sources." in lesson)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_public_functions_have_docstrings(path):
+    """All but a line's worth of code says what it takes and gives."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+            short = node.end_lineno - node.lineno <= 12
+            assert ast.get_docstring(node) or short, f"{node.name} has no docstring"
+
+
+def test_tests_that_docstrings_point_at_exist():
     for path in MODULES:
-        found = set()
-        for node in ast.parse(
-            path.read_text()
-        ).body:  # at the top level: relation_kl imports its kernel lazily
-            if isinstance(node, ast.Import):
-                found |= {a.name for a in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                found.add(node.module)
-        edges[path.stem] = found & names
-    order: list[str] = []
-    while len(order) < len(names):
-        ready = [n for n in names if n not in order and edges[n] <= set(order)]
-        assert ready, f"a circle among {sorted(names - set(order))}"
-        order += ready
-    assert not any({"train", "bench"} & found for found in edges.values())
+        for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", path.read_text()):
+            assert f"def {name}(" in (ROOT / file).read_text(), f"{path.name}: {file}::{name}"
 
 
-COMMANDS = sorted(set(re.findall(r"python ((?:demo/)?\w+\.py)", README)))
+def test_the_readme_names_the_book_in_order_and_every_folder():
+    tree = README.split("## The files")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)\.py`", tree, re.M)
+    assert [n for n in named if n in BOOK] == list(BOOK)
+    assert set(re.findall(r"^\| `(\w+)/`", tree, re.M)) >= set(FOLDERS)
+
+
+def test_every_path_that_the_readme_names_exists():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+COMMANDS = sorted(set(re.findall(r"python ((?:[\w./]+\.py)|(?:-m bench \w+))", README)))
 
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_every_command_of_the_readme_exists_with_the_flags_it_shows(script):
     shown = set()
     for line in README.replace("\\\n", " ").splitlines():
-        if f"python {script}" in line:
-            shown |= set(re.findall(r"(?<!\w)(--[a-z][\w-]*)", line.split(f"python {script}")[1]))
-    assert (ROOT / script).is_file()
+        for rest in line.split(f"python {script}")[1:]:
+            shown |= set(re.findall(r"(?<!\w)(--[a-z][\w-]*)", rest.split("#")[0].split("`")[0]))
+    assert script.startswith("-m") or (ROOT / script).is_file()
     if shown:
         run = subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"], capture_output=True, text=True, cwd=ROOT
+            [sys.executable, *script.split(), "--help"], capture_output=True, text=True, cwd=ROOT
         )
-        if "{" in run.stdout.split("\n")[0]:  # subcommands have their flags in their own help
-            for sub in re.findall(r"\{([\w,]+)\}", run.stdout)[0].split(","):
-                more = subprocess.run(
-                    [sys.executable, script, sub, "--help"],
-                    capture_output=True,
-                    text=True,
-                    cwd=ROOT,
-                )
-                run.stdout += more.stdout
         assert run.returncode == 0 and not [f for f in shown if f not in run.stdout], shown
 
 
@@ -98,7 +153,9 @@ def test_the_project_speaks_of_itself_alone():
             and name != "tests/test_docs.py"
         ):
             text = (ROOT / name).read_text()
-            assert not re.search(r"/work/|/root/|/\.library|http://(?!www)", text), name
+            assert not re.search(r"/work/|/root/|/\.library|http://(?!www|127|localhost)", text), (
+                name
+            )
 
 
 def test_nothing_large_is_committed():
@@ -106,3 +163,5 @@ def test_nothing_large_is_committed():
         ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
     ).stdout.split()
     assert sum((ROOT / n).stat().st_size for n in listed if (ROOT / n).exists()) < 20_000_000
+    pictures = [n for n in listed if n.endswith(".png")]
+    assert all((ROOT / n).stat().st_size < 200_000 for n in pictures if (ROOT / n).exists())

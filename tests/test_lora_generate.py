@@ -1,18 +1,21 @@
 """Adapters: exact merge, PEFT reads them. Generation: the cache changes nothing."""
 
+import io
 import json
 
 import peft
 import pytest
 import torch
 import transformers
-from conftest import random_model, tiny_config
+from conftest import random_model, write_model
 
+import eval as evaluation
 import train
 from engine import lora
 from evals import generate
 from hub import checkpoint
-from model import TRAINED, make_student, trainable
+from hub.tokenizer import load_tokenizer
+from model import TRAINED, Llama, make_student, trainable
 
 IDS = torch.randint(0, 4096, (2, 40), generator=torch.Generator().manual_seed(0))
 
@@ -35,7 +38,7 @@ def test_fresh_adapters_change_nothing_and_alone_learn():
     with torch.no_grad():
         assert torch.equal(student(IDS), plain(IDS))
     assert all("lora_" in name for name in trainable(student)) and len(trainable(student)) == 12
-    loss, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
     loss.backward()
     assert any(p.grad.abs().max() > 0 for p in trainable(student).values())
     assert all(p.grad is None for p in teacher.parameters())
@@ -62,7 +65,8 @@ def test_peft_loads_the_adapter_onto_the_scaled_base_with_the_same_logits(tmp_pa
     teacher, student = adapted()
     train_a_little(student)
     checkpoint.save_pretrained(teacher, tmp_path / "base")
-    lora.save_adapter(student, tmp_path / "adapter", str(tmp_path / "base"), TRAINED)
+    (tmp_path / "adapter").mkdir()
+    lora.write_adapter(student, tmp_path / "adapter", str(tmp_path / "base"), TRAINED)
     readme = (tmp_path / "adapter" / "README.md").read_text()
     keys = json.loads(readme.split("```json\n")[1].split("```")[0])
     config = json.loads((tmp_path / "base" / "config.json").read_text()) | keys
@@ -117,16 +121,64 @@ def test_an_empty_prompt_is_refused():
         generate.generate(random_model(), [[]], 4, torch.float32)
 
 
-def test_generate_prints_text(tiny_dir, capsys):
-    generate.main(
-        ["--model", str(tiny_dir), "--prompt", "def main(", "--tokens", "5", "--device", "cpu"]
-    )
+def say(capsys, *arguments) -> tuple[str, str]:
+    evaluation.main([*map(str, arguments), "--device", "cpu"])
     said = capsys.readouterr()
-    assert "tokens/s" in said.err and tiny_config()["vocab_size"] == 4096
+    return said.out, said.err
 
 
-def test_no_new_tokens_is_refused(tiny_dir):
-    with pytest.raises(ValueError, match="--tokens is -5"):
-        generate.main(
-            ["--model", str(tiny_dir), "--prompt", "a", "--tokens", "-5", "--device", "cpu"]
-        )
+def test_a_prompt_is_continued_as_a_stream_of_text(tiny_dir, capsys):
+    tokenizer, model = load_tokenizer(tiny_dir), Llama.from_pretrained(tiny_dir)
+    asked = (
+        "--model",
+        tiny_dir,
+        "--prompt",
+        "def main(",
+        "--new-tokens",
+        "40",
+        "--dtype",
+        "float32",
+    )
+    out, err = say(capsys, *asked)
+    ids = tokenizer.encode("def main(", bos=True)
+    wrote = generate.generate(model, [ids], 40, torch.float32, tokenizer.eos_id, tokenizer.size)[0]
+    assert out.strip("\n") == tokenizer.decode(wrote).rstrip("\ufffd").strip("\n")
+    assert "tokens/s" in err and "exceed" not in err
+
+
+def test_a_prompt_comes_from_standard_input_and_beyond_the_context_warns(
+    tiny_dir, capsys, monkeypatch
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO("import os"))
+    _, err = say(capsys, "--model", tiny_dir, "--prompt", "-", "--new-tokens", "70")
+    assert "tokens and 70 new ones exceed the context of 64" in err
+
+
+def test_more_new_tokens_than_memory_holds_are_refused(tiny_dir):
+    asked = f"--model {tiny_dir} --prompt a --device cpu --new-tokens"
+    with pytest.raises(ValueError, match="--new-tokens: -5 is not a whole number from 1 up"):
+        evaluation.main([*asked.split(), "-5"])
+    with pytest.raises(ValueError, match=r"need a cache of [\d.]+ GiB and [\d.]+ are free"):
+        evaluation.main([*asked.split(), "1000000000000"])
+
+
+def test_ids_without_a_token_are_never_chosen():
+    """Embeddings are often padded beyond the tokenizer's ids, which no text can be made of."""
+    model, prompt = random_model(), IDS[0].tolist()
+    free = generate.generate(model, [prompt], 12, torch.float32)[0]
+    below = sorted(free)[6]
+    kept = generate.generate(model, [prompt], 12, torch.float32, vocabulary=below)[0]
+    assert max(free) >= below > max(kept)
+
+
+def test_dynamic_positions_are_those_of_the_length_at_hand_as_in_transformers(tmp_path):
+    scaled = {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    path = write_model(tmp_path / "dynamic", max_position_embeddings=16, **scaled)
+    model = Llama.from_pretrained(path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for prompt in (IDS[0, :7], IDS[1, :30]):  # grows past the native length; begins beyond it
+        asked = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        expected = theirs.generate(prompt[None], **asked)[0, len(prompt) :].tolist()
+        other = [prompt.tolist(), IDS[0, :11].tolist()]
+        assert generate.generate(model, other, 24, torch.float32)[0] == expected
+        assert generate.generate(model, other, 9, torch.float32)[0] == expected[:9]

@@ -5,9 +5,22 @@ import torch
 import transformers
 from conftest import random_model, tiny_config
 
+import model as model_file
 import train
 from hub import checkpoint
-from model import TRAINED, Llama, LlamaConfig, make_student, next_token_loss, trainable
+from hub.checkpoint import set_parameter
+from model import (
+    TRAINED,
+    Block,
+    Llama,
+    LlamaConfig,
+    attention_dtype,
+    choose_dtype,
+    compute_dtype,
+    make_student,
+    next_token_loss,
+    trainable,
+)
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
 NETWORKS = {
@@ -89,6 +102,40 @@ def test_the_student_shares_every_frozen_tensor():
     assert student.lm_head.weight is teacher.model.embed_tokens.weight
 
 
+def test_walking_gives_what_each_layer_does_and_only_when_asked():
+    model = random_model()
+    h, cos_sin = model.embed(IDS), model.cos_sin(50, model.embed(IDS))
+    calls = []
+    for l, layer in enumerate(model.model.layers):
+        layer.register_forward_hook(lambda *_, l=l: calls.append(l))
+    walk = model.walk(IDS)
+    assert not calls
+    for l, (layer, (ours, qkv)) in enumerate(zip(model.model.layers, walk, strict=True)):
+        assert calls == list(range(l + 1))
+        h, expected = Block.forward(layer, h, cos_sin)
+        assert torch.equal(ours, h) and [x.shape[1] for x in qkv] == [4, 2, 2]
+        assert all(torch.equal(x, y) for x, y in zip(qkv, expected, strict=True))
+    assert torch.equal(model.hidden(IDS), model.model.norm(h))
+
+
+def test_a_parameter_is_put_in_place_shared_and_with_the_head_that_is_tied_to_it():
+    model, name = random_model(), "model.embed_tokens.weight"
+    shared = torch.nn.Parameter(torch.zeros(4096, 32))
+    set_parameter(model, name, shared)
+    assert model.model.embed_tokens.weight is shared and model.lm_head.weight is shared
+    set_parameter(model, name, torch.ones(4096, 32))
+    assert not model.lm_head.weight.requires_grad and model.lm_head.weight[0, 0] == 1
+    untied = random_model(tie_word_embeddings=False)
+    set_parameter(untied, name, shared)
+    assert untied.lm_head.weight is not shared
+
+
+def test_the_head_dimension_has_one_source():
+    config = LlamaConfig.from_hf(tiny_config(head_dim=None))
+    assert config.head_dim == config.rope.head_dim == 8
+    assert LlamaConfig.from_hf(tiny_config(head_dim=16)).extended("ntk", 8).head_dim == 16
+
+
 def test_chunked_loss_and_gradient_equal_the_plain_ones():
     model = random_model().double()
     h = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
@@ -106,7 +153,7 @@ def test_checkpointing_changes_nothing_but_memory():
     student = make_student(teacher, teacher.config.extended("linear", 8))
 
     def gradients(checkpointing: bool):
-        loss, parts = train.relation_loss(
+        loss, parts, _ = train.relation_loss(
             teacher, student, IDS, torch.float32, checkpointing=checkpointing
         )
         loss.backward()
@@ -122,10 +169,10 @@ def test_checkpointing_changes_nothing_but_memory():
 def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    _, parts = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
-    _, dense = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
+    _, parts, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
+    _, dense, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
     torch.testing.assert_close(parts, dense)
-    loss, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
+    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
     weights = torch.tensor([1.0, 0.5, 0.5])  # Hkv / H = 2 / 4
     torch.testing.assert_close(loss.detach(), (parts * weights).sum(-1).mean())
 
@@ -133,7 +180,7 @@ def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads
 def test_unscaled_student_has_no_relation_loss():
     teacher = random_model()
     same = make_student(teacher, teacher.config)
-    loss, _ = train.relation_loss(teacher, same, IDS, torch.float32)
+    loss, _, _ = train.relation_loss(teacher, same, IDS, torch.float32)
     assert loss.item() == 0
 
 
@@ -162,8 +209,8 @@ def test_refusals_name_the_key_and_value(change, said):
 def test_the_logit_term_is_the_plain_kl_and_none_without_scaling():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    alone, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
+    alone, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
     p, q = student(IDS).log_softmax(-1), teacher(IDS).log_softmax(-1)
     torch.testing.assert_close(both - alone, 0.5 * (q.exp() * (q - p)).sum(-1).mean())
     same = make_student(teacher, teacher.config)
@@ -177,6 +224,55 @@ def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     v = student.model.layers[1].self_attn.v_proj.weight
     v.data = (turn @ v.data.view(2, 8, 32)).view(16, 32)
-    relations, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
+    relations, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1
+
+
+def test_the_compute_dtype_is_chosen_with_a_reason_and_can_be_asked_for(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    for has, dtype, reason in (
+        ("AMX", torch.bfloat16, "AMX"),
+        ("AVX512-BF16", torch.bfloat16, "AVX512-BF16"),
+        (None, torch.float32, "no fast bfloat16"),
+    ):
+        monkeypatch.setattr(model_file, "cpu_bfloat16", lambda has=has: has)
+        chosen, why = choose_dtype(cpu)
+        assert chosen == compute_dtype(cpu) == dtype and reason in why
+        assert choose_dtype(gpu)[0] == torch.bfloat16
+        assert choose_dtype(cpu, "float32") == (torch.float32, "--dtype says so")
+        assert choose_dtype(gpu, "bfloat16")[0] == torch.bfloat16
+    with pytest.raises(ValueError, match=r"--dtype is 'half'"):
+        choose_dtype(cpu, "half")
+
+
+@pytest.mark.parametrize("instructions", ["AMX", "AVX512-BF16", None])
+def test_bfloat16_on_a_cpu_is_as_exact_as_eager_and_gives_the_same_bits_twice(
+    instructions, monkeypatch
+):
+    """Against float64: logits and the gradient of q_proj, error <= 2 x that of plain bfloat16."""
+    monkeypatch.setattr(model_file, "cpu_bfloat16", lambda: instructions)
+    assert attention_dtype(torch.empty(0, dtype=torch.bfloat16)) == (
+        torch.bfloat16 if instructions == "AMX" else torch.float32
+    )
+
+    def run(dtype, backend):
+        teacher = random_model().to(torch.bfloat16).to(dtype)  # the same numbers in each
+        student = make_student(teacher, teacher.config.extended("yarn", 8))
+        if dtype == torch.float64:
+            for p in trainable(student).values():
+                p.data = p.data.double()
+        with torch.nn.attention.sdpa_kernel(backend):
+            h = student.hidden(IDS, dtype)
+            next_token_loss(student, h, IDS).backward()
+        logits = student.lm_head(h).detach()
+        return [logits.double(), student.model.layers[0].self_attn.q_proj.weight.grad.double()]
+
+    math, flash = torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION
+    exact = run(torch.float64, math)
+    ours, again = run(torch.bfloat16, flash), run(torch.bfloat16, flash)
+    monkeypatch.setattr(model_file, "attention_dtype", lambda x: x.dtype)
+    eager = run(torch.bfloat16, math)
+    for a, b, e, x in zip(ours, again, eager, exact, strict=True):
+        assert torch.equal(a, b)
+        assert (a - x).norm() <= 2 * (e - x).norm()

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 import train
 from bench import step as bench_step
-from engine import lora, plan
+from engine import cost, lora
 from model import TRAINED, make_student
 
 SHAPES = {
@@ -38,7 +38,7 @@ def pair(shape: str, rank: int | None, dtype: torch.dtype = torch.float32):
     return teacher, lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0) if rank else student
 
 
-def loss_of(stage: plan.Stage, teacher, student, dtype: torch.dtype, checkpointing: bool):
+def loss_of(stage: cost.Stage, teacher, student, dtype: torch.dtype, checkpointing: bool):
     ids = torch.randint(0, 512, (2, stage.T + 1), generator=torch.Generator().manual_seed(0))
     if stage.objective == "relation":
         more = {"checkpointing": checkpointing, "logit_weight": float(stage.logits)}
@@ -54,9 +54,9 @@ KINDS = {
 KINDS |= {"next token": ("stage2", "next token", False)}
 
 
-def stage_of(kind: str) -> plan.Stage:
+def stage_of(kind: str) -> cost.Stage:
     name, objective, logits = KINDS[kind]
-    return plan.Stage(name, objective, 64, 2, 1, 1e-3, logits)
+    return cost.Stage(name, objective, 64, 2, 1, 1e-3, logits)
 
 
 class Kept:
@@ -85,7 +85,7 @@ def test_activations_are_what_autograd_keeps(shape, kind, rank, dtype):
     kept = Kept([*teacher.parameters(), *student.parameters()])
     with saved_tensors_hooks(kept, lambda t: t):
         loss_of(stage, teacher, student, dtype, False)
-    parts = plan.activation_bytes(student.config, stage, dtype, 2, False, rank)
+    parts = cost.activation_bytes(student.config, stage, dtype, 2, False, rank)
     said = parts["activations"] + parts.get("relations", 0)
     if (
         "logits" in parts
@@ -132,7 +132,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
     )
     loss_of(stage, teacher, student, torch.float32, True)
     assert len(layers) == student.config.n_layer
-    parts = plan.activation_bytes(student.config, stage, torch.float32, 2, True, rank)
+    parts = cost.activation_bytes(student.config, stage, torch.float32, 2, True, rank)
     head = (
         2 * 64 * (8 * student.config.width + 12) if "logits" in parts else 0
     )  # the last norm's, outside the layers
@@ -156,7 +156,7 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
     )  # the head's, made again, is not counted
     with FlopCounterMode(display=False) as counter:
         loss_of(stage, teacher, student, torch.float32, False).backward()
-    parts = plan.flops(c, stage, rank)
+    parts = cost.flops(c, stage, rank)
     free = parts.pop("relation", 0)
     attention = 2 * c.head_dim * c.n_head * stage.T * stage.T * stage.batch
     forwards = {
@@ -177,7 +177,7 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
 def test_sharding_divides_what_it_cuts():
     c = random_model().config
     whole, half = (
-        plan.memory(c, stage_of("relation"), torch.float32, 1, False, None, n) for n in (1, 2)
+        cost.memory(c, stage_of("relation"), torch.float32, 1, False, None, n) for n in (1, 2)
     )
     assert half["trained weights, gradients, Adam"] * 2 == whole["trained weights, gradients, Adam"]
     assert half["activations"] == whole["activations"] and half["gathered layers"] > 0
@@ -185,7 +185,7 @@ def test_sharding_divides_what_it_cuts():
 
 @pytest.mark.parametrize("seconds, said", [(12.4, "12s"), (200, "3m20s"), (18420, "5h07m")])
 def test_clock(seconds, said):
-    assert plan.clock(seconds) == said
+    assert cost.clock(seconds) == said
 
 
 @pytest.mark.parametrize("rank", [None, 4])
@@ -217,6 +217,6 @@ def test_bench_step_on_a_cpu(tmp_path, monkeypatch, rank, capsys):
     "name, millions", [("llama2-7b", 6738), ("llama3-8b", 8030), ("smollm2-135m", 135)]
 )
 def test_the_named_shapes_have_their_models_size(name, millions):
-    assert round(plan.parameters(bench_step.config_of(name))[0] / 1e6) == pytest.approx(
+    assert round(cost.parameters(bench_step.config_of(name))[0] / 1e6) == pytest.approx(
         millions, abs=1
     )

@@ -123,6 +123,36 @@ def test_scaled_multiplies_the_length_and_slows_the_slowest_pair(kind):
     assert s[-1] <= w[-1] / 7.9 and (kind == "linear" or s[0] == w[0])
 
 
+def apart(w, d: float) -> float:
+    """1 - mean_k cos(d w_k): how a vector of equal pairs differs from itself d tokens on."""
+    return float(1 - (d * w.double()).cos().mean())
+
+
+def test_interpolation_blurs_near_positions():
+    """rope.py's docstring: the fast pairs are gone, so that tokens closer than s look alike."""
+    rope, s = RopeConfig(max_position=4096, head_dim=128), 8
+    w, slowed = frequencies(rope, 128)[0], frequencies(rope.scaled("linear", s), 128)[0]
+    assert w[0] == 1 and slowed[0] == 1 / s and slowed.max() == slowed[0]  # radians per token
+    faster = int((w > 1 / s).sum())
+    assert faster == math.ceil(64 * math.log(s) / math.log(rope.theta)) == 15
+    # below a distance of s tokens no pair has turned by one radian, where before 15 could
+    assert (slowed * (s - 1)).max() < 1 and ((w * (s - 1)) > 1).sum() == 14
+    for d in (1, 2, 4, 64):
+        assert apart(slowed, d) == pytest.approx(apart(w, d / s), rel=1e-6)
+    assert apart(w, 1) / apart(slowed, 1) == pytest.approx(61, abs=0.5)
+
+
+def test_yarn_keeps_the_pairs_that_tell_neighbours_apart():
+    """rope.py's docstring: what turns often in M0 stays, what turns less than once is slowed."""
+    rope, s = RopeConfig(max_position=4096, head_dim=128), 8
+    w, ramped = frequencies(rope, 128)[0], frequencies(rope.scaled("yarn", s), 128)[0]
+    turns = 4096 * w / (2 * math.pi)  # within the native length
+    assert torch.equal(ramped[turns > 33], w[turns > 33]) and ramped[w > 1 / s].equal(w[w > 1 / s])
+    torch.testing.assert_close(ramped[turns < 0.9], w[turns < 0.9] / s, rtol=1e-6, atol=0)
+    assert int((ramped == w).sum()) == 21
+    assert apart(ramped, 1) / apart(w, 1) > 0.999
+
+
 def test_ntk_is_a_plain_theta():
     longer = RopeConfig(max_position=4096, head_dim=128).scaled("ntk", 8)
     assert longer.kind == "default" and longer.to_hf()["rope_scaling"] is None

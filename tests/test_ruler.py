@@ -12,7 +12,7 @@ import re
 import numpy as np
 import pytest
 
-from evals import ruler, ruler_data
+from evals import ruler, ruler_data, ruler_tasks
 
 
 def tokens(text: str) -> int:
@@ -131,11 +131,11 @@ def test_prompts_equal_nvidias(data, task, length, seed):
 
 
 @pytest.mark.parametrize("length", [2048, 4096])
-@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("task", ruler_tasks.TASKS)
 def test_length_is_filled(data, task, length):
     """Never over; under by one shrink (`step` units) and one unit at most. `unit` bounds the tokens of one."""
-    kind = ruler.TASKS[task].kind
-    essay = ruler.TASKS[task].haystack == "essay"
+    kind = ruler_tasks.TASKS[task].kind
+    essay = ruler_tasks.TASKS[task].haystack == "essay"
     unit = {"qa": 110, "fwe": 5, "cwe": 9 * (3 if length == 4096 else 1)}.get(
         kind, 3 if essay else 60
     )
@@ -149,18 +149,18 @@ def test_length_is_filled(data, task, length):
         assert length - (step + 1) * unit <= s.length <= length
 
 
-@pytest.mark.parametrize("task", [t for t in ruler.RULER_TASKS if not t.startswith("qa")])
+@pytest.mark.parametrize("task", [t for t in ruler_tasks.RULER_TASKS if not t.startswith("qa")])
 def test_without_data_the_task_is_made_and_labelled(task):
     needs = {"niah_multikey_3", "vt", "fwe"}
     (sample,) = ruler.generate(task, 1024, 1, tokens)
     assert sample.variant.startswith("RULER c3f5e3b" if task in needs else "not RULER's: own words")
-    assert ("noise haystack" in sample.variant) == (ruler.TASKS[task].haystack == "essay")
+    assert ("noise haystack" in sample.variant) == (ruler_tasks.TASKS[task].haystack == "essay")
     assert 1024 - 200 <= sample.length <= 1024
     assert all(answer in sample.prompt for answer in sample.outputs)
 
 
 def test_needles_lie_at_the_stated_depth(data):
-    for task in (t for t in ruler.TASKS if t.startswith("niah")):
+    for task in (t for t in ruler_tasks.TASKS if t.startswith("niah")):
         for s in ruler.generate(task, 4096, 3, tokens, data_dir=data):
             assert all(f" is: {value}." in s.prompt for value in s.outputs)
             at = round(s.depth * len(s.prompt))
@@ -175,7 +175,7 @@ def test_passkey_depths_are_a_grid():
         before, after = s.prompt.split(
             f"\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
         )
-        before = before.removeprefix(ruler.TASKS["passkey"].template.split("{before}")[0])
+        before = before.removeprefix(ruler_tasks.TASKS["passkey"].template.split("{before}")[0])
         after = after.removesuffix("\nWhat is the pass key?")
         assert s.depth == pytest.approx(
             len(before) / (len(before) + len(after)), abs=40 / len(before + after)
@@ -184,7 +184,7 @@ def test_passkey_depths_are_a_grid():
 
 
 def test_same_seed_same_prompts_and_global_state_is_left_alone(data):
-    for task in ruler.TASKS:
+    for task in ruler_tasks.TASKS:
         first = ruler.generate(task, 2048, 1, tokens, data_dir=data)
         random.seed(5)
         np.random.seed(5)
@@ -237,16 +237,16 @@ def test_cwe_and_fwe_answers_are_the_most_frequent():
     ],
 )
 def test_score(task, predictions, references, expected):
-    assert ruler.score(task, predictions, references) == expected
+    assert ruler_tasks.score(task, predictions, references) == expected
 
 
 def test_score_refuses_what_does_not_match():
     with pytest.raises(ValueError, match="2 predictions for 1 samples"):
-        ruler.score("vt", ["a", "b"], [["a"]])
+        ruler_tasks.score("vt", ["a", "b"], [["a"]])
     with pytest.raises(ValueError, match="0 predictions"):
-        ruler.score("vt", [], [])
+        ruler_tasks.score("vt", [], [])
     with pytest.raises(ValueError, match="sample 1 has no references"):
-        ruler.score("vt", ["a", "b"], [["a"], []])
+        ruler_tasks.score("vt", ["a", "b"], [["a"], []])
 
 
 def test_missing_names_file_and_source(tmp_path, data):
@@ -259,7 +259,9 @@ def test_missing_names_file_and_source(tmp_path, data):
         assert ruler.missing(task, data) is None
         with pytest.raises(FileNotFoundError, match=name):
             ruler.generate(task, 4096, 1, tokens)
-    assert all(ruler.missing(task) is None for task in ruler.TASKS if not task.startswith("qa"))
+    assert all(
+        ruler.missing(task) is None for task in ruler_tasks.TASKS if not task.startswith("qa")
+    )
     (tmp_path / "nounlist.txt").write_text("stone\n")
     with pytest.raises(
         FileNotFoundError, match=r"lacks adjectivelist\.txt: get it from .*wonderwords"
@@ -269,7 +271,7 @@ def test_missing_names_file_and_source(tmp_path, data):
         ruler.generate("vt", 1024, 1, tokens, data_dir="nowhere")
 
 
-@pytest.mark.parametrize("task", ruler.TASKS)
+@pytest.mark.parametrize("task", ruler_tasks.TASKS)
 def test_a_length_too_short_names_the_least_that_works(data, task):
     with pytest.raises(
         ValueError, match=rf"length 60 cannot hold {task}: .* least that works is \d+"

@@ -14,8 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer as Fast
 
-import eval as evaluation
-from evals import report, tasks
+from evals import likelihood, report, tasks
 from hub.tokenizer import load_tokenizer
 from model import Llama
 
@@ -37,6 +36,39 @@ ROWS = {
         "ctx_b": "the Oven",
         "endings": ["opens it [step] now.", " sits  down."],
         "label": "1",
+    },
+    "copa": {
+        "premise": "It rained. ",
+        "choice1": "The street got wet.",
+        "choice2": "I slept.",
+        "question": "effect",
+        "idx": 0,
+        "label": 0,
+    },
+    "commonsense_qa": {
+        "id": "1",
+        "question": " Where is a fish? ",
+        "question_concept": "fish",
+        "choices": {"label": list("ABCDE"), "text": ["sea", "sky", "car", "bag", "sun"]},
+        "answerKey": "A",
+    },
+    "wsc": {
+        "text": "Mark told Pete ( a friend ) many lies , which he didn 't believe .",
+        "span1_index": 0,
+        "span1_text": "Mark",
+        "span2_index": 11,
+        "span2_text": "he",
+        "idx": 0,
+        "label": 0,
+    },
+    "wsc273": {
+        "text": "The cup broke.  Her mother fixed it because her hands were steady.",
+        "pronoun": "her",
+        "pronoun_loc": 43,
+        "quote": "her hands",
+        "options": ["The cup", "The mother"],
+        "label": 1,
+        "source": "x",
     },
     "winogrande": {
         "sentence": "Ann thanked Eva because _ had helped.",
@@ -91,6 +123,41 @@ REQUESTS = {
         [
             ("Ann thanked Eva because Ann", " had helped."),
             ("Ann thanked Eva because Eva", " had helped."),
+        ],
+        1,
+    ),
+    "copa": (
+        [
+            ("It rained therefore", "  the street got wet."),
+            ("It rained therefore", "  i slept."),
+        ],
+        0,
+    ),
+    "commonsense_qa": (
+        [
+            (
+                "Question: Where is a fish?\nA. sea\nB. sky\nC. car\nD. bag\nE. sun\nAnswer:",
+                f" {letter}",
+            )
+            for letter in "ABCDE"
+        ],
+        0,
+    ),
+    "wsc": (
+        [
+            (
+                "Passage: Mark told Pete (a friend) many lies, which *he* didn't believe.\nQuestion: "
+                'In the passage above, does the pronoun "*he*" refer to "*Mark*"?\nAnswer:',
+                answer,
+            )
+            for answer in (" no", " yes")
+        ],
+        0,
+    ),
+    "wsc273": (
+        [
+            (f"The cup broke. Her mother fixed it because {name}'s", "  hands were steady.")
+            for name in ("the cup", "the mother")
         ],
         1,
     ),
@@ -243,7 +310,7 @@ def test_scores_equal_transformers_one_at_a_time(folder, tmp_path):
     model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     encode = Fast.from_file(str(folder / "tokenizer.json")).encode
-    result = tasks.score(model, tokenizer, task, torch.float32)
+    result = likelihood.score(model, tokenizer, task, torch.float32)
     for item, logps, greedy, chosen in zip(
         task.items, result.logps, result.greedy, result.predictions, strict=True
     ):
@@ -278,7 +345,7 @@ def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
         if len(rows) >= 6:
             break
     assert rows
-    result = tasks.score(
+    result = likelihood.score(
         model, tokenizer, tasks.load(write(tmp_path / "lambada.jsonl", rows)), torch.float32
     )
     assert result.values["lambada_openai, accuracy"].tolist() == [1.0, 0.0] * (len(rows) // 2)
@@ -300,7 +367,8 @@ def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_di
         ("if", " x"),
         ("if not self", ".value = 3"),
     ]
-    alone = [tasks.likelihoods(model, tokenizer, [pair], torch.float32)[0] for pair in pairs]
+    requests = likelihood.encode(tokenizer, pairs)
+    alone = [likelihood.likelihoods(model, [one], torch.float32)[0] for one in requests]
     rows = []
     hidden = Llama.hidden
     monkeypatch.setattr(
@@ -308,7 +376,7 @@ def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_di
     )
     for tokens in (1, 16, 4096):
         rows.clear()
-        together = tasks.likelihoods(model, tokenizer, pairs, torch.float32, tokens)
+        together = likelihood.likelihoods(model, requests, torch.float32, tokens)
         assert [s for s, _ in together] == pytest.approx([s for s, _ in alone], abs=1e-4)
         assert sum(rows) == 3
 
@@ -375,21 +443,45 @@ def test_missing_sets_are_listed_with_file_and_source(tmp_path):
     write(tmp_path / "piqa.jsonl.gz", [ROWS["piqa"]])
     write(tmp_path / "siqa.jsonl", [ROWS["social_iqa"]])
     for words, folder in ((["all"], tmp_path), ([str(tmp_path)], None)):
-        files, lacking = evaluation.find_tasks(words, folder)
-        assert [f.name for f in files] == ["piqa.jsonl.gz", "siqa.jsonl"]
+        found, lacking = tasks.find(words, folder, None)
+        assert [task.name for task in found] == ["piqa", "social_iqa"]
         assert len(lacking) == len(tasks.DATASETS) - 2
         boolq = next(line for line in lacking if line.startswith("boolq"))
-        assert (
-            str(tmp_path / "boolq.jsonl") in boolq
-            and "load_dataset('aps/super_glue', 'boolq'" in boolq
-        )
-    assert "split='dev').to_json('mmlu_dev.jsonl')" in next(
-        line for line in lacking if line.startswith("mmlu")
+        assert str(tmp_path / "boolq.jsonl") in boolq
+        assert "load_dataset('aps/super_glue', 'boolq'" in boolq
+    mmlu = next(line for line in lacking if line.startswith("mmlu"))
+    assert "split='dev').to_json('mmlu_dev.jsonl')" in mmlu
+    found, lacking = tasks.find(["piqa", str(tmp_path / "siqa.jsonl")], tmp_path, None)
+    assert len(found) == 2 and not lacking
+    wrong = "--tasks piq is neither a file, a folder, 'all', nor one of lambada_openai"
+    with pytest.raises(ValueError, match=wrong):
+        tasks.find(["piq"], tmp_path, None)
+
+
+def test_a_bad_file_among_all_is_left_out_and_one_that_is_named_is_refused(tmp_path):
+    write(tmp_path / "piqa.jsonl", [ROWS["piqa"]])
+    write(tmp_path / "boolq.jsonl", [{"passage": "a"}])
+    write(tmp_path / "hellaswag.jsonl", ["[" * 100_000])
+    for words, folder in ((["all"], tmp_path), ([str(tmp_path)], None)):
+        found, lacking = tasks.find(words, folder, None)
+        assert [task.name for task in found] == ["piqa"]
+        assert any("boolq.jsonl, line 1: not a task row, its keys" in line for line in lacking)
+        assert any("line 1: not a task row, it is nested too deeply" in line for line in lacking)
+    for named in ("boolq", str(tmp_path / "boolq.jsonl")):
+        with pytest.raises(ValueError, match=r"boolq\.jsonl, line 1: not a task row, its keys"):
+            tasks.find(["piqa", named], tmp_path, None)
+
+
+def test_a_score_is_labelled_by_its_layout_not_by_its_file(tmp_path):
+    plain = {"query": "Is it?", "choices": ["no", "yes"], "gold": 1}
+    task = tasks.load(write(tmp_path / "boolq.jsonl", [plain]))
+    assert task.name == "boolq" and task.metrics == ("accuracy",)
+    assert task.version == "own task, query/choices/gold, not lm-eval's prompts"
+    assert tasks.load(write(tmp_path / "mine.jsonl", [ROWS["boolq"]])).version.startswith(
+        "own task"
     )
-    files, lacking = evaluation.find_tasks(["piqa", str(tmp_path / "siqa.jsonl")], tmp_path)
-    assert len(files) == 2 and not lacking
-    with pytest.raises(
-        ValueError,
-        match="--tasks piq is neither a file, a folder, 'all', nor one of lambada_openai",
-    ):
-        evaluation.find_tasks(["piq"], tmp_path)
+    assert tasks.load(write(tmp_path / "boolq.jsonl", [ROWS["boolq"]])).version == "lm-eval 2.0"
+    asked = {"context_options": ["Ann ran; Ann", "Ann ran; Eva"], "continuation": "won", "gold": 0}
+    task = tasks.load(write(tmp_path / "winogrande.jsonl", [asked]))
+    assert task.items[0].requests == (("Ann ran; Ann", " won"), ("Ann ran; Eva", " won"))
+    assert task.metrics == ("accuracy",) and task.version.startswith("own task, context_options")

@@ -1,0 +1,230 @@
+"""What a step costs: bytes kept, floating-point operations done, and what the machine has of both.
+
+Memory.  What autograd keeps of a layer is listed tensor by tensor in `layer_bytes` and tested against the bytes that
+torch's saved-tensor hooks count; weights, gradients and Adam's moments are arithmetic; the logits of a chunk and the
+buffers of one relation live for a moment only. A tenth is added for what the allocator loses.
+
+Work.  `flops` counts the products of matrices and nothing else, a multiplication and an addition as two. A linear layer
+of n weights costs 2 n per token forward, 2 n for the gradient of its input, 2 n for that of its weights where they
+learn; causal attention 4 D H T^2 / 2 per block and layer forward and twice that backward; a relation 12 D T^2 / 2 per
+head, forward and backward (relation_kl.py). What activation checkpointing computes again is not counted, nor is the
+gradient for the first layer's input, which nobody needs. MFU is this count over seconds over the rate of a large matrix
+product.
+
+Limits.  Memory is that of one process. The sliding window of a teacher saves work that is counted here.
+
+Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; relations as relation_kl.py derives them.
+"""
+
+import platform
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from model import LlamaConfig
+
+HEAD_CHUNK = 4096  # tokens whose logits exist at once, see model.next_token_loss
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str  # "stage1" or "stage2"
+    objective: str  # "relation": as the teacher relates tokens; "next token": cross-entropy
+    T: int
+    batch: int  # blocks a step, over all processes
+    steps: int
+    lr: float
+    logits: bool = False  # "relation": the next-token distributions are compared too
+    beside: "Stage | None" = None  # blocks of the other objective in the same steps
+
+    @property
+    def tokens(self) -> int:
+        return self.T * self.batch * self.steps
+
+
+def parameters(c: LlamaConfig) -> tuple[int, int]:
+    """(all, those of q_proj, k_proj and v_proj) of a network of this shape."""
+    qkv = c.width * c.head_dim * (c.n_head + 2 * c.n_kv_head) + c.qkv_bias * c.head_dim * (
+        c.n_head + 2 * c.n_kv_head
+    )
+    rest = (
+        c.n_head * c.head_dim * c.width
+        + 3 * c.width * c.mlp_width
+        + 2 * c.width
+        + c.qk_norm * 2 * c.head_dim
+    )
+    heads = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
+    biases = c.out_bias * c.width + c.mlp_bias * (2 * c.mlp_width + c.width)
+    return c.n_layer * (qkv + rest + biases) + heads, c.n_layer * qkv
+
+
+def trained_parameters(c: LlamaConfig, rank: int | None) -> int:
+    """How many numbers learn: the q, k and v projections, or adapters of `rank` beside them."""
+    if not rank:
+        return parameters(c)[1]
+    return c.n_layer * rank * (3 * c.width + c.head_dim * (c.n_head + 2 * c.n_kv_head))
+
+
+def layer_bytes(c: LlamaConfig, b: int, full: bool, rank: int | None, last: bool = False) -> int:
+    """Bytes per token that autograd keeps of one student layer computed in `b` bytes; `last`: ends at q, k and v.
+
+    full: q, k and v learn whole, so that their input is kept; rank: of their adapters.
+    """
+    heads, C, M = c.n_head + 2 * c.n_kv_head, c.width, c.mlp_width
+    projections = 4 * C + 4  # RMSNorm: its input in float32 and one factor
+    projections += b * C * bool(full or rank)  # its output, the input of q, k and v
+    projections += b * heads * c.head_dim  # q, k, v as attention and the relations take them
+    projections += 3 * b * (rank or 0)  # between the two adapter matrices
+    if c.qk_norm:  # again an input in float32, and a factor
+        projections += (c.n_head + c.n_kv_head) * (4 * c.head_dim + 4)
+    if last:
+        return projections
+    attention = b * c.n_head * c.head_dim + 4 * c.n_head  # its output and log-sum-exps
+    return (
+        projections + attention + 4 * C + 4 + 3 * b * M
+    )  # the second norm; gate, silu(gate) and up
+
+
+def activation_bytes(
+    c: LlamaConfig,
+    stage: Stage,
+    dtype: torch.dtype,
+    micro: int,
+    checkpointing: bool,
+    rank: int | None = None,
+) -> dict[str, int]:
+    """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or logits."""
+    b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
+    heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
+    one, cut = layer_bytes(c, b, not rank, rank), stage1 and not stage.logits
+    if (
+        checkpointing
+    ):  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
+        kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
+    else:
+        kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, last=True)
+        kept -= (
+            4 * c.width if b == 4 or not rank else 0
+        )  # the embeddings, frozen, need no norm's backward
+    kept += (
+        0 if cut else b * c.width + 4 * c.width + 4 + 8
+    )  # the last norm's input and output, the targets
+    beside = {}
+    if stage1:  # the teacher's q, k and v; they are the only ones kept beside the student's
+        beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
+    if not cut:  # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
+        beside["logits"] = (
+            min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * stage1)
+        )
+    if b == 2:  # autograd keeps the bfloat16 copies of float32 weights
+        kept_casts = (
+            (1 if checkpointing else c.n_layer) * b * trained_parameters(c, rank) // c.n_layer
+        )
+    return {"activations": kept * tokens + (kept_casts if b == 2 else 0)} | beside
+
+
+def memory(
+    c: LlamaConfig,
+    stage: Stage,
+    dtype: torch.dtype,
+    micro: int,
+    checkpointing: bool,
+    rank: int | None = None,
+    shards: int = 1,
+) -> dict[str, int]:
+    """Bytes by part for one process working on `micro` blocks at a time; `shards`: over how many --shard cuts."""
+    b = torch.finfo(dtype).bits // 8
+    everything, qkv = parameters(c)
+    ends = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
+    trained = trained_parameters(c, rank)
+    parts = {
+        "frozen and shared weights": ends * b + (everything - qkv - ends) * b // shards,
+        "teacher's q, k, v": qkv * b // shards,
+        "trained weights, gradients, Adam": trained * 16 // shards,
+    }
+    if shards > 1:  # the layer at work and the next one, gathered, and the gradients of one
+        parts["gathered layers"] = (
+            2 * (everything - ends + trained) * b + 4 * trained
+        ) // c.n_layer
+    parts |= activation_bytes(c, stage, dtype, micro, checkpointing, rank)
+    # One relation's student in float32 and its gradient, and what it hands on: the largest is Q/Q
+    parts["at work"] = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
+    parts |= {"allocator, a tenth": sum(parts.values()) // 10}
+    if stage.beside:  # one after the other: the larger of the two counts
+        few = at_a_time(stage.beside, None, stage.beside.batch)
+        other = memory(c, stage.beside, dtype, few, checkpointing, rank, shards)
+        parts = max(parts, other, key=lambda p: sum(p.values()))
+    return parts
+
+
+def at_a_time(stage: Stage, micro: int | None, own: int) -> int:
+    """How many of its `own` blocks of a step a process works on at once: as many as fill 8192 tokens."""
+    return min(micro or max(1, 8192 // stage.T), own)
+
+
+def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, float]:
+    """Floating-point operations of one step, over all processes, by part (the module's docstring has the rule)."""
+    L, heads = c.n_layer, c.n_head + 2 * c.n_kv_head
+    qkv = 2 * c.width * c.head_dim * heads  # forward, per token and layer
+    rest = 2 * c.n_head * c.head_dim * c.width + 6 * c.width * c.mlp_width
+    attention = 2 * c.head_dim * c.n_head * stage.T
+    adapters = 2 * trained_parameters(c, rank) / L if rank else 0
+    learning = 2 * adapters if rank else qkv
+    stage1 = stage.objective == "relation"
+    cut = stage1 and not stage.logits  # the last layer ends at its q, k and v, and there is no head
+    layers, head = L - cut, 0 if cut else 2 * c.width * c.vocab_size
+    forward = L * qkv + layers * (rest + attention) + head
+    parts = {"teacher forward": forward} if stage1 else {}
+    parts["student forward"] = forward + L * adapters
+    if stage1:
+        parts["relation"] = L * 6 * c.head_dim * stage.T * heads
+    parts["backward"] = L * learning + (L - 1) * qkv + layers * (rest + 2 * attention) + head
+    parts = {k: v * stage.T * stage.batch for k, v in parts.items()}
+    if stage.beside:
+        parts["relation blocks"] = sum(flops(c, stage.beside, rank).values())
+    return parts
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with open("/proc/meminfo") as f:
+        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+
+
+def peak_flops(device: torch.device) -> float:
+    """flop/s of one large matrix product: the best of five."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        c = a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - began)
+    assert c.shape == (n, n)
+    return 2 * n**3 / min(times[1:])
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: what the GPU's allocator held at most, or the process's resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def clock(seconds: float) -> str:
+    """12s, 3m20s, 5h07m."""
+    s = round(seconds)
+    return (
+        f"{s}s"
+        if s < 60
+        else f"{s // 60}m{s % 60:02d}s"
+        if s < 3600
+        else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    )

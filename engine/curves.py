@@ -1,0 +1,95 @@
+"""curves.png: a run's losses as a picture, from metrics.jsonl alone.
+
+What.  Stage 1: the KL of each relation and of the next token, on a logarithmic axis; its loss by layer, so that one
+sees which layers hold out. Stage 2: the next-token loss, and the relation loss of the native blocks beside.
+
+How.  The raw line is faint; the strong one is a running mean over a fortieth of the steps. Steps are counted from 1,
+as on the terminal.
+
+Limits.  At most 1000 points per line are drawn; the mean is over all.
+"""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+
+from relation_kl import RELATIONS
+
+POINTS = 1000
+
+
+def picture(log: Path) -> bytes:
+    """metrics.jsonl as PNG bytes."""
+    from matplotlib.figure import Figure  # no pyplot: no global state and no display
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    first = [r for r in rows if r["stage"] == "stage1"]
+    second = [r for r in rows if r["stage"] == "stage2"]
+    panels = 2 * bool(first) + bool(second)
+    figure = Figure(figsize=(5.2 * panels, 4), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    if first:
+        _relations(axes[0], first)
+        _layers(figure, axes[1], first)
+    if second:
+        _next_token(axes[-1], second)
+    out = io.BytesIO()
+    figure.savefig(out, dpi=120, format="png")
+    return out.getvalue()
+
+
+def _line(axis, rows: list[dict], value, label: str, colour: str) -> None:
+    steps = np.asarray([r["step"] + 1 for r in rows])
+    values = np.asarray([value(r) for r in rows], dtype=float)
+    width = max(1, len(values) // 40)
+    mean = np.convolve(np.pad(values, (width - 1, 0), mode="edge"), np.ones(width) / width, "valid")
+    every = max(1, len(values) // POINTS)
+    axis.plot(steps[::every], values[::every], color=colour, alpha=0.25, lw=0.8)
+    axis.plot(steps[::every], mean[::every], color=colour, lw=1.8, label=label)
+
+
+def _finish(axis, title: str, unit: str) -> None:
+    axis.set(xlabel="step", ylabel=unit)
+    axis.set_title(title, loc="left", fontsize=10)
+    axis.grid(alpha=0.25, which="both")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+
+
+def _relations(axis, rows: list[dict]) -> None:
+    for i, name in enumerate(RELATIONS):
+        _line(axis, rows, lambda r, name=name: r["relations"][name], name, f"C{i}")
+    if any(r["next_token_kl"] for r in rows):
+        _line(axis, rows, lambda r: r["next_token_kl"], "next token", "C3")
+    axis.set_yscale("log")
+    _finish(axis, "stage 1: KL from the teacher", "nats (log axis)")
+
+
+def _layers(figure, axis, rows: list[dict]) -> None:
+    from matplotlib.colors import LogNorm
+
+    every = max(1, len(rows) // 500)
+    steps = [r["step"] + 1 for r in rows[::every]]
+    layers = np.clip(np.asarray([r["layers"] for r in rows[::every]]).T, 1e-12, None)  # [L, steps]
+    extent = (steps[0] - 0.5, steps[-1] + 0.5, -0.5, len(layers) - 0.5)
+    image = axis.imshow(
+        layers,
+        aspect="auto",
+        origin="lower",
+        interpolation="nearest",
+        norm=LogNorm(),
+        extent=extent,
+    )
+    axis.set(xlabel="step", ylabel="layer")
+    axis.set_title("stage 1: relation KL by layer", loc="left", fontsize=10)
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=axis, label="nats (log scale)")
+
+
+def _next_token(axis, rows: list[dict]) -> None:
+    _line(axis, rows, lambda r: r["loss"], "next token, long blocks", "C0")
+    if "relation_loss" in rows[0]:
+        _line(axis, rows, lambda r: r["relation_loss"], "as the teacher, native blocks", "C1")
+    _finish(axis, "stage 2", "nats per token")

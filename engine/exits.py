@@ -1,0 +1,78 @@
+"""How a program ends: a result, one sentence, or a stop on request; never a traceback for what a user can mend.
+
+    0    done
+    2    refused, or cannot go on: one sentence on standard error names the value and the remedy
+    3    stopped by Ctrl-C, SIGTERM or SIGHUP: one line says whether a state was saved
+
+This module is imported first and imports nothing heavy, so that a Ctrl-C while torch loads ends like any other.
+
+Limits.  A process that is killed says nothing. Mistakes of this program's own still end in a traceback, with code 1.
+"""
+
+import os
+import signal
+import sys
+import time
+
+STOPPED = 3
+
+
+class OutOfMemory(ValueError):
+    """The memory of a device, or of the machine, ran out."""
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _leave(number, frame) -> None:
+    """While modules are imported: nothing is open and nothing was written, so the process ends here."""
+    print(f"{PROGRAM}: stopped before it began", file=sys.stderr, flush=True)
+    os._exit(STOPPED)
+
+
+def _stop(number, frame) -> None:
+    """Afterwards: every `with` on the way out puts its things in order."""
+    raise KeyboardInterrupt
+
+
+PROGRAM = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
+if PROGRAM in ("train.py", "eval.py"):
+    for each in SIGNALS:
+        signal.signal(each, _leave)
+
+
+def ran_out(e: BaseException) -> bool:
+    """Is this torch's, or Python's, way of saying that memory ran out?"""
+    return (
+        isinstance(e, MemoryError)
+        or type(e).__name__ == "OutOfMemoryError"
+        or (isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
+    )
+
+
+def run(main, program: str) -> None:
+    """main(), and the end that it deserves."""
+    try:
+        for number in SIGNALS:
+            signal.signal(number, _stop)
+        main()
+    except KeyboardInterrupt:
+        _end(program, "stopped; what was saved before is kept", STOPPED)
+    except OutOfMemory as e:  # which one rank may meet alone
+        _end(program, str(e), 2, alone=True)
+    except (ValueError, OSError) as e:
+        _end(program, str(e), 2)
+    except (MemoryError, RuntimeError) as e:
+        if not ran_out(e):
+            raise
+        _end(program, f"memory ran out ({str(e).splitlines()[0][:200]}); use a smaller model, shorter "
+             "blocks or a larger machine", 2, alone=True)  # fmt: skip
+
+
+def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
+    if os.environ.get("RANK", "0") == "0" or alone:
+        print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # torchrun ends all when one has ended: rank 0 speaks first
+    sys.stdout.flush()
+    os._exit(code)  # not sys.exit, which would wait for ranks that are still at work

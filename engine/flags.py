@@ -1,0 +1,232 @@
+"""The command line of train.py: every flag, its range and its meaning, in one gate.
+
+A value out of range, a flag without the flag it needs, a preset's values: all are settled here, before anything is
+read. The result is never changed afterwards.
+
+Presets stand for a whole recipe: `authors` is the paper's own, the demo's is taken where no --teacher is named. A flag
+that is given wins over a preset.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+
+from hub import files
+from relation_kl import IMPLEMENTATIONS
+from rope import STUDENT_KINDS
+
+HERE = Path(__file__).resolve().parents[1]
+SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv", "none")
+# fmt: off
+PRESETS = {
+    # Many small steps, and text like the teacher's own: LOG.md has the search
+    "demo": {"batch1": 1, "batch2": 1, "length2": 4096, "logit_weight": 3.0, "native_blocks": 4, "lookups": 0.25},
+    "demo linear": {"tokens1": 240_000, "lr1": 2e-3, "tokens2": 150_000, "lr2": 1.5e-3},
+    "demo yarn": {"tokens1": 82_000, "lr1": 5e-4, "tokens2": 50_000, "lr2": 3e-4},
+    # The paper's own: adapters, 144 steps of 4 x 4096 tokens, relations alone
+    "authors": {"lora_rank": 1024, "lora_alpha": 2048.0, "lora_dropout": 0.05, "lr1": 2e-5, "length1": 4096,
+                "batch1": 4, "tokens1": 144 * 4 * 4096, "logit_weight": 0.0, "authors_heads": True},
+    "default": {"logit_weight": 1.0, "lookups": 0.0, "native_blocks": 0, "authors_heads": False,
+                "lora_dropout": 0.0},
+}
+# fmt: on
+
+
+def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
+    """The arguments of a run, complete and in range. Raises ValueError in one sentence."""
+    p = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.error = one_sentence  # instead of argparse's page of usage
+    what = p.add_argument_group("what")
+    what.add_argument(
+        "--teacher", type=str, help="Hugging Face directory of a LLaMA (default: the demo's)"
+    )
+    what.add_argument(
+        "--scale", type=scale, default=8.0, help="how many times the context, above 1 (8)"
+    )
+    what.add_argument(
+        "--rope",
+        choices=STUDENT_KINDS,
+        help="how positions are stretched (the teacher's kind, or linear)",
+    )
+    what.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="text files or folders (Python's own sources)",
+    )
+    what.add_argument("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
+    what.add_argument(
+        "--stage", choices=("1", "2", "both"), default="both", help="which stages to run (both)"
+    )
+    how = p.add_argument_group("how (what is left out is printed with the plan)")
+    for n, name in ((1, "stage 1"), (2, "stage 2")):
+        how.add_argument(f"--tokens{n}", type=count, help=f"tokens that {name} reads")
+        how.add_argument(f"--length{n}", type=count, help=f"tokens per block of {name}")
+        how.add_argument(f"--batch{n}", type=count, help=f"blocks per step of {name}")
+        how.add_argument(f"--lr{n}", type=positive, help=f"peak learning rate of {name}")
+    how.add_argument(
+        "--logit-weight",
+        type=weight,
+        help="of the next-token KL beside the relations (1; the demo 3)",
+    )
+    how.add_argument(
+        "--relations", choices=SUBSETS, default="qkv", help="which relations stage 1 compares (qkv)"
+    )
+    how.add_argument(
+        "--native-blocks",
+        type=whole,
+        help="blocks of stage 1's kind beside each of stage 2's (0; the demo 4)",
+    )
+    how.add_argument(
+        "--lookups",
+        type=share,
+        help="share of blocks that are look-up documents (0; the demo 0.25)",
+    )
+    how.add_argument(
+        "--lora-rank", type=count, help="train adapters of this rank instead of full projections"
+    )
+    how.add_argument(
+        "--lora-alpha", type=positive, help="their weight is alpha / rank (twice the rank)"
+    )
+    how.add_argument("--lora-dropout", type=share, help="on the adapters' input (0)")
+    how.add_argument(
+        "--preset", choices=("authors",), help="authors: the paper's adapters and stage 1"
+    )
+    how.add_argument("--micro", type=count, help="blocks at a time (as many as fill 8192 tokens)")
+    how.add_argument(
+        "--impl", choices=IMPLEMENTATIONS, default="auto", help="of the relation loss (auto)"
+    )
+    how.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="to compute in (auto)",
+    )
+    how.add_argument(
+        "--seed", type=seed, default=0, help="of the text's order and of all noise (0)"
+    )
+    how.add_argument(
+        "--eval-blocks",
+        type=whole,
+        default=8,
+        help="long held-out blocks for the table; 0: no table (8)",
+    )
+    run = p.add_argument_group("running")
+    run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
+    run.add_argument(
+        "--save-minutes", type=weight, default=10, help="write the state at least this often (10)"
+    )
+    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    run.add_argument(
+        "--shard", action="store_true", help="under torchrun: cut the models over the GPUs (FSDP2)"
+    )
+    run.add_argument(
+        "--peak-tflops", type=positive, help="what 100 %% MFU means (measured at the start)"
+    )
+    run.add_argument(
+        "--tensorboard", action="store_true", help="also write figures for TensorBoard"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run.add_argument("--device", default=device, help="a torch device (cuda where there is one)")
+    run.add_argument(
+        "--cache", type=folder, help="folder for tokenised text, to share between runs (in --out)"
+    )
+    args = p.parse_args(argv)
+    demo = () if args.teacher else (f"demo {args.rope or 'linear'}", "demo")
+    for preset in (args.preset, *demo, "default"):
+        for key, value in PRESETS.get(preset, {}).items():
+            if getattr(args, key, None) is None:
+                setattr(args, key, value)
+    if args.lora_rank is None and (args.lora_alpha or args.lora_dropout):
+        raise ValueError("--lora-alpha and --lora-dropout are of adapters: add --lora-rank")
+    if args.lora_rank and args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    if args.lora_dropout >= 1:
+        raise ValueError(f"--lora-dropout is {args.lora_dropout:g}; it must be below 1")
+    if args.tensorboard:
+        require("tensorboard", "--tensorboard")
+    check_device(args.device)
+    teacher = files.resolve(args.teacher) if args.teacher else HERE / "demo" / "teacher"
+    name = f"{teacher.resolve().name}-x{args.scale:g}" if args.teacher else "demo"
+    args.teacher, args.out = teacher, args.out or Path("out") / name
+    args.cache = args.cache or args.out / "cache"
+    return args
+
+
+def one_sentence(message: str) -> None:
+    raise ValueError(message)
+
+
+def require(package: str, flag: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{flag} needs the package: pip install {package}, or leave the flag out")
+
+
+def check_device(name: str) -> None:
+    """Raises ValueError if torch has no such device here."""
+    try:
+        device = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(
+            f"--device {name} is not available here: {str(e).splitlines()[0]}"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name}: this program computes on cpu or cuda")
+
+
+# ---- types: each takes the text of a flag and says what it must be
+
+
+def _number(text: str, what: str, good, kind=float):
+    try:
+        value = kind(text)
+        if good(value):
+            return value
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
+
+
+def scale(text: str) -> float:
+    return _number(text, "a number above 1, such as 8", lambda v: 1 < v <= 1000)
+
+
+def positive(text: str) -> float:
+    return _number(text, "a number above 0", lambda v: 0 < v < math.inf)
+
+
+def weight(text: str) -> float:
+    return _number(text, "a number from 0 up", lambda v: 0 <= v < math.inf)
+
+
+def share(text: str) -> float:
+    return _number(text, "a number from 0 to 1", lambda v: 0 <= v <= 1)
+
+
+def count(text: str) -> int:
+    return _number(text, "a whole number from 1 up", lambda v: 1 <= v < 1 << 48, int)
+
+
+def whole(text: str) -> int:
+    return _number(text, "a whole number from 0 up", lambda v: 0 <= v < 1 << 31, int)
+
+
+def seed(text: str) -> int:
+    return _number(text, "a whole number from 0 up to 2^32", lambda v: 0 <= v < 1 << 32, int)
+
+
+def folder(text: str) -> Path:
+    try:
+        text.encode()
+        if text.strip() and "\0" not in text:
+            return Path(text)
+    except UnicodeEncodeError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is not the name of a folder")

@@ -1,0 +1,89 @@
+"""A step's forward and backward as one CUDA graph: what the host launches once, the GPU repeats by itself.
+
+What.  A small model on a GPU is bound by launches: SmolLM2-135M starts some 10 000 kernels per step of 512 tokens, and
+Python needs longer to ask for them than the GPU to do them. A CUDA graph records them once; a replay is one launch.
+
+How.  For every shape of ids: three ordinary calls to warm up (Triton compiles then), a recording, and from then on
+copies of ids into the recorded input and replays. Gradients are zeroed, not dropped, so that the recorded backward adds
+to the same memory each time. All shapes share one pool of memory, as they run one after another.
+
+When.  One process with a GPU, nothing recomputed in the backward and no dropout, which draw random numbers on the host's
+word. Otherwise the function is called as it is; `wanted` says which, and why.
+
+Limits.  The pool holds a step's activations for as long as the stage lasts.
+
+Source.  CUDA graphs as torch.cuda.CUDAGraph offers them.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.cost import Stage
+
+
+def wanted(
+    device: torch.device, processes: int, checkpointing: bool, dropout: float
+) -> tuple[bool, str]:
+    """(record steps as CUDA graphs?, why)."""
+    if device.type != "cuda":
+        return False, "there is no GPU"
+    if processes > 1:
+        return False, "processes exchange gradients inside the backward"
+    if checkpointing:
+        return False, "layers are computed again in the backward"
+    if dropout:
+        return False, "dropout draws its noise anew in each step"
+    return True, "one launch per step instead of thousands"
+
+
+class Recorded:
+    """losses(stage, ids) -> tuple of tensors, the first of them the loss, with its backward; recorded per shape."""
+
+    def __init__(self, losses, weights: list[Tensor], record: bool):
+        self.losses, self.weights, self.record = losses, weights, record
+        self.graphs: dict = {}  # (objective, shape, share) -> (graph, its input, its outputs)
+        self.pool = torch.cuda.graph_pool_handle() if record else None
+
+    def __call__(self, stage: Stage, ids: Tensor, share: float) -> tuple[Tensor, ...]:
+        """The values of losses(stage, ids), after share * the gradient of the first is added to the weights'."""
+        if not self.record:
+            return self._run(stage, ids, share)
+        key = stage.objective, tuple(ids.shape), share
+        if key not in self.graphs:
+            self.graphs[key] = self._capture(stage, ids, share)
+        graph, held, out = self.graphs[key]
+        held.copy_(ids)
+        graph.replay()
+        return out
+
+    def zero(self) -> None:
+        """Gradients are 0 after this."""
+        for w in self.weights:
+            if not self.record:
+                w.grad = None
+            elif w.grad is not None:
+                w.grad.zero_()
+
+    def _run(self, stage: Stage, ids: Tensor, share: float) -> tuple[Tensor, ...]:
+        out = self.losses(stage, ids)
+        (out[0] * share).backward()
+        return tuple(value.detach() for value in out)
+
+    def _capture(self, stage: Stage, ids: Tensor, share: float):
+        for w in self.weights:
+            if w.grad is None:
+                w.grad = torch.zeros_like(w)
+        kept = [w.grad.clone() for w in self.weights]
+        held = ids.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self._run(stage, held, share)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = self._run(stage, held, share)
+        for w, grad in zip(self.weights, kept, strict=True):
+            w.grad.copy_(grad)  # what the warming up added goes
+        return graph, held, out

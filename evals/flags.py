@@ -1,0 +1,142 @@
+"""The command line of eval.py: every flag, its range and its meaning, in one gate.
+
+A value out of range, a flag without the flag it needs, a flag that says nothing here: all are refused
+in one sentence before anything is read. The result is never changed afterwards.
+"""
+
+import argparse
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+from engine.flags import check_device, count, folder, one_sentence, positive, seed
+from evals.longtext import STRIDE
+from evals.ruler_tasks import TASKS
+from hub import files
+
+SAMPLES, NEW_TOKENS = 32, 100
+# What each flag is of: it changes nothing without one of these
+NEEDS = {
+    "task_dir": ("tasks",),
+    "limit": ("tasks",),
+    "documents": ("ppl",),
+    "ruler_data": ("ruler",),
+    "ruler_seed": ("ruler", "passkey"),
+    "samples": ("ruler", "passkey"),
+    "lengths": ("ppl", "positions", "passkey", "ruler"),
+    "predictions": ("out",),
+    "layers": ("against",),
+}
+# What --prompt, which measures nothing, leaves no room for
+MEASURING = ("against", "out", "cache", "data", "no_text", "native", "scale", "blocks", "tasks")
+MEASURING += ("ppl", "positions", "passkey", "ruler", *NEEDS)
+
+
+def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
+    """The arguments of an evaluation, complete and in range. Raises ValueError in one sentence."""
+    p = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.error = one_sentence  # instead of argparse's page of usage
+    _add_flags(p)
+    args = p.parse_args(argv)
+    _check(args)
+    args.command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
+    args.model = files.resolve(args.model)
+    args.against = files.resolve(args.against) if args.against else None
+    defaults = {"samples": SAMPLES, "new_tokens": NEW_TOKENS, "blocks": 8, "ruler_seed": 42}
+    for key, value in defaults.items():
+        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    return args
+
+
+def _add_flags(p: argparse.ArgumentParser) -> None:
+    """Every flag. Those that change nothing by themselves have None as their default."""
+    add = p.add_argument
+    add("--model", required=True, help="the directory to score")
+    add("--against", help="its teacher: adds the columns teacher and untrained")
+    add("--out", type=folder, help="a new folder for report.json, report.md and the pictures")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="a torch device (cuda where there is one)")
+    kinds = ("auto", "float32", "bfloat16")
+    add("--dtype", choices=kinds, default="auto", help="to compute in (auto)")
+    add("--seed", type=seed, default=0, help="of look-ups and confidence intervals (0)")
+    add("--predictions", action="store_true", help="also write every item's scores, under --out")
+    add("--prompt", help="continue this text, and measure nothing; - reads standard input")
+    add("--new-tokens", type=count, help=f"of --prompt, at most ({NEW_TOKENS})")
+    add = p.add_argument_group("held-out text").add_argument
+    add("--data", type=Path, nargs="+", default=[], help="text (Python's own sources)")
+    add("--no-text", action="store_true", help="leave the held-out text out")
+    add("--native", type=count, help="tokens that count as 1x (the teacher's length)")
+    add("--scale", type=positive, help="the longest blocks, in native lengths (the student's)")
+    add("--blocks", type=count, help="long blocks or documents to read (8)")
+    add("--cache", type=folder, help="folder to keep tokenised text in (none: it is not kept)")
+    add = p.add_argument_group("short text").add_argument
+    add("--tasks", nargs="+", default=[], help="task files, folders of them, names, or all")
+    add("--task-dir", type=Path, help="the folder in which named tasks lie (the current one)")
+    add("--limit", type=count, help="at most this many items per task (all)")
+    add = p.add_argument_group("long text").add_argument
+    add("--lengths", type=count, nargs="+", help="tokens (1, 2, 4, ... native lengths)")
+    add("--ppl", action="store_true", help="sliding-window perplexity at each length")
+    add("--documents", type=Path, nargs="+", help="long texts for --ppl (held-out text)")
+    add("--positions", action="store_true", help="loss as a function of position")
+    add("--passkey", action="store_true", help="passkey by depth and length")
+    add("--ruler", nargs="*", metavar="TASK", help="RULER, or some of its tasks")
+    add("--ruler-data", type=Path, help="folder with RULER's word lists, essays and QA sets")
+    add("--ruler-seed", type=seed, help="of RULER's and passkey's prompts (42, as RULER's)")
+    said = f"prompts per task and length ({SAMPLES}; RULER: 500, PI's passkey: 320)"
+    add("--samples", type=count, help=said)
+    add = p.add_argument_group("diagnosis").add_argument
+    add("--layers", action="store_true", help="relation KL by layer, relation and head")
+
+
+def _given(args: argparse.Namespace, key: str) -> bool:
+    """--ruler without names is an empty list, and given; no --data is one too, and is not."""
+    value = getattr(args, key)
+    return value is not None if key == "ruler" else value not in (None, False, [])
+
+
+def _flag(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def _check(args: argparse.Namespace) -> None:
+    check_device(args.device)
+    if args.prompt is not None:
+        for key in MEASURING:
+            if _given(args, key):
+                raise ValueError(
+                    f"--prompt continues a text and measures nothing: leave {_flag(key)} out"
+                )
+        return
+    if args.new_tokens:
+        raise ValueError("--new-tokens is of a text that is continued: add --prompt")
+    if args.layers and not args.against:
+        raise ValueError(
+            "--layers compares a student with its teacher; name the teacher with --against"
+        )
+    for key, needed in NEEDS.items():
+        if _given(args, key) and not any(_given(args, other) for other in needed):
+            either = " or ".join(map(_flag, needed))
+            raise ValueError(f"{_flag(key)} changes nothing by itself: add {either}")
+    for name in args.ruler or ():
+        if name not in TASKS or name == "passkey":
+            known = ", ".join(task for task in TASKS if task != "passkey")
+            raise ValueError(f"--ruler {name} is not one of {known}")
+    if args.scale is not None and not 1 <= args.scale <= 1e6:
+        raise ValueError(f"--scale is {args.scale:g}; it must be from 1 to a million")
+    if args.ppl and args.lengths and min(args.lengths) < STRIDE:
+        raise ValueError(
+            f"--ppl needs windows of at least its stride, {STRIDE} tokens, and --lengths begins at "
+            f"{min(args.lengths)}; name longer ones"
+        )
+    families = ("tasks", "ppl", "positions", "passkey", "ruler", "layers")
+    if args.no_text and not any(_given(args, key) for key in families):
+        raise ValueError(
+            "--no-text leaves nothing to do; ask for --tasks, --ruler, --passkey, --ppl or --layers"
+        )
+    if (args.native or 1) * (args.scale or 1) > 1 << 31 or math.isnan(args.scale or 1):
+        raise ValueError(f"--native {args.native} is too long to be read in one block")

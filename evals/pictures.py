@@ -1,0 +1,166 @@
+"""The pictures of an evaluation, each as the bytes of a PNG.
+
+What.  One function per picture: `bars` (the headline figures and what was kept of each task),
+`passkey` (keys found, by depth and length), `positions` (loss by position) and `layers` (relation
+KL by layer, relation and head). A column has one colour in all of them.
+
+How it is computed.  matplotlib's Figure without pyplot: no global state and no display. A bar of
+length zero still has its number beside it, so "0 %" and "not measured" look different.
+
+Limits.  Made to be read at full width of a page; the figures themselves are in report.json.
+"""
+
+import io
+import math
+
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+
+from relation_kl import RELATIONS
+
+# teacher, untrained, then students
+COLOURS = ["#4c72b0", "#c44e52", "#dd8452", "#55a868", "#8172b3"]
+
+
+def png(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=130)
+    return out.getvalue()
+
+
+def colour(i: int) -> str:
+    return COLOURS[i % len(COLOURS)]
+
+
+def bars(
+    columns: dict[str, dict[str, float]],
+    losses: list[str],
+    percent: list[str],
+    shares: dict[str, float],
+    kept: dict[str, dict],
+) -> bytes:
+    """Losses, figures in percent and, where there is any, the tasks' retention, side by side.
+
+    columns: {model: {row: figure}}; losses, percent: rows in nats, and between 0 and 1;
+    shares: {model: lost loss recovered}; kept: what `retention` found.
+    """
+    panels = [("loss (nats per token)", losses, 1.0), ("right (%)", percent, 100.0)]
+    panels = [panel for panel in panels if panel[1]] or panels[:1]
+    drawn = {row: found for row, found in kept.items() if any(found["kept"].values())}
+    most = max(len(names) for _, names, _ in panels)
+    tall = max(most * (0.16 * len(columns) + 0.14), 0.3 * len(drawn), 2.4) + 1.1
+    figure = Figure(figsize=(5.2 * (len(panels) + bool(drawn)), tall), layout="constrained")
+    axes = figure.subplots(1, len(panels) + bool(drawn), squeeze=False)[0]
+    for axis, (title, names, times) in zip(axes, panels, strict=False):
+        _bars(axis, columns, names, times)
+        axis.set_title(title, fontsize=10, loc="left")
+    if drawn:
+        _kept(axes[-1], drawn)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    said = [f"{n} ({100 * shares[n]:.0f} % recovered)" if n in shares else n for n in columns]
+    handles = axes[0].containers
+    figure.legend(handles, said, fontsize=9, frameon=False, loc="outside upper left", ncols=5)
+    return png(figure)
+
+
+def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: float) -> None:
+    """A group of horizontal bars per row, a bar per model, its figure written at its end."""
+    thick = 0.8 / len(columns)
+    for i, (column, figures) in enumerate(columns.items()):
+        y = [n + (i - (len(columns) - 1) / 2) * thick for n in range(len(names))]
+        values = [times * figures.get(name, math.nan) for name in names]
+        drawn = axis.barh(y, values, 0.92 * thick, label=column, color=colour(i))
+        said = ["" if math.isnan(v) else f"{v:.0f}" if times > 1 else f"{v:.2f}" for v in values]
+        axis.bar_label(drawn, said, padding=2, fontsize=min(7, 60 * thick / len(columns) + 4))
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.5, -0.5)
+    axis.margins(x=0.12)
+    if times > 1:
+        axis.set_xlim(0, 112)
+
+
+def _kept(axis, drawn: dict[str, dict]) -> None:
+    """Each row's share of the teacher with its interval."""
+    for y, found in enumerate(drawn.values()):
+        for i, one in enumerate(found["kept"].values()):
+            if one:
+                low, value, high = (100 * one[key] for key in ("low", "value", "high"))
+                axis.plot([low, high], [y, y], color=colour(i + 2), lw=2)
+                axis.plot(value, y, "o", color=colour(i + 2), ms=5)
+    axis.axvline(100, color="0.6", lw=1)
+    axis.set_yticks(range(len(drawn)), list(drawn))
+    axis.set_ylim(len(drawn) - 0.5, -0.5)
+    axis.set_title("kept of the teacher (%), 95 % interval", fontsize=10, loc="left")
+
+
+def positions(curve: dict[str, list], native: int) -> bytes:
+    """Loss by position. curve: {"positions": [tokens], model: [loss in nats]}."""
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    x = np.asarray(curve["positions"]) / native
+    for i, name in enumerate(name for name in curve if name != "positions"):
+        axis.plot(x, curve[name], label=name, color=colour(i))
+    axis.set_xlim(0, None)
+    if axis.get_xlim()[1] > 1:
+        axis.axvline(1, color="0.6", lw=1, ls=":")
+        axis.text(1, axis.get_ylim()[1], " native length", va="top", fontsize=8, color="0.4")
+    axis.set_xlabel(f"position, in native lengths of {native:,} tokens")
+    axis.set_ylabel("loss (nats per token)")
+    axis.set_title("Does more context help? Loss by position", fontsize=10, loc="left")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=9)
+    return png(figure)
+
+
+def passkey(grid: dict[str, list]) -> bytes:
+    """A heat map per model: depth down, length to the right, green where the key was found.
+
+    grid: {"lengths": [tokens], "depths": [0 .. 1], model: [depth][length] share found}.
+    """
+    names = [name for name in grid if name not in ("lengths", "depths")]
+    depths, step = grid["depths"], max(1, len(grid["depths"]) // 8)
+    figure = Figure(figsize=(1.5 + 3.2 * len(names), 4), layout="constrained")
+    axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
+    for axis, name in zip(axes, names, strict=True):
+        image = axis.imshow(grid[name], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        said = [f"{length:,}" for length in grid["lengths"]]
+        axis.set_xticks(range(len(said)), said, fontsize=8, rotation=45)
+        axis.set_title(name, fontsize=10)
+    at = range(0, len(depths), step)
+    axes[0].set_yticks(at, [f"{100 * depths[i]:.0f} %" for i in at], fontsize=8)
+    axes[0].set_ylabel("depth of the key")
+    figure.supxlabel("length of the prompt (tokens)", fontsize=9)
+    figure.colorbar(image, ax=list(axes), label="share of keys found")
+    return png(figure)
+
+
+def layers(found: dict[str, np.ndarray]) -> bytes:
+    """Heat maps on one logarithmic scale: a row per model, a column per relation.
+
+    found: {"before" or "after": [layer, relation, head] KL in nats}, NaN where there is no head.
+    """
+    real = [x[np.isfinite(x) & (x > 0)] for x in found.values()]
+    everything = np.concatenate(real) if any(x.size for x in real) else np.ones(1)
+    top = float(everything.max())
+    norm = LogNorm(vmin=max(float(everything.min()), top * 1e-6) * 0.999, vmax=top * 1.001)
+    deep = len(next(iter(found.values())))
+    size = (10, len(found) * min(8.0, 1.6 + 0.16 * max(deep, 6)) + 0.6)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(found), 3, squeeze=False)
+    for i, (name, x) in enumerate(found.items()):
+        for r, relation in enumerate(RELATIONS):
+            heads, axis = x[:, r, np.isfinite(x[0, r])], axes[i, r]
+            clipped = np.clip(heads, norm.vmin, None)
+            image = axis.imshow(clipped, norm=norm, cmap="magma", aspect="auto")
+            axis.set_title(f"{relation} {name}: mean {np.nanmean(heads):.4f} nats", fontsize=9)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.yaxis.get_major_locator().set_params(integer=True)
+            axis.tick_params(labelsize=8)
+        axes[i, 0].set_ylabel("layer", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("head", fontsize=9)
+    figure.colorbar(image, ax=axes, label="relation KL (nats per row)")
+    return png(figure)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# One row of the README's table of SmolLM2-135M, from 8K to 64K tokens: trains it, then scores it.
+#
+#     TEACHER=path/to/teacher DATA=path/to/text TASKS=path/to/tasks LONG=path/to/documents \
+#         [SEED=0] [OUT=out/smollm2] runs/smollm2-135m.sh ROW [more flags of train.py]
+#
+# ROW      linear, yarn, ntk             both stages with the program's defaults
+#          linear-1, yarn-1              stage 1 alone
+#          pretrain                      stage 2 alone, with the tokens of both
+#          relations, kl                 linear, both stages; stage 1 with the relations alone (the paper's loss), or
+#                                        with the next-token KL alone
+#          q k v qk qv kv qkv            linear, stage 1 alone on 1M tokens, these relations and no KL
+#          262144 524288 1048576         linear, this many tokens in each stage
+#          adapters                      linear, both stages, adapters of rank 64
+# Teacher  HuggingFaceTB/SmolLM2-135M-Instruct, a Hugging Face directory of safetensors.
+# Text     some six million tokens of ordinary English (.txt, .jsonl, .npy); LONG: documents of 64K tokens or more.
+# Tasks    lambada_openai, piqa, arc_easy and openbook_qa as .jsonl(.gz), see README.
+# Time     linear: about a minute and a half on one H200, scores included.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+: "${TEACHER:?the directory of the teacher}" "${DATA:?a file or folder of text}" "${TASKS:?a folder of tasks}"
+: "${LONG:?a folder of long documents}"
+row=${1:?the row, see the head of this file}
+shift
+case $row in
+    linear | yarn | ntk) flags=(--rope "$row") ;;
+    linear-1 | yarn-1) flags=(--rope "${row%-1}" --stage 1) ;;
+    pretrain) flags=(--rope linear --stage 2 --tokens2 4194304) ;;
+    relations) flags=(--rope linear --logit-weight 0) ;;
+    kl) flags=(--rope linear --relations none) ;;
+    q | k | v | qk | qv | kv | qkv)
+        flags=(--rope linear --stage 1 --tokens1 1048576 --logit-weight 0 --relations "$row") ;;
+    [0-9]*) flags=(--rope linear --tokens1 "$row" --tokens2 "$row") ;;
+    adapters) flags=(--rope linear --lora-rank 64) ;;
+    *) echo "smollm2-135m.sh: no row $row; the head of this file lists them" >&2 && exit 2 ;;
+esac
+python=${PYTHON:-.venv/bin/python} seed=${SEED:-0} out=${OUT:-out/smollm2}
+run=$out/$row-$seed
+$python train.py --teacher "$TEACHER" --data "$DATA" --scale 8 --seed "$seed" --eval-blocks 0 \
+    --cache "$out/cache" --out "$run" "${flags[@]}" "$@"
+against=(--against "$TEACHER")  # with the teacher's and the untrained student's columns: once for each kind
+[[ $row-$seed =~ ^(linear|yarn|ntk)-0$ ]] || against=()
+$python eval.py --model "$run/student" "${against[@]}" --tasks all --task-dir "$TASKS" --no-text \
+    --ppl --documents "$LONG" --lengths 8192 65536 --blocks 2 --out "$run-scores"

@@ -1,0 +1,382 @@
+"""What is promised of a user's files: nothing foreign is touched, refused means unchanged, resume finds what is best."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, write_model
+from safetensors.torch import load_file, save_file
+from test_train import refused, same_result, shell
+
+import train
+from engine import data, exits, folder, resume
+from hub.tokenizer import load_tokenizer
+
+SIZES = [
+    "--tokens1",
+    "1024",
+    "--tokens2",
+    "768",
+    "--batch1",
+    "2",
+    "--batch2",
+    "1",
+    "--lr1",
+    "0.01",
+    "--lr2",
+    "0.003",
+    "--scale",
+    "4",
+    "--eval-blocks",
+    "0",
+]
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return write_model(tmp_path_factory.mktemp("models") / "small")
+
+
+def arguments(teacher: Path, text: Path, out: Path, *more: str) -> list[str]:
+    places = ["--teacher", str(teacher), "--data", str(text), "--out", str(out)]
+    return [*places, *SIZES, "--device", "cpu", "--peak-tflops", "0.05", *more]
+
+
+@pytest.fixture(scope="module")
+def finished(teacher, text_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run = shell(arguments(teacher, text_dir, out))
+    assert run.communicate() and run.returncode == 0
+    return out
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    """Everything below, by content."""
+    found = sorted(path.rglob("*")) if path.exists() else []
+    found = [p for p in found if not {folder.LOCK, folder.WORK} & set(p.relative_to(path).parts)]
+    return {str(p.relative_to(path)): p.read_bytes() if p.is_file() else None for p in found}
+
+
+# ---- whose folder it is
+
+
+def test_a_teacher_inside_out_is_refused_and_survives(teacher, text_dir, tmp_path):
+    for name in ("student", "adapter", "deeper/still"):
+        shutil.copytree(teacher, tmp_path / "w" / name)
+        before = tree(tmp_path / "w")
+        said = refused(arguments(tmp_path / "w" / name, text_dir, tmp_path / "w"))
+        assert "holds --teacher" in said and tree(tmp_path / "w") == before
+
+
+def test_a_finished_run_whose_student_is_the_next_teacher_is_refused(finished, text_dir):
+    before = tree(finished)
+    assert "holds --teacher" in refused(arguments(finished / "student", text_dir, finished))
+    assert tree(finished) == before
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["student/thesis/ch1.tex", "metrics.jsonl", "curves.png", "state/step-1/mine", "state/.step-x"],
+)
+def test_files_of_the_users_are_never_touched(teacher, text_dir, tmp_path, name):
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    for more in ([], ["--resume"]):
+        said = refused(arguments(teacher, text_dir, out, *more))
+        assert name in said and "did not write" in said
+    assert tree(out)[name] == b"mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.txt", "student/notes.txt", "state/step-00000001/notes.txt", "state/step-zzz"]
+)
+def test_a_file_added_to_a_finished_run_stops_what_would_replace_it(
+    finished, teacher, text_dir, tmp_path, name
+):
+    copy = Path(shutil.copytree(finished, tmp_path / "copy"))
+    (copy / name).parent.mkdir(parents=True, exist_ok=True)
+    (copy / name).write_text("mine")
+    said = refused(arguments(teacher, text_dir, copy, "--resume"))
+    assert name in said and (copy / name).read_text() == "mine"
+
+
+def test_a_link_in_out_is_not_followed(teacher, text_dir, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "student").symlink_to(tmp_path / "elsewhere")
+    assert "student" in refused(arguments(teacher, text_dir, tmp_path / "out"))
+    assert not tree(tmp_path / "elsewhere")
+
+
+def test_two_runs_in_one_folder(teacher, text_dir, tmp_path):
+    out = tmp_path / "out"
+    with folder.Folder(out, "train.py"):
+        said = refused(arguments(teacher, text_dir, out))
+        assert f"in use by process {os.getpid()}" in said
+        (out / folder.MARK).write_text('{"program": "train.py", "files": []}')
+        assert "in use by" in refused(arguments(teacher, text_dir, out, "--resume"))
+    with folder.Folder(out, "train.py"):
+        pass  # the lock was let go
+
+
+def test_the_lock_goes_with_the_process(tmp_path):
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom engine import folder\n"
+    script += f"f = folder.Folder(Path({str(tmp_path / 'out')!r}), 'train.py').__enter__()\nprint('held', flush=True)\n"
+    run = subprocess.Popen(
+        [sys.executable, "-c", script + "import time; time.sleep(60)"], stdout=subprocess.PIPE
+    )
+    assert run.stdout.readline() == b"held\n"
+    with pytest.raises(ValueError, match=f"process {run.pid}"):
+        folder.Folder(tmp_path / "out", "train.py").__enter__()
+    run.kill()
+    run.wait()
+    with folder.Folder(tmp_path / "out", "train.py"):
+        pass
+
+
+def test_a_dry_run_on_a_used_folder_prints_the_plan(finished, teacher, text_dir, capsys):
+    before = tree(finished)
+    train.main(arguments(teacher, text_dir, finished, "--dry-run"))
+    assert "stage2" in capsys.readouterr().out and tree(finished) == before
+
+
+# ---- refused means unchanged
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--impl", "triton"], "--impl triton"),
+        (["--lookups", "0.5"], "cannot hold"),
+        (["--logit-weight", "inf"], "--logit-weight"),
+        (["--lora-alpha", "8"], "--lora-rank"),
+        (["--lora-rank", "4", "--lora-alpha", "nan"], "--lora-alpha"),
+        (["--lora-rank", "33"], "--lora-rank is 33"),
+        (["--save-minutes", "nan"], "--save-minutes"),
+        (["--seed", "18446744073709551615"], "--seed"),
+        (["--seed", "-1"], "--seed"),
+        (["--scale", "1e300"], "--scale"),
+        (["--tokens1", "9" * 400], "--tokens1"),
+        (["--device", "meta"], "--device meta"),
+        (["--out", ""], "--out"),
+        (["--length2", "900000"], "longer than all the text"),
+    ],
+)
+def test_what_is_refused_leaves_no_trace(teacher, text_dir, tmp_path, monkeypatch, more, said):
+    monkeypatch.chdir(tmp_path)
+    assert said in refused([*arguments(teacher, text_dir, tmp_path / "deep" / "out"), *more])
+    assert tree(tmp_path) == {}
+
+
+def test_weights_that_do_not_fit_are_refused_before_any_text_is_read(
+    teacher, text_dir, tmp_path, monkeypatch
+):
+    bad = Path(shutil.copytree(teacher, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, bad / "model.safetensors")
+    monkeypatch.setattr(data, "load_corpus", lambda *a, **k: pytest.fail("text was read"))
+    assert "missing: model.norm.weight" in refused(arguments(bad, text_dir, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("seconds", [0.3, 1.5, 2.5, 3.2])
+def test_a_stop_at_any_moment_is_one_line(teacher, text_dir, tmp_path, number, seconds):
+    out = tmp_path / "out"
+    run = shell([*arguments(teacher, text_dir, out), "--tokens1", "10000000"], cwd=tmp_path)
+    time.sleep(seconds)
+    run.send_signal(number)
+    said, errors = run.communicate(timeout=60)
+    if run.returncode == -number and seconds < 1:
+        return  # before the first line of ours
+    assert run.returncode == exits.STOPPED, errors
+    assert "Traceback" not in errors and errors.count("\n") <= 1
+    assert (resume.latest(out / "state") is not None) == ("--resume goes on" in said)
+
+
+# ---- resume finds the best state there is
+
+
+def stopped(teacher, text_dir, out: Path) -> None:
+    """A run killed after its fourth step, with the states after the third and fourth."""
+    run = shell([*arguments(teacher, text_dir, out), "--save-minutes", "0"])
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 4):
+        time.sleep(0.005)
+        assert run.poll() is None, run.communicate()
+    run.kill()
+    run.communicate()
+
+
+@pytest.fixture(scope="module")
+def half(teacher, text_dir, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "half"
+    stopped(teacher, text_dir, out)
+    return out
+
+
+def newest(out: Path) -> Path:
+    return sorted((out / "state").glob("step-*"))[-1]
+
+
+def damage(state: Path, kind: str) -> None:
+    weights = state / "state.safetensors"
+    if kind == "cut":
+        weights.write_bytes(weights.read_bytes()[:3000])
+    elif kind == "flipped":
+        raw = bytearray(weights.read_bytes())
+        raw[-100] ^= 1
+        weights.write_bytes(raw)
+    elif kind == "empty json":
+        (state / "state.json").write_text("{}")
+    elif kind == "no json":
+        (state / "state.json").unlink()
+
+
+@pytest.mark.parametrize("kind", ["cut", "flipped", "empty json", "no json"])
+def test_a_damaged_newest_state_is_named_and_the_one_before_taken(
+    half, finished, teacher, text_dir, tmp_path, kind
+):
+    out = Path(shutil.copytree(half, tmp_path / "out"))
+    damage(newest(out), kind)
+    run = shell(arguments(teacher, text_dir, out, "--resume"))
+    said, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert "is damaged" in said and newest(half).name in said
+    same_result(finished, out)
+
+
+def test_with_no_whole_state_left_nothing_is_begun_anew(half, teacher, text_dir, tmp_path):
+    out = Path(shutil.copytree(half, tmp_path / "out"))
+    for state in (out / "state").glob("step-*"):
+        damage(state, "cut")
+    before = tree(out)
+    assert "no state in" in refused(arguments(teacher, text_dir, out, "--resume"))
+    assert tree(out) == before
+
+
+def test_a_changed_text_or_teacher_is_named(half, teacher, text_dir, tmp_path):
+    text = Path(shutil.copytree(text_dir, tmp_path / "text"))
+    file = next(text.iterdir())
+    times = file.stat().st_atime_ns, file.stat().st_mtime_ns
+    file.write_text(file.read_text().replace("a", "b", 1))
+    os.utime(file, ns=times)
+    copy = Path(shutil.copytree(half, tmp_path / "one"))
+    assert "text was" in refused(arguments(teacher, text, copy, "--resume"))
+
+    other = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    assert "teacher's files was" in refused(arguments(other, text_dir, copy, "--resume"))
+
+
+def test_a_mistyped_out_is_refused(teacher, text_dir, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("nothing", "empty"):
+        assert "leave --resume out" in refused(
+            arguments(teacher, text_dir, tmp_path / name, "--resume")
+        )
+    assert tree(tmp_path) == {"empty": None}
+
+
+def test_a_run_without_a_table_can_be_resumed(teacher, tmp_path):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words and then some more " * 300)
+    out = tmp_path / "out"
+    run = shell([*arguments(teacher, text, out), "--eval-blocks", "8", "--length2", "64"])
+    said, errors = run.communicate()
+    assert run.returncode == 0 and "no table" in said, errors
+    again = shell(
+        [*arguments(teacher, text, out, "--resume"), "--eval-blocks", "8", "--length2", "64"]
+    )
+    assert again.communicate() and again.returncode == 0
+
+
+def test_out_below_data_is_not_read_as_text(teacher, text_dir, tmp_path):
+    text = Path(shutil.copytree(text_dir, tmp_path / "text"))
+    first = shell(arguments(teacher, text, text / "out"))
+    assert first.communicate() and first.returncode == 0
+    before = json.loads((text / "out" / "run.json").read_text())["arguments"]["text"]
+    again = shell(arguments(teacher, text, text / "out", "--resume"))
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert json.loads((text / "out" / "run.json").read_text())["arguments"]["text"] == before
+
+
+def test_weights_that_the_update_broke_are_not_saved(teacher, text_dir, tmp_path):
+    out = tmp_path / "out"
+    run = shell([*arguments(teacher, text_dir, out), "--lr2", "1e308", "--tokens2", "256"])
+    _, errors = run.communicate()
+    assert run.returncode == 2 and errors.count("\n") == 1 and "lower" in errors
+    for state in (out / "state").glob("step-*"):
+        assert all(torch.isfinite(t).all() for t in load_file(state / "state.safetensors").values())
+
+
+# ---- the token cache
+
+
+def test_equal_names_sizes_and_times_do_not_make_texts_equal(teacher, tmp_path):
+    streams = []
+    for name, word in (("one", "apple "), ("two", "grape ")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(word * 500)
+        os.utime(tmp_path / name / "a.txt", ns=(10**18, 10**18))
+        corpus = data.load_corpus(
+            [tmp_path / name], load_tokenizer(teacher), tmp_path / "cache", quiet=True
+        )
+        streams.append(np.asarray(corpus.train))
+    assert not np.array_equal(*streams)
+
+
+@pytest.mark.parametrize(
+    "name, content", [("train.npy", b""), ("held_out.npy", b"\x93NUMPY"), ("sizes.json", b"{")]
+)
+def test_an_incomplete_cache_is_made_again(teacher, text_dir, tmp_path, name, content):
+    tokenizer = load_tokenizer(teacher)
+    first = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
+    whole = np.asarray(first.train).copy()
+    next(tmp_path.glob(f"*/{name}")).write_bytes(content)
+    again = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
+    assert np.array_equal(again.train, whole)
+
+
+# ---- text that cannot be read
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("x.jsonl", b'{"text": "\\ud83d"}\n', "half of a surrogate pair"),
+        ("x.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
+        ("x.npy", b"PK\x03\x04" + b"\0" * 50, "not a plain numpy array"),
+        ("x.npy", b"\x93NUMPY\x01\x00\x76\x00{'descr': " + b" " * 107, "not a plain numpy array"),
+        ("x.parquet", b"PAR1", "parquet"),
+    ],
+)
+def test_text_that_cannot_be_read_is_one_sentence(teacher, tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError) as e:
+        data.load_corpus([tmp_path / name], load_tokenizer(teacher), tmp_path / "cache", quiet=True)
+    assert said.lower() in str(e.value).lower() and name in str(e.value)
+
+
+def test_upper_case_and_gzip_suffixes_and_pipes(teacher, tmp_path):
+    import gzip
+
+    (tmp_path / "A.TXT").write_text("one two three " * 50)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(b"four five six " * 50))
+    names = [name for name, _ in data.documents(data.find_files([tmp_path]))]
+    assert names == ["A.TXT", "b.txt.gz"]
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(ValueError, match="pipe"):
+        data.find_files([tmp_path / "pipe.txt"])
