@@ -98,6 +98,18 @@ def check(
                          "--resume out")  # fmt: skip
 
 
+def clear(path: Path) -> None:
+    """Takes away an earlier result of this program's; refuses where anything else stands in it."""
+    mark = read_mark(path) if path.is_dir() else None
+    listed = set(mark["files"]) if mark else set()
+    if path.is_dir() and (first := next(strangers(path, listed), None)):
+        raise ValueError(
+            f"{path} holds {first}, which this program did not write; move it elsewhere"
+        )
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
 class Folder:
     """The lock and the mark of one result's folder; `active` False is a rank that does not write."""
 
