@@ -34,17 +34,18 @@ Sources.  kernel_triton.py; overlap by warpgroups: FlashAttention-3 (arXiv 2407.
 source on a CPU with copies and products as late as they may be; tests/test_gpu.py runs it for real.
 """
 
+import functools
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-LOG2E = math.log2(math.e)
+from kernel_triton import GROUP_BYTES, INTERPRETED, LOG2E, Loss, on
+
 LN2 = gl.constexpr(math.log(2))
 NOTHING = gl.constexpr(-1e30)  # product of an unseen pair: exp2 gives 0, and differences stay finite
 BS = gl.constexpr(64)  # rows of a group, and columns of a tile
@@ -55,8 +56,6 @@ LANES = gl.constexpr(
     )
 )
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6's name
-# Heads are taken in groups whose x and y fit in this many bytes of L2, as in kernel_triton.py.
-GROUP_BYTES = 32 * 2**20
 # D -> groups, tiles ahead, registers of a thread. What other choices took: LOG.md.
 FORWARD = {64: (4, 4, 112), 128: (4, 3, 112)}
 BACKWARD = {64: (3, 4, 160), 128: (3, 3, 160)}
@@ -348,3 +347,101 @@ def _backward_kernel(
         [4, 4, 1],
         [REGISTERS, REGISTERS, 24],
     )  # fmt: skip
+
+
+# ---- the host
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@torch.compiler.assume_constant_result
+def _chip_reason(device: torch.device) -> str | None:
+    if device.type != "cuda" or INTERPRETED or not _is_hopper(device):
+        return f"the Hopper kernel needs compute capability 9.0, and the tensors are on {device}"
+    return None
+
+
+def unsupported(x: Tensor, causal: bool, lengths: Tensor | None, scales: tuple[float, float]) -> str | None:
+    """Why this loss cannot go to the kernel, in a sentence, or None if it can."""
+    if reason := _chip_reason(x.device):
+        return reason
+    if x.dtype != torch.bfloat16 or x.shape[-1] not in (64, 128):
+        return f"the Hopper kernel takes bfloat16 and D 64 or 128, not {x.dtype} and {x.shape[-1]}"
+    if not causal or lengths is not None:
+        return "the Hopper kernel is causal and takes no lengths"
+    if min(scales) <= 0:
+        return f"the Hopper kernel takes positive scales, not {min(scales)}"
+    return None
+
+
+def _matrix(x: Tensor) -> tuple[Tensor, bool] | None:
+    """x as rows and columns for the copy engine, and whether its heads are side by side; None where it is no matrix."""
+    B, H, T, D = x.shape
+    b, h, n, d = x.stride()
+    if d != 1 or n % 8 or x.data_ptr() % 16:
+        return None
+    if (h == T * n or H == 1) and (b == H * T * n or B == 1) and n >= D:
+        return x.as_strided((B * H * T, D), (n, 1)), False
+    if (h == D or H == 1) and (b == T * n or B == 1) and n >= H * D:
+        return x.as_strided((B * T, H * D), (n, 1)), True
+    return None
+
+
+@functools.cache
+def _layout(D: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([BS.value, D], gl.bfloat16)
+
+
+def _launch(kernel, table: dict, x: Tensor, y: Tensor, *arguments) -> None:
+    """One program for the rows of WORKERS groups of each head. x, y: of one layout, a matrix for the copy engine."""
+    B, H, T, D = x.shape
+    workers, stages, registers = table[D]
+    (mx, bthd), (my, _) = _matrix(x), _matrix(y)
+    block = [BS.value, D]
+    with on(x.device):
+        kernel[(-(-T // (BS.value * workers)) * B * H,)](
+            *(TensorDescriptor(m, m.shape, m.stride(), block, _layout(D)) for m in (mx, my)), *arguments,
+            T, H, max(1, min(B * H, GROUP_BYTES // (4 * T * D))),
+            D=D, BTHD=bthd, WORKERS=workers, STAGES=stages, REGISTERS=registers, num_warps=4,
+        )  # fmt: skip
+
+
+def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in one layout that the copy engine can read: as they are, where they can stay."""
+    if _matrix(x) is None:
+        x = x.contiguous()
+    if y.stride() != x.stride() or _matrix(y) is None:
+        y = torch.empty_like(x).copy_(y)
+    return x, y
+
+
+def forward(x, y, s_scale, t_scale, causal, lengths):
+    """KL in nats, lse(S) and lse(U) in base 2: three [B, H, T] float32. Nothing here waits for the GPU."""
+    kl, s_lse, t_lse = (torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3))
+    _launch(_forward_kernel, FORWARD, *_laid_out(x, y), kl, s_lse, t_lse, s_scale * LOG2E, t_scale * LOG2E)
+    return kl, s_lse, t_lse
+
+
+def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
+    """dL/dx [B, H, T, D], in x's own layout where x is dense."""
+    dx = torch.empty_like(x)
+    _launch(
+        _backward_kernel, BACKWARD, *_laid_out(x, y), s_lse, t_lse, w.contiguous(), dx, s_scale * LOG2E, t_scale * LOG2E,
+        s_scale, *dx.stride()[:3],
+    )  # fmt: skip
+    return dx
+
+
+LOSS = Loss("relation_kl_hopper", forward, backward)
+
+
+def relation_kl_hopper(
+    student: Tensor, teacher: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
+) -> Tensor:
+    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks. [B, H, T] float32."""
+    if reason := unsupported(student, causal, lengths, (scale, teacher_scale)):
+        raise ValueError(reason)
+    return LOSS(student, teacher, scale, teacher_scale, causal, lengths)
