@@ -45,6 +45,7 @@ How it is computed.  S and U are [T, T]: 4 GiB per head at T = 32 768 in float32
              makes each strip again, forms G (2) and adds both halves of (3). CPU and any GPU.
     triton   the same two passes as fused GPU kernels (kernel_triton.py). A tile there holds part of
              a row, so the first pass keeps lse(S) and lse(U) and the second rebuilds P and R.
+    hopper   those two passes for one chip (kernel_hopper.py): products and exponentials at once.
 
 Limits.  The teacher takes no gradient. First derivatives only. Padded rows give 0.
 
@@ -55,6 +56,7 @@ FlashAttention, arXiv 2205.14135; the one-pass softmax: arXiv 1805.02867.
 import math
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 # Forward + backward in float32 on one core of an Intel Xeon (AVX-512, 2 MiB of L2), torch 2.13, with
@@ -65,7 +67,7 @@ MANY_CELLS = 2**24  # elsewhere: enough to fill a GPU; 64 MiB in float32
 HIDDEN = -1e30  # the score of an unseen pair: exp2 gives 0, and differences stay finite
 FLOOR = -100.0  # 2^-100 of a row's largest term counts as 0: see _exp2
 RELATIONS = ("Q/Q", "K/K", "V/V")
-IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton")
+IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton", "hopper")
 
 
 def relation_kl(
@@ -83,7 +85,7 @@ def relation_kl(
     student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require grad.
     scale: a in the formulas, D**-0.5 if None; teacher_scale: the teacher's own a, `scale` if None.
     causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding.
-    impl: "auto", "dense", "tiled" or "triton". float32 products use tf32 only where torch's own
+    impl: "auto", "dense", "tiled", "triton" or "hopper". float32 products use tf32 only where torch's own
     switch allows it.
     Returns [B, H, T], float32 (float64 for float64 input), differentiable in `student`.
     Raises ValueError for anything else, naming the value. Source: arXiv 2604.00004, section 3.
@@ -92,24 +94,33 @@ def relation_kl(
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
     teacher_scale = scale if teacher_scale is None else float(teacher_scale)
     if impl == "auto":
-        impl, _ = choose(student)
+        impl, _ = choose(student, causal=causal, lengths=lengths, scales=(scale, teacher_scale))
     if impl == "dense":
         return _dense(student, teacher, scale, teacher_scale, causal, lengths)
     if impl == "tiled":
         return _Tiled.apply(student, teacher, scale, teacher_scale, causal, lengths)
-    try:
-        import kernel_triton  # only here, so that machines without Triton can use the other two
+    try:  # only here, so that machines without Triton can use the other two
+        if impl == "hopper":
+            from kernel_hopper import relation_kl_hopper as kernel
+        else:
+            from kernel_triton import relation_kl_triton as kernel
     except ImportError as e:
         raise ValueError(
-            f'impl="triton" needs the triton package ({e}); install it, or use impl="tiled"'
+            f'impl="{impl}" needs the triton package ({e}); install it, or use impl="tiled"'
         ) from None
-    return kernel_triton.relation_kl_triton(student, teacher, scale, teacher_scale, causal, lengths)
+    return kernel(student, teacher, scale, teacher_scale, causal, lengths)
 
 
-def choose(x: Tensor) -> tuple[str, str]:
-    """What "auto" means for a tensor x [B, H, T, D], and why: the one place that decides.
+def choose(
+    x: Tensor,
+    *,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> tuple[str, str]:
+    """What "auto" means for a loss of tensors like x [B, H, T, D], and why: the one place that decides.
 
-    Returns (implementation, reason): "tiled" or "triton", and a phrase that fits after "because".
+    Returns (implementation, reason): "tiled", "triton" or "hopper", and a phrase after "because".
     """
     if not x.is_cuda:
         return "tiled", f"the tensors are on {x.device.type}: the Triton kernel needs a GPU"
@@ -117,10 +128,31 @@ def choose(x: Tensor) -> tuple[str, str]:
         import kernel_triton
     except ImportError as e:
         return "tiled", f"Triton cannot be imported ({e})"
-    reason = kernel_triton.unsupported(x)
-    if reason:
+    if reason := kernel_triton.unsupported(x):
         return "tiled", reason
-    return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported"
+    supported = f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported"
+    try:
+        import kernel_hopper
+    except ImportError as e:  # Gluon is an experimental part of Triton
+        return "triton", f"{supported}; Triton's Gluon cannot be imported ({e})"
+    if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
+        return "triton", f"{supported}; {reason}"
+    return (
+        "hopper",
+        "a Hopper GPU does products and exponentials at once there, the same bits every run",
+    )
+
+
+def keep_losses(ctx, op, *arguments, **options):
+    """A policy for selective checkpointing: a loss's three numbers per row are kept, not made again.
+
+    checkpoint(f, *args, use_reentrant=False, context_fn=lambda:
+    create_selective_checkpoint_contexts(keep_losses)), both of torch.utils.checkpoint: the backward
+    then does not run the GPU kernels' forward a second time.
+    """
+    policy = torch.utils.checkpoint.CheckpointPolicy
+    is_loss = getattr(op, "namespace", "") == "linear_ard" and "backward" not in str(op)
+    return policy.MUST_SAVE if is_loss else policy.PREFER_RECOMPUTE
 
 
 def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) -> None:
