@@ -153,6 +153,7 @@ def logit_kl(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """One run, from the command line to the exported directory; see the head of this file."""
     args = flags.parse(argv, __doc__)  # nothing changes args after this line
     world = parallel.World(args.device)  # this process, or torchrun's many
     device, (dtype, why) = world.device, choose_dtype(world.device, args.dtype)

@@ -26,6 +26,7 @@ COMMANDS = {"kernel": kernels.bench_kernel, "memory": kernels.bench_memory, "ste
 
 
 def main() -> None:
+    """Reads the command line and runs one of COMMANDS."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -262,6 +262,7 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
 
 
 def bench_kernel(arguments) -> None:
+    """Times, TFLOP/s and peak memory at a list of shapes: a table, and JSON lines in --out."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fixed = conditions(device)
     table = implementations(device, arguments.authors)
@@ -350,6 +351,7 @@ def _memory_point(
 
 
 def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> None:
+    """Peak memory in GiB against T, both axes logarithmic; points {name: [(T, bytes)]}."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -72,6 +72,7 @@ SHAPES = {
 
 
 def add_flags(parser) -> None:
+    """The flags of `python -m bench step`."""
     parser.add_argument("--model", choices=list(SHAPES), default="llama2-7b")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
     parser.add_argument(
@@ -103,6 +104,7 @@ def config_of(name: str) -> LlamaConfig:
 def random_models(
     config: LlamaConfig, rank: int | None, device: torch.device, dtype
 ) -> tuple[Llama, Llama]:
+    """(teacher, student) of this shape with random weights, the student ready to train."""
     with torch.device("meta"):
         teacher = Llama(config)
     generator = torch.Generator(device).manual_seed(0)

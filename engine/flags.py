@@ -34,8 +34,8 @@ PRESETS = {
 # fmt: on
 
 
-def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
-    """The arguments of a run, complete and in range. Raises ValueError in one sentence."""
+def parser(about: str) -> argparse.ArgumentParser:
+    """Every flag, its range and its help."""
     p = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -136,7 +136,12 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     run.add_argument(
         "--cache", type=folder, help="folder for tokenised text, to share between runs (in --out)"
     )
-    args = p.parse_args(argv)
+    return p
+
+
+def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
+    """The arguments of a run, complete and in range. Raises ValueError in one sentence."""
+    args = parser(about).parse_args(argv)
     demo = () if args.teacher else (f"demo {args.rope or 'linear'}", "demo")
     for preset in (args.preset, *demo, "default"):
         for key, value in PRESETS.get(preset, {}).items():

