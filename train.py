@@ -170,7 +170,11 @@ def main(argv: list[str] | None = None) -> None:
             lambda: folder.check(args.out, "--out", "train.py", resume=args.resume, apart=apart)
         )
     free = int(world.min(cost.free_memory(device)))
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else world.on_main(cost.peak_flops, device)
+    peak = (
+        args.peak_tflops * 1e12
+        if args.peak_tflops
+        else world.on_main(cost.peak_flops, device, dtype)
+    )
     shards = world.size if args.shard else 1
     own = [s.batch // world.size for s in stages]  # blocks of a step that are this process's
     settled = [

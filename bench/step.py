@@ -286,7 +286,7 @@ def bench_step(arguments, fixed: dict, log) -> None:
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(arguments.model)
-    peak = cost.peak_flops(device)
+    peak = cost.peak_flops(device, compute_dtype(device))
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(
         f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s"

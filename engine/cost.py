@@ -195,9 +195,9 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
 
 
-def peak_flops(device: torch.device) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """flop/s of one large matrix product: the best of five."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(6):

@@ -12,8 +12,8 @@ else about twenty plain lines per stage. curves.png is drawn at each saved state
 --tensorboard writes the same figures for TensorBoard where that package is installed.
 
 Speed.  tflops is cost.flops over the seconds of the step, for all processes together, recomputation not counted; mfu
-is that over the number of devices times `peak`, the rate of one large matrix product, measured at the start (bfloat16
-8192^3 on a GPU, float32 1024^3 on a CPU) or given by --peak-tflops. The ETA takes the work that is left, in all stages,
+is that over the number of devices times `peak`, the rate of one large matrix product, measured at the start in
+the dtype of the run (8192^3 on a GPU, 1024^3 on a CPU) or given by --peak-tflops. The ETA takes the work that is left, in all stages,
 at the median speed of the last 20 steps; measuring and exporting come on top.
 
 Limits.  A step's seconds include waiting for the text and for other processes; saving a state is not in them.

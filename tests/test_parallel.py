@@ -91,8 +91,10 @@ def rows(out: Path) -> list[dict]:
 
 def same_to_rounding(a: Path, b: Path) -> None:
     """Sums of two halves round otherwise than one sum. Losses keep that near float32's last bits. A weight whose
-    gradient nearly cancels may differ more, as Adam divides by the gradient's size: so weights are held to a thousandth
-    of the way that training moved them, in norm, tensor by tensor; frozen ones to no difference at all.
+    gradient nearly cancels may differ more, as Adam divides by the gradient's size: so weights are held to 2e-4
+    of the way that training moved them, in norm, tensor by tensor; frozen ones to no difference at all. Why 2e-4: a step
+    moves a weight by lr m / sqrt(v), and rounding moves m and v by about 2^-22 of the largest term in them; where the
+    terms cancel to a thousandth, that is 2e-4 of a step. The worst seen in any run was 8.7e-5.
     """
     assert [(r["stage"], r["step"], r["lr"]) for r in rows(a)] == [
         (r["stage"], r["step"], r["lr"]) for r in rows(b)
@@ -109,7 +111,7 @@ def same_to_rounding(a: Path, b: Path) -> None:
     )
     for name, w in one.items():
         moved, apart = (w - begun[name]).norm(), (w - two[name]).norm()
-        assert apart <= 1e-3 * moved, f"{name}: {apart} apart after moving {moved}"
+        assert apart <= 2e-4 * moved, f"{name}: {apart} apart after moving {moved}"
     reports = [json.loads((p / "report.json").read_text())["rows"]["loss at 1x"] for p in (a, b)]
     assert reports[0] == pytest.approx(reports[1], rel=1e-5)
 
