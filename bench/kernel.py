@@ -1,22 +1,25 @@
 """Speed and memory of the relation KL, side by side with what one would use instead.
 
-    python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times, TFLOP/s and memory, a table
-    python -m bench memory [--authors PATH] [--lengths 1024 ...]         peak memory against T, a figure
+    python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times and memory, a table
+    python -m bench memory [--authors PATH] [--lengths 1024 ...]         peak memory against T
 
-PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from there, nothing is copied.
-Every row also goes to out/kernel.jsonl or memory.jsonl with the device, the versions and the commit. On a
-GPU the tensors are bfloat16 and the shapes those of LLaMA layers; without one, float32 and small, dense and tiled only.
+PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from
+there, nothing is copied. Every row also goes to out/kernel.jsonl or memory.jsonl with the device,
+the versions and the commit. On a GPU the tensors are bfloat16 and the shapes those of LLaMA layers;
+without one, float32 and small, dense and tiled only.
 
-How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls to warm up; the
-second-level cache is overwritten before each call; median and 20 and 80 % quantiles. What Python does before a launch
-is inside: at short T it shows, and the row "triton graph" (the same work replayed as one CUDA graph) says what share.
-TFLOP/s: 12 D H T^2 / 2 flops for forward and backward, a third of it for the forward, whatever an implementation really
-does (relation_kl.py: 6 products over a triangle). Attention is another computation, here for scale only: by its own
-count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the rate of one large product in the same run,
-8192^3 in bfloat16 on a GPU, 2048^3 in float32 on a CPU (OMP_NUM_THREADS=1 where other processes share the machine).
-Memory: peak of torch's allocator above what the inputs hold; on a CPU, growth of a fresh process's resident peak
-(ru_maxrss), since torch counts no CPU memory. That is coarse: a few MiB fit into what the process already had, and show
-as 0, which the figure leaves out.
+How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls
+to warm up; the second-level cache is overwritten before each call; median and 20 and 80 %
+quantiles. What Python does before a launch is inside: at short T it shows, and the row "triton
+graph" (the same work replayed as one CUDA graph) says what share. TFLOP/s: 12 D H T^2 / 2 flops for
+forward and backward, a third of it for the forward, whatever an implementation really does
+(relation_kl.py: 6 products over a triangle). Attention is another computation, here for scale only:
+by its own count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the rate of one large
+product in the same run, 8192^3 in bfloat16 on a GPU, 2048^3 in float32 on a CPU (OMP_NUM_THREADS=1
+where other processes share the machine). Memory: peak of torch's allocator above what the inputs
+hold; on a CPU, growth of a fresh process's resident peak (ru_maxrss), since torch counts no CPU
+memory. That is coarse: a few MiB fit into what the process already had, and show as 0, which the
+figure leaves out.
 """
 
 import concurrent.futures
@@ -36,7 +39,8 @@ from torch import Tensor
 
 from relation_kl import choose, relation_kl
 
-# (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and last are the goals'.
+# (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and
+# last are the goals'.
 GPU_SHAPES = (
     "32x512x128",
     "9x8192x64",
@@ -70,7 +74,10 @@ def ours(impl: str):
 
 
 def attention(backend: str):
-    """torch's own attention of x with itself: three gradients, and the two sums that make them one."""
+    """torch's own attention of x with itself:
+
+    three gradients, and the two sums that make them one.
+    """
 
     def run(x, y):
         with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
@@ -80,10 +87,14 @@ def attention(backend: str):
 
 
 def authors(path: Path):
-    """The authors' kernels, imported from a clone. They give the sum over rows; it takes x as query and as key."""
+    """The authors' kernels, imported from a clone.
+
+    They give the sum over rows; it takes x as query and as key.
+    """
     if not (path / "kernels/attention_KL/integration.py").is_file():
         raise SystemExit(
-            f"--authors {path} holds no kernels/attention_KL/integration.py: give a clone of LinearARD"
+            f"--authors {path} holds no kernels/attention_KL/integration.py: give a clone of "
+            "LinearARD"
         )
     sys.path.insert(0, str(path))
     kernel = importlib.import_module("kernels.attention_KL.integration").attn_kl_align
@@ -94,7 +105,8 @@ def implementations(device: str, authors_path: Path | None) -> dict:
     """Name to function. On a CPU says why the rest is left out."""
     if device == "cpu":
         print(
-            f"Left out: triton ({choose(torch.zeros(1, 1, 1, 64))[1]}), attention and the authors' (GPU only)."
+            f"Left out: triton ({choose(torch.zeros(1, 1, 1, 64))[1]}), attention and the authors' "
+            "(GPU only)."
         )
         return {"dense": ours("dense"), "tiled": ours("tiled")}
     table = {
@@ -151,7 +163,10 @@ def both(f, x: Tensor, y: Tensor) -> Tensor:
 
 
 def graphed(f, x: Tensor, y: Tensor):
-    """Forward and backward recorded once: the returned call replays them, with one launch for all."""
+    """Forward and backward recorded once:
+
+    the returned call replays them, with one launch for all.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -164,7 +179,10 @@ def graphed(f, x: Tensor, y: Tensor):
 
 
 def peak_bytes(f, x: Tensor, y: Tensor) -> int:
-    """What forward and backward need at most, above what is held before them. On a CPU only in a fresh process."""
+    """What forward and backward need at most, above what is held before them.
+
+    On a CPU only in a fresh process.
+    """
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -187,7 +205,10 @@ def _cpu_peak(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
 
 
 def peak_in_fresh_process(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
-    """Bytes and seconds. A process's resident peak never falls, so every CPU figure takes a process of its own."""
+    """Bytes and seconds.
+
+    A process's resident peak never falls, so every CPU figure takes a process of its own.
+    """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_cpu_peak, impl, shape).result()
@@ -216,7 +237,10 @@ def conditions(device: str) -> dict:
 
 
 def matmul_rate(device: str) -> tuple[float, str]:
-    """flop/s of one large product, and what it was: the most that a loss made of products can reach."""
+    """flop/s of one large product, and what it was:
+
+    the most that a loss made of products can reach.
+    """
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     rate = 2 * n**3 / (1e-3 * milliseconds(lambda: a @ b, device)[0])
@@ -236,7 +260,10 @@ def row(name: str, mode: str, f, shape: tuple[int, int, int], device: str) -> di
 
 
 def rows(name: str, f, shape: tuple[int, int, int], device: str):
-    """The rows of one implementation at one shape; {"does_not_fit": True} where the GPU's memory ends."""
+    """The rows of one implementation at one shape; {"does_not_fit":
+
+    True} where the GPU's memory ends.
+    """
     try:
         x, y = inputs(*shape, device)
         peak = peak_bytes(f, x, y) if device == "cuda" else peak_in_fresh_process(name, shape)[0]
@@ -270,7 +297,8 @@ def bench_kernel(arguments) -> None:
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(product)
     print(
-        f"{'H, T, D':16}{'':18}{'':9}{'ms':>10}{'20 %':>10}{'80 %':>10}{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}"
+        f"{'H, T, D':16}{'':18}{'':9}{'ms':>10}{'20 %':>10}{'80 %':>10}"
+        f"{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}"
     )
     with open_lines(arguments.out, "kernel.jsonl") as file:
         for text in arguments.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
@@ -304,7 +332,10 @@ def open_lines(out: Path, name: str):
 
 
 def bench_memory(arguments) -> None:
-    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png."""
+    """Peak extra memory against T at H 32, D 128 (CPU:
+
+    H 2, D 64): JSON lines and out/memory.png.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fixed = conditions(device)
     table = implementations(device, arguments.authors)
@@ -332,7 +363,8 @@ def bench_memory(arguments) -> None:
                 if peak is None or seconds > PATIENCE:
                     break
                 points[name].append((T, peak))
-    title = f"Peak extra memory, forward + backward, {H} heads of {D}\n{fixed['device']}, torch {fixed['torch']}"
+    title = f"Peak extra memory, forward + backward, {H} heads of {D}\n"
+    title += f"{fixed['device']}, torch {fixed['torch']}"
     draw(points, title, arguments.out / "memory.png")
     print(f"Drawn: {arguments.out / 'memory.png'}")
 

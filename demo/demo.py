@@ -10,8 +10,8 @@ else.
 How it is read.  Recovered is (untrained linear - student) / (untrained linear - teacher) at 1x for
 all columns: the share of what position interpolation loses.
 
-Limits.  A model of 5.7M parameters and minutes of two CPU cores: what it shows of a real model is the
-shape of the curves, not their height.
+Limits.  A model of 5.7M parameters and minutes of two CPU cores: what it shows of a real model is
+the shape of the curves, not their height.
 """
 
 import json

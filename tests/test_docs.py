@@ -1,4 +1,7 @@
-"""The README and the tree say the same: files, imports, line budgets, commands, flags and docstrings."""
+"""The README and the tree say the same:
+
+files, imports, line budgets, commands, flags and docstrings.
+"""
 
 import ast
 import re
@@ -21,7 +24,8 @@ LARGER = {
     "kernel_hopper.py": 520,  # likewise
     "train.py": 420,  # both stages in one reading
 }
-# Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and kernels
+# Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and
+# kernels
 LONG = {"train.main", "eval.main", "flags.parser"}
 # Imports go down only: a room may import those of a lower rank, and its own
 RANK = {"hub": 0, "rope": 0, "kernel_triton": 0, "kernel_hopper": 1, "relation_kl": 2, "model": 2}
@@ -33,7 +37,10 @@ def room(path) -> str:
 
 
 def imported(path, everywhere: bool = True) -> set[tuple[str, ...]]:
-    """What of ours a module imports, as ("engine", "data") or ("rope",); everywhere: also inside functions."""
+    """What of ours a module imports, as ("engine", "data") or ("rope",); everywhere:
+
+    also inside functions.
+    """
     tree = ast.parse(path.read_text())
     found = set()
     for node in ast.walk(tree) if everywhere else tree.body:
