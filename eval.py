@@ -71,7 +71,7 @@ DOCUMENTS = 8  # look-up documents per length, with 8 questions each
 
 @torch.no_grad()
 def text_loss(
-    model: Llama, blocks: Tensor, dtype: torch.dtype, scored: int | None = None
+    model: Llama, blocks: Tensor, scored: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(loss in nats, is the token predicted right) of blocks [n, T + 1], each [n, scored].
 
@@ -81,7 +81,7 @@ def text_loss(
     scored = scored or T
     losses, right = [], []
     for part in blocks.split(max(1, likelihood.batch_tokens(model.device) // T)):
-        h = model.hidden(part[:, :-1].to(model.device), dtype)[:, T - scored :]
+        h = model.hidden(part[:, :-1].to(model.device), model.dtype)[:, T - scored :]
         goals = part[:, 1:].to(model.device)[:, T - scored :]
         loss, hit = likelihood.token_scores(model, h.flatten(0, 1), goals.flatten())
         losses.append(loss)
@@ -91,20 +91,19 @@ def text_loss(
 
 
 @torch.no_grad()
-def recall(model: Llama, lookups: Lookups, T: int, dtype: torch.dtype, seed: int) -> np.ndarray:
+def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:
     """Which questions of DOCUMENTS look-up documents of T tokens are answered right: 0 or 1."""
     rng = np.random.default_rng([seed, T])
     made = [lookups.document(rng, T, "far") for _ in range(DOCUMENTS)]
-    right = []
-    together = max(1, likelihood.batch_tokens(model.device) // T)
-    for first in range(0, DOCUMENTS, together):
-        now = made[first : first + together]
-        ids = torch.from_numpy(np.stack([ids[:-1] for ids, _ in now])).to(model.device)
-        h = model.hidden(ids, dtype)
-        for row, (ids, where) in enumerate(now):
-            asked = h[row, torch.from_numpy(where).to(model.device)]
-            right.extend(model.lm_head(asked).argmax(-1).cpu().numpy() == ids[where + 1])
-    return np.asarray(right, dtype=np.float64)
+    ids = torch.from_numpy(np.stack([ids for ids, _ in made]))  # [DOCUMENTS, T + 1]
+    where = torch.from_numpy(np.stack([where for _, where in made])).to(model.device)
+    likeliest, together = [], max(1, likelihood.batch_tokens(model.device) // T)
+    for part, at in zip(ids[:, :-1].split(together), where.split(together), strict=True):
+        h = model.hidden(part.to(model.device), model.dtype)
+        asked = h[torch.arange(len(part), device=model.device)[:, None], at]  # [rows, 8, C]
+        likeliest.append(model.lm_head(asked).argmax(-1))
+    values = ids.gather(1, where.cpu() + 1)
+    return (torch.cat(likeliest).cpu() == values).double().flatten().numpy()
 
 
 class HeldOut:
@@ -140,17 +139,16 @@ class HeldOut:
 
     def figures(self, model: Llama) -> dict[str, tuple[float, float | None, int]]:
         """{row: (figure, its standard error over blocks or questions, tokens or questions)}."""
-        dtype = model.dtype
         full, rest = divmod(self.long, self.native)
         starts = [i * self.native for i in range(full)]
         cut = torch.cat([self.whole[:, i : i + self.native + 1] for i in starts])
-        loss, right = text_loss(model, cut, dtype)  # [full * blocks, native]
+        loss, right = text_loss(model, cut)  # [full * blocks, native]
         near, hits = np.split(loss, full), np.split(right, full)
         if rest:
-            last = text_loss(model, self.whole[:, self.long - self.native :], dtype, rest)
+            last = text_loss(model, self.whole[:, self.long - self.native :], rest)
             near, hits = [*near, last[0]], [*hits, last[1]]
         near, hits = np.concatenate(near, 1), np.concatenate(hits, 1)  # [blocks, long]
-        far, _ = text_loss(model, self.whole, dtype)
+        far, _ = text_loss(model, self.whole)
         out = {}
         for times, losses in ((1, near), (self.scale, far)):
             mean, error, items = _mean(losses)
@@ -160,7 +158,7 @@ class HeldOut:
         out["next-token accuracy"] = _mean(hits)
         for times in (1, 2, 4, 8) if self.lookups else ():
             if times <= self.scale:
-                found = recall(model, self.lookups, times * self.native, dtype, self.seed)
+                found = recall(model, self.lookups, times * self.native, self.seed)
                 out[f"recall at {times}x"] = _mean(found)
         return out
 

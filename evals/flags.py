@@ -21,6 +21,8 @@ from evals.ruler_tasks import TASKS
 from hub import files
 
 SAMPLES, NEW_TOKENS = 32, 100
+# The most that is taken for what somebody means: prompts are made before a model is asked
+MOST = {"lengths": 1 << 24, "samples": 100_000}
 # What each flag is of: it changes nothing without one of these
 NEEDS = {
     "task_dir": ("tasks",),
@@ -126,6 +128,13 @@ def _check(args: argparse.Namespace) -> None:
         if _given(args, key) and not any(_given(args, other) for other in needed):
             either = " or ".join(map(_flag, needed))
             raise ValueError(f"{_flag(key)} changes nothing by itself: add {either}")
+    for key, most in MOST.items():
+        value = getattr(args, key) or 0
+        if (max(value) if isinstance(value, list) else value) > most:
+            raise ValueError(f"{_flag(key)} goes up to {most:,}")
+    for key in ("task_dir", "ruler_data"):
+        if (place := getattr(args, key)) and not place.is_dir():
+            raise ValueError(f"{_flag(key)} {place} is not a folder")
     for name in args.ruler or ():
         if name not in TASKS or name == "passkey":
             known = ", ".join(task for task in TASKS if task != "passkey")

@@ -45,8 +45,12 @@ BINS = 64  # of the curve of loss by position
 
 def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -> list[np.ndarray]:
     """The first length + 1 ids of up to `most` documents that have them. ValueError if none has."""
+    try:
+        found = data.find_files(paths)
+    except ValueError as e:
+        raise ValueError(str(e).replace("--data ", "--documents ")) from None
     out, longest = [], 0
-    for _, text in data.documents(data.find_files(paths)):
+    for _, text in data.documents(found):
         ids = text if isinstance(text, np.ndarray) else tokenizer.encode(text, bos=True)
         longest = max(longest, len(ids))
         if len(ids) > length:

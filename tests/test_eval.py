@@ -16,6 +16,7 @@ from conftest import ROOT, random_model, write_model
 import eval as evaluation
 import train
 from engine import data, folder
+from engine.lookups import Lookups
 from evals import layers as diagnose
 from evals import longtext, pictures, prompts, report
 from evals.retention import retention
@@ -519,6 +520,10 @@ def test_a_window_shorter_than_the_stride_is_refused_at_once(pair):
         ("--ruler-seed 4294967296 --passkey", "4294967296 is not a whole number from 0 up to 2"),
         ("--seed -1", "argument --seed: -1 is not a whole number from 0 up"),
         ("--device meta", "--device meta: this program computes on cpu or cuda"),
+        ("--ruler vt --ruler-data no/where", "--ruler-data no/where is not a folder"),
+        ("--tasks all --task-dir no/where", "--task-dir no/where is not a folder"),
+        ("--passkey --lengths 512 281474976710655", "--lengths goes up to 16,777,216"),
+        ("--passkey --samples 281474976710655", "--samples goes up to 100,000"),
         ("--limit 3", "--limit changes nothing by itself: add --tasks"),
         ("--samples 3", "--samples changes nothing by itself: add --ruler or --passkey"),
         ("--predictions", "--predictions changes nothing by itself: add --out"),
@@ -544,6 +549,25 @@ def test_tasks_that_are_not_there_are_refused_before_a_weight_is_read(pair, argu
     with pytest.raises(ValueError, match=sentence):
         model = str(pair / "student")
         evaluation.main(["--model", model, "--no-text", "--tasks", arguments, "--device", "cpu"])
+
+
+def test_recall_is_the_likeliest_token_at_each_question(text_dir, tmp_path):
+    """The demo's teacher, which answers most: read in batches as it is read one by one."""
+    teacher = ROOT / "demo" / "teacher"
+    model, tokenizer = Llama.from_pretrained(teacher, dtype=torch.float32), load_tokenizer(teacher)
+    corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
+    lookups = Lookups(tokenizer, corpus.train)
+    found, rng, expected = (
+        evaluation.recall(model, lookups, 512, 3),
+        np.random.default_rng([3, 512]),
+        [],
+    )
+    for _ in range(evaluation.DOCUMENTS):
+        ids, where = lookups.document(rng, 512, "far")
+        with torch.no_grad():
+            best = model(torch.from_numpy(ids[None, :-1]))[0].argmax(-1).numpy()
+        expected += (best[where] == ids[where + 1]).tolist()
+    assert found.tolist() == expected and sum(expected) > len(expected) / 2
 
 
 # What is promised of a user's files
@@ -586,6 +610,7 @@ def test_a_folder_that_is_not_the_evaluations_is_refused_unchanged(pair, tmp_pat
         ),
         ("--scale 1000000", r"the held-out text has \d+ tokens, less than one block of"),
         ("--positions --lengths 5000000", "less than one block of 5000000; add --data"),
+        ("--ppl --lengths 512 --documents no/where", "--documents no/where does not exist"),
         ("--ppl --lengths 512 128", "--ppl needs windows of at least its stride, 256 tokens"),
     ],
 )

@@ -442,6 +442,15 @@ def test_files_that_cannot_be_used(tmp_path):
         tasks.load(tmp_path / "mmlu.jsonl")
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    file = tmp_path / "piqa.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS["piqa"]).encode())
+    assert (
+        tasks.load(file).items
+        == tasks.load(write(tmp_path / "piqa.jsonl.gz", [ROWS["piqa"]])).items
+    )
+
+
 def test_limit_reads_no_further(tmp_path):
     file = write(tmp_path / "piqa.jsonl", [ROWS["piqa"], ROWS["piqa"], "broken"])
     assert len(tasks.load(file, 2).items) == 2
