@@ -159,6 +159,7 @@ class mbarrier:
     def arrive(b, count=1):
         turn()
         mbarrier._arrive(World.barriers[b.key])
+        turn()
 
     @staticmethod
     def expect(b, n, pred=True):
