@@ -74,9 +74,7 @@ def ours(impl: str):
 
 
 def attention(backend: str):
-    """torch's own attention of x with itself:
-
-    three gradients, and the two sums that make them one.
+    """torch's own attention of x with itself: three gradients, and the two sums that make them one.
     """
 
     def run(x, y):
@@ -163,9 +161,7 @@ def both(f, x: Tensor, y: Tensor) -> Tensor:
 
 
 def graphed(f, x: Tensor, y: Tensor):
-    """Forward and backward recorded once:
-
-    the returned call replays them, with one launch for all.
+    """Forward and backward recorded once: the returned call replays them, with one launch for all.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -237,9 +233,8 @@ def conditions(device: str) -> dict:
 
 
 def matmul_rate(device: str) -> tuple[float, str]:
-    """flop/s of one large product, and what it was:
-
-    the most that a loss made of products can reach.
+    """flop/s of one large product, and what it was: the most that a loss made of products can
+    reach.
     """
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
@@ -332,9 +327,7 @@ def open_lines(out: Path, name: str):
 
 
 def bench_memory(arguments) -> None:
-    """Peak extra memory against T at H 32, D 128 (CPU:
-
-    H 2, D 64): JSON lines and out/memory.png.
+    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fixed = conditions(device)
@@ -397,5 +390,4 @@ def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> No
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -262,6 +262,7 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
 
 
 def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:
+    """The stages that --stage asks for, one step each."""
     first = arguments.length or config.rope.length
     out = []
     for n, objective, T in (

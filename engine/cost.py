@@ -100,9 +100,8 @@ def activation_bytes(
     checkpointing: bool,
     rank: int | None = None,
 ) -> dict[str, int]:
-    """Bytes that `micro` blocks keep for the backward:
-
-    of layers, and beside them relations or logits.
+    """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or
+    logits.
     """
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
@@ -143,9 +142,8 @@ def memory(
     rank: int | None = None,
     shards: int = 1,
 ) -> dict[str, int]:
-    """Bytes by part for one process working on `micro` blocks at a time; `shards`:
-
-    over how many --shard cuts.
+    """Bytes by part for one process working on `micro` blocks at a time; `shards`: over how many
+    --shard cuts.
     """
     b = torch.finfo(dtype).bits // 8
     everything, qkv = parameters(c)
@@ -172,9 +170,8 @@ def memory(
 
 
 def at_a_time(stage: Stage, micro: int | None, own: int) -> int:
-    """How many of its `own` blocks of a step a process works on at once:
-
-    as many as fill 8192 tokens.
+    """How many of its `own` blocks of a step a process works on at once: as many as fill 8192
+    tokens.
     """
     return min(micro or max(1, 8192 // stage.T), own)
 

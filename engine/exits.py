@@ -28,9 +28,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _leave(number, frame) -> None:
-    """While modules are imported:
-
-    nothing is open and nothing was written, so the process ends here.
+    """While modules are imported: nothing is open and nothing was written, so the process ends
+    here.
     """
     print(f"{PROGRAM}: stopped before it began", file=sys.stderr, flush=True)
     os._exit(STOPPED)

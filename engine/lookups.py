@@ -63,9 +63,8 @@ class Lookups:
     def document(
         self, rng: np.random.Generator, T: int, spread: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [T + 1], where [n]):
-
-        the token at where + 1 is the value that the token at `where` asks for.
+        """(ids [T + 1], where [n]): the token at where + 1 is the value that the token at `where`
+        asks for.
         """
         set_at, ask_at = self._places(rng, T, spread)
         words = rng.choice(self.words, size=(2, PAIRS), replace=False)
@@ -90,9 +89,8 @@ class Lookups:
         return batch
 
     def _places(self, rng: np.random.Generator, T: int, spread: str) -> tuple[list, list]:
-        """Where each line begins:
-
-        disjoint slots of one line's length, every question after its value.
+        """Where each line begins: disjoint slots of one line's length, every question after its
+        value.
         """
         line = max(len(self.set), len(self.ask)) + 2
         slots = (T + 1) // line

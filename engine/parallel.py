@@ -159,9 +159,8 @@ class Reducer:
 
 
 class Unit(nn.Module):
-    """What FSDP gathers and drops together:
-
-    one layer of each model. Called with the function that needs them.
+    """What FSDP gathers and drops together: one layer of each model. Called with the function that
+    needs them.
     """
 
     def __init__(self, *layers: nn.Module):

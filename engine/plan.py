@@ -46,9 +46,8 @@ TOKENS = {
 
 
 def rope_kind(config: LlamaConfig) -> str:
-    """What --rope means where it is left out:
-
-    the teacher's own kind if that can be stretched, else linear.
+    """What --rope means where it is left out: the teacher's own kind if that can be stretched, else
+    linear.
     """
     return config.rope.kind if config.rope.kind in ("yarn", "llama3") else "linear"
 
@@ -200,9 +199,8 @@ def out_of_memory(stage: Stage, device: torch.device, kept: str = "") -> OutOfMe
 def describe(
     c: LlamaConfig, student: LlamaConfig, stages: list[Stage], needs: list[dict], rank=None
 ) -> str:
-    """What is printed before the run:
-
-    the positions old and new, the parameters, the stages and their memory.
+    """What is printed before the run: the positions old and new, the parameters, the stages and
+    their memory.
     """
     everything, _ = parameters(c)
     lines = [f"{'':12}{'kind':>10}{'factor':>9}{'theta':>12}{'length':>10}"]

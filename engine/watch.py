@@ -41,9 +41,8 @@ SCHEMA = 2  # of metrics.jsonl, in run.json; raised when a key changes its meani
 
 
 class Figures:
-    """One step's losses, summed on the device and read once:
-
-    means over this process's blocks, then over all.
+    """One step's losses, summed on the device and read once: means over this process's blocks, then
+    over all.
     """
 
     def __init__(self, layers: int, device: torch.device):
@@ -82,9 +81,8 @@ class Watch:
     def __init__(
         self, out: Folder, stages, config, args, peak: float, size: int, about: dict, total: int
     ):
-        """The first writing of a run:
-
-        run.json, and the log without what the resumed state does not know.
+        """The first writing of a run: run.json, and the log without what the resumed state does not
+        know.
         """
         out.write("run.json", json.dumps(about | {"schema": SCHEMA}, indent=1) + "\n")
         resume.cut_log(out, total)

@@ -92,7 +92,8 @@ def test_student_equal_to_teacher_costs_exactly_nothing(causal):
 
 
 on_hopper = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs compute capability 9.0"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs compute capability 9.0",
 )
 
 
@@ -105,7 +106,9 @@ def test_hopper_agrees_with_the_definition(D, layout):
     for B, H, T in ((1, 1, 1), (2, 3, 63), (1, 3, 192), (2, 2, 257), (3, 2, 1000), (1, 5, 2048)):
         x, y, w = inputs(B, H, T, D, bf16, layout, "cuda")
         first = agree(x, y, w, teacher_scale=0.2, kernel=relation_kl_hopper)
-        assert equal(first, agree(x, y, w, teacher_scale=0.2, kernel=relation_kl_hopper))  # bit for bit
+        assert equal(
+            first, agree(x, y, w, teacher_scale=0.2, kernel=relation_kl_hopper)
+        )  # bit for bit
         assert layout == "qkv" or first[1].stride() == x.stride()
 
 
@@ -174,7 +177,9 @@ def loss(x, y):
 
 def test_auto_is_a_kernel():
     hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert choose(torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16))[0] == ("hopper" if hopper else "triton")
+    assert choose(torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16))[0] == (
+        "hopper" if hopper else "triton"
+    )
     assert choose(torch.empty(1, 1, 1, 80, device="cuda", dtype=bf16))[0] == "triton"
 
 

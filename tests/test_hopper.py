@@ -49,19 +49,41 @@ def emulate(D, H, T, bthd, changes=(), **unkindness):
     def launch(name, table, *arguments):
         workers, stages, _ = table[D]
         programs = -(-T // (64 * workers)) * H
-        gluon_emulator.run(space[name], programs, *matrices, *arguments, *heads, WORKERS=workers, STAGES=stages, **common)
+        gluon_emulator.run(
+            space[name],
+            programs,
+            *matrices,
+            *arguments,
+            *heads,
+            WORKERS=workers,
+            STAGES=stages,
+            **common,
+        )
 
     launch("_forward_kernel", kernel_hopper.FORWARD, *pointers[:3], a * LOG2E, a * LOG2E)
     loss = (numbers[0].view(1, H, T) - kl).abs().max().item()
     out = torch.full((H * T * D,), float("nan"), dtype=bf16)
     strides = (0, D, H * D) if bthd else (0, T * D, D)
     scales = (a * LOG2E, a * LOG2E, a)
-    launch("_backward_kernel", kernel_hopper.BACKWARD, *pointers[1:], gluon_emulator.Ptr(out), *scales, *strides)
+    launch(
+        "_backward_kernel",
+        kernel_hopper.BACKWARD,
+        *pointers[1:],
+        gluon_emulator.Ptr(out),
+        *scales,
+        *strides,
+    )
     out = out.view(1, T, H, D).transpose(1, 2) if bthd else out.view(1, H, T, D)
     return loss, ((out.double() - dx).norm() / dx.norm()).item()
 
 
-CASES = ((64, 2, 400, False), (64, 3, 256, True), (128, 1, 513, False), (64, 1, 63, False), (64, 2, 130, True))
+CASES = (
+    (64, 2, 400, False),
+    (64, 3, 256, True),
+    (128, 1, 513, False),
+    (64, 1, 63, False),
+    (64, 2, 130, True),
+)
 
 
 @compiled
@@ -69,7 +91,9 @@ CASES = ((64, 2, 400, False), (64, 3, 256, True), (128, 1, 513, False), (64, 1, 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_agrees_with_the_definition_however_late(case, late):
     for seed in range(2):
-        loss, gradient = emulate(*case, late_copy="copies" in late, late_product="products" in late, seed=seed)
+        loss, gradient = emulate(
+            *case, late_copy="copies" in late, late_product="products" in late, seed=seed
+        )
         assert loss <= 1e-5 and gradient <= 4e-3
 
 
@@ -112,7 +136,14 @@ def test_the_emulation_catches_planted_faults(fault):
 def test_compiles_for_hopper(direction, D, tmp_path):
     kernel = getattr(kernel_hopper, f"_{direction}_kernel")
     workers, stages, registers = getattr(kernel_hopper, direction.upper())[D]
-    constants = {"D": D, "BTHD": True, "WORKERS": workers, "STAGES": stages, "REGISTERS": registers, "num_warps": 4}
+    constants = {
+        "D": D,
+        "BTHD": True,
+        "WORKERS": workers,
+        "STAGES": stages,
+        "REGISTERS": registers,
+        "num_warps": 4,
+    }
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -123,14 +154,22 @@ def test_compiles_for_hopper(direction, D, tmp_path):
             signature[name] = "*bf16" if name == "dx" else "*fp32"
         else:
             signature[name] = "fp32" if name.endswith("scale") else "i32"
-    aligned = [i for i, (name, type) in enumerate(signature.items()) if type[0] == "*" or "stride" in name]
-    source = GluonASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    aligned = [
+        i for i, (name, type) in enumerate(signature.items()) if type[0] == "*" or "stride" in name
+    ]
+    source = GluonASTSource(
+        kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
     made = triton.compile(source, target=target, options={"num_warps": 4})
     registers, stack = resources(made.asm["cubin"], tmp_path / "kernel.cubin")
-    print(f"{direction:8} D {D:3} {stack:3} bytes spilled, {made.metadata.shared / 1024:5.1f} KiB shared")
+    print(
+        f"{direction:8} D {D:3} {stack:3} bytes spilled, {made.metadata.shared / 1024:5.1f} KiB shared"
+    )
     assert made.metadata.shared <= SHARED[90]
-    assert_runs_at_full_rate(made, 2 if direction == "forward" else 3, tmp_path)  # for S, for U, for dL/dx
+    assert_runs_at_full_rate(
+        made, 2 if direction == "forward" else 3, tmp_path
+    )  # for S, for U, for dL/dx
 
 
 # ---- what it takes
@@ -144,7 +183,10 @@ def test_matrices_of_the_copy_engine():
     z = torch.randn(2, 40, 3, 64, dtype=bf16)
     m, side_by_side = kernel_hopper._matrix(z.transpose(1, 2))
     assert torch.equal(m.view_as(z), z) and side_by_side
-    assert kernel_hopper._matrix(torch.zeros(2, 40, 3, 2, 64, dtype=bf16)[:, :, :, 0].transpose(1, 2)) is None
+    assert (
+        kernel_hopper._matrix(torch.zeros(2, 40, 3, 2, 64, dtype=bf16)[:, :, :, 0].transpose(1, 2))
+        is None
+    )
     assert kernel_hopper._matrix(torch.zeros(1, 1, 40, 65, dtype=bf16)[..., 1:]) is None
     y = torch.randn(2, 40, 3, 64, dtype=bf16).transpose(1, 2)
     same = kernel_hopper._laid_out(x, y)
@@ -153,7 +195,9 @@ def test_matrices_of_the_copy_engine():
 
 def test_refuses_in_a_sentence():
     x = torch.zeros(1, 1, 4, 64, dtype=bf16)
-    with pytest.raises(ValueError, match=r"needs compute capability 9\.0, and the tensors are on cpu"):
+    with pytest.raises(
+        ValueError, match=r"needs compute capability 9\.0, and the tensors are on cpu"
+    ):
         relation_kl(x, x, impl="hopper")
     assert choose(x)[0] == "tiled"
 
@@ -163,7 +207,9 @@ def test_says_what_it_does_not_take(monkeypatch):
     x = torch.zeros(1, 1, 4, 64, dtype=bf16)
     assert kernel_hopper.unsupported(x, True, None, (1.0, 1.0)) is None
     assert "not torch.float16" in kernel_hopper.unsupported(x.half(), True, None, (1.0, 1.0))
-    assert "and 80" in kernel_hopper.unsupported(torch.zeros(1, 1, 4, 80, dtype=bf16), True, None, (1.0, 1.0))
+    assert "and 80" in kernel_hopper.unsupported(
+        torch.zeros(1, 1, 4, 80, dtype=bf16), True, None, (1.0, 1.0)
+    )
     assert "causal" in kernel_hopper.unsupported(x, False, None, (1.0, 1.0))
     assert "lengths" in kernel_hopper.unsupported(x, True, torch.tensor([4]), (1.0, 1.0))
     assert "positive" in kernel_hopper.unsupported(x, True, None, (1.0, -1.0))

@@ -58,7 +58,9 @@ def both(f, x, y, w):
     return kl.detach(), torch.autograd.grad(kl, x, w.to(kl.dtype))[0]
 
 
-def agree(x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None, impl="dense", kernel=None):
+def agree(
+    x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None, impl="dense", kernel=None
+):
     """Asserts the file's rule for loss and gradient, `impl` in float64 being right; returns the kernel's."""
     scale = x.shape[-1] ** -0.5 if scale is None else scale
     teacher_scale = scale if teacher_scale is None else teacher_scale

@@ -240,9 +240,8 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path):
-    """A limit on the size of a file stands for the full disk:
-
-    the log still fits, the next state does not.
+    """A limit on the size of a file stands for the full disk: the log still fits, the next state
+    does not.
     """
     out = tmp_path / "out"
     stopped = shell([*arguments(small, text_dir, out), "--save-minutes", "0"])
