@@ -34,7 +34,12 @@ def main() -> None:
     kernel = commands.add_parser(
         "kernel", help="times, TFLOP/s and peak memory at a list of shapes"
     )
-    kernel.add_argument("--shapes", nargs="+", metavar="HxTxD", help="instead of the default list")
+    kernel.add_argument(
+        "--shapes", nargs="+", metavar="HxTxD[t]", help="instead of the default list"
+    )
+    kernel.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these rows, such as triton dense"
+    )
     memory = commands.add_parser("memory", help="peak memory against T, as a figure")
     memory.add_argument(
         "--lengths", nargs="+", type=int, metavar="T", help="instead of the default list"

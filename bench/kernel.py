@@ -39,12 +39,13 @@ from torch import Tensor
 
 from relation_kl import choose, relation_kl
 
-# (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and
+# H, T, D at batch 1; t: transposed, as the model passes them. The first is short on purpose: it shows the cost of a launch. The third and
 # last are the goals'.
 GPU_SHAPES = (
     "32x512x128",
     "9x8192x64",
     "32x4096x128",
+    "32x4096x128t",
     "32x8192x128",
     "8x32768x128",
     "32x32768x128",
@@ -74,8 +75,7 @@ def ours(impl: str):
 
 
 def attention(backend: str):
-    """torch's own attention of x with itself: three gradients, and the two sums that make them one.
-    """
+    """torch's own attention of x with itself: three gradients, and the two sums that make them one."""
 
     def run(x, y):
         with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
@@ -107,7 +107,9 @@ def implementations(device: str, authors_path: Path | None) -> dict:
             "(GPU only)."
         )
         return {"dense": ours("dense"), "tiled": ours("tiled")}
-    table = {
+    probe = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=device)
+    table = {"hopper": ours("hopper")} if choose(probe)[0] == "hopper" else {}
+    table |= {
         "triton": ours("triton"),
         "eager": eager,
         "eager, compiled": torch.compile(eager, dynamic=False),
@@ -122,10 +124,13 @@ def implementations(device: str, authors_path: Path | None) -> dict:
 # ---- measuring
 
 
-def inputs(H: int, T: int, D: int, device: str) -> tuple[Tensor, Tensor]:
+def inputs(H: int, T: int, D: int, device: str, layout: str = "") -> tuple[Tensor, Tensor]:
+    """x and y [1, H, T, D]; layout "t": transposes of [1, T, H, D], as a model's q, k and v are."""
     g = torch.Generator(device).manual_seed(0)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    x, y = (torch.randn(1, H, T, D, generator=g, device=device).to(dtype) for _ in range(2))
+    size = (1, T, H, D) if layout else (1, H, T, D)
+    x, y = (torch.randn(size, generator=g, device=device).to(dtype) for _ in range(2))
+    x, y = (x.transpose(1, 2), y.transpose(1, 2)) if layout else (x, y)
     return x.requires_grad_(), y
 
 
@@ -161,8 +166,7 @@ def both(f, x: Tensor, y: Tensor) -> Tensor:
 
 
 def graphed(f, x: Tensor, y: Tensor):
-    """Forward and backward recorded once: the returned call replays them, with one launch for all.
-    """
+    """Forward and backward recorded once: the returned call replays them, with one launch for all."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -246,7 +250,7 @@ def matmul_rate(device: str) -> tuple[float, str]:
 
 
 def row(name: str, mode: str, f, shape: tuple[int, int, int], device: str) -> dict:
-    H, T, D = shape
+    H, T, D, *_ = shape
     backward = 5 if "attention" in name else 4
     products = {"forward": 2, "backward": backward, "both": 2 + backward}[mode]
     median, low, high = milliseconds(f, device)
@@ -260,8 +264,11 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
     True} where the GPU's memory ends.
     """
     try:
-        x, y = inputs(*shape, device)
-        peak = peak_bytes(f, x, y) if device == "cuda" else peak_in_fresh_process(name, shape)[0]
+        H, T, D, layout = shape
+        x, y = inputs(H, T, D, device, layout)
+        peak = (
+            peak_bytes(f, x, y) if device == "cuda" else peak_in_fresh_process(name, shape[:3])[0]
+        )
         out = f(x, y)
         ones = torch.ones_like(out)
         modes = {
@@ -272,7 +279,7 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
         for mode, call in modes.items():
             timed = {"mode": mode, **row(name, mode, call, shape, device), "peak_bytes": peak}
             yield timed
-        if name == "triton":
+        if name in ("triton", "hopper"):
             graph = {
                 "mode": "graph",
                 **row(name, "both", graphed(f, x, y), shape, device),
@@ -297,8 +304,9 @@ def bench_kernel(arguments) -> None:
     )
     with open_lines(arguments.out, "kernel.jsonl") as file:
         for text in arguments.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
-            shape = tuple(int(n) for n in text.split("x"))
-            for name, f in table.items():
+            shape = (*(int(n) for n in text.rstrip("t").split("x")), "t" * text.endswith("t"))
+            for name in (n for n in table if n in (arguments.only or table)):
+                f = table[name]
                 for r in rows(name, f, shape, device):
                     r["share"] = r["tflops"] * 1e12 / rate if "tflops" in r else None
                     print(
@@ -307,7 +315,7 @@ def bench_kernel(arguments) -> None:
                         flush=True,
                     )
                     print(
-                        f"{', '.join(map(str, shape)):16}{name:18}{r['mode']:9}{_cells(r)}",
+                        f"{text:16}{name:18}{r['mode']:9}{_cells(r)}",
                         flush=True,
                     )
 
@@ -327,13 +335,12 @@ def open_lines(out: Path, name: str):
 
 
 def bench_memory(arguments) -> None:
-    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png.
-    """
+    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fixed = conditions(device)
     table = implementations(device, arguments.authors)
     if device == "cuda":
-        kernels = {name: table[name] for name in ("triton", "authors") if name in table}
+        kernels = {name: table[name] for name in ("hopper", "triton", "authors") if name in table}
         table = {"dense": ours("dense"), "tiled": ours("tiled")} | kernels
     H, D = (32, 128) if device == "cuda" else (2, 64)
     points = {name: [] for name in table}
