@@ -83,7 +83,8 @@ class LlamaConfig:
     @staticmethod
     def from_hf(config: dict) -> "LlamaConfig":
         """Reads config.json. Raises ValueError naming the key, its value and what is supported."""
-        return LlamaConfig(**config_json.read(config), rope=RopeConfig.from_hf(config))
+        filled = config_json.fill(config)
+        return LlamaConfig(**config_json.read(filled), rope=RopeConfig.from_hf(filled))
 
     def to_hf(self) -> dict:
         """A config.json for this network: its source, with rope and window as they are now."""

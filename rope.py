@@ -101,18 +101,26 @@ class RopeConfig:
         if not isinstance(kind, str) or kind not in KINDS:
             known = ", ".join(KINDS)
             raise ValueError(f"rope_type {kind!r} is not supported; the known ones are {known}")
-        theta = config.get("rope_theta", parameters.get("rope_theta"))
-        theta = _positive("rope_theta", table.get("rope_theta", theta), 10000.0)
-        longest = _whole("max_position_embeddings", config.get("max_position_embeddings", 2048))
+        # the table's own theta, then the top level's: that of the other dialect's table is not read
+        theta = _number("rope_theta", table.get("rope_theta", config.get("rope_theta", 10000.0)))
+        key = "max_position_embeddings"
+        longest = _whole(key, config.get(key, 2048))
         original = None
         if kind in _NEED_M0:
             # transformers 5: the top level overrides the nested key for these kinds
             key = "original_max_position_embeddings"
-            original = _whole(key, config.get(key, table.get(key)) or longest)
+            original = _whole(key, config.get(key, table.get(key, longest)))
         factor = table.get("factor")
-        if factor is None and kind in ("yarn", "longrope"):
+        if factor is None and (kind == "longrope" or (kind == "yarn" and "factor" in table)):
             factor = longest / original
-        factor = _positive("factor", 1.0 if kind == "default" else factor)
+        factor = _number("factor", 1.0 if kind == "default" else factor)
+        for key in ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ():
+            _number(key, table.get(key))
+        if table.get("partial_rotary_factor", 1.0) != 1:
+            raise ValueError(
+                f"partial_rotary_factor is {table['partial_rotary_factor']!r}, which changes the "
+                "mathematics in a way this model lacks"
+            )
         known = _TUNING.get(kind, {})
         tuning = tuple((k, _tuned(k, table[k])) for k in known if table.get(k) is not None)
         dim = _head_dim(config)
@@ -141,7 +149,12 @@ class RopeConfig:
             raise ValueError(f"--rope {kind!r} is not one of {', '.join(STUDENT_KINDS)}")
         if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 1):
             raise ValueError(f"the scale is {factor!r}; it must be a number above 1, such as 8")
-        longer = round(self.length * factor)
+        longer = round(self.length * factor) if factor < 2**31 else 2**31
+        if longer >= 2**31:
+            raise ValueError(
+                f"the scale is {factor:g}: {self.length:,} tokens times that is beyond 2^31, the "
+                "most that programs number; lower --scale"
+            )
         if self.kind == kind and kind in _MULTIPLY:
             tuning = self._tuning_to_scale()
             return replace(self, factor=self.factor * factor, max_position=longer, tuning=tuning)
@@ -153,6 +166,8 @@ class RopeConfig:
                 f"the teacher's RoPE is already scaled ({self.kind}, factor {self.factor:g}): "
                 f"{kind} on top of it has no representation in config.json; {remedy}"
             )
+        if kind in ("ntk", "dynamic") and self.head_dim < 4:
+            raise ValueError(f"head_dim is {self.head_dim}; --rope {kind} needs 4 or more")
         if kind == "ntk":
             theta = self.theta * factor ** (self.head_dim / (self.head_dim - 2))
             return replace(self, theta=theta, max_position=longer)
@@ -164,8 +179,13 @@ class RopeConfig:
 
     @property
     def length(self) -> int:
-        """The tokens that the model can be used at; a dynamic file keeps the length before it."""
-        if self.kind == "dynamic":
+        """The tokens that the model can be used at.
+
+        A dynamic file keeps the length before scaling in max_position_embeddings, and so does
+        Qwen2.5's documented yarn.
+        """
+        unscaled = self.kind == "yarn" and self.max_position == self.original
+        if self.kind == "dynamic" or unscaled:
             return round(self.max_position * self.factor)
         return self.max_position
 
@@ -191,11 +211,24 @@ class RopeConfig:
     def _checked(self) -> "RopeConfig":
         if self.kind != "default" and self.factor < 1:
             raise ValueError(f"the rope factor is {self.factor}; it must be at least 1")
+        if self.theta <= 1:
+            raise ValueError(f"rope_theta is {self.theta}; it must be above 1")
+        tuning = self._filled()
+        if self.kind == "llama3" and tuning["low_freq_factor"] >= tuning["high_freq_factor"]:
+            low, high = tuning["low_freq_factor"], tuning["high_freq_factor"]
+            raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
+        if self.kind == "longrope" and self.original < 2:
+            raise ValueError("original_max_position_embeddings is 1; longrope needs 2 or more")
         for name in ("short_factor", "long_factor") if self.kind == "longrope" else ():
-            table = self._filled()[name]
+            table = tuning[name]
             if not isinstance(table, tuple) or len(table) != self.head_dim // 2:
                 pairs = self.head_dim // 2
                 raise ValueError(f"longrope needs {name} with head_dim / 2 = {pairs} numbers")
+        if self.kind == "dynamic" and self.head_dim < 4:
+            raise ValueError(f"head_dim is {self.head_dim}; dynamic positions need 4 or more")
+        w, _ = frequencies(self, self.head_dim, self.length)
+        if not (torch.isfinite(w).all() and (w > 0).all()):
+            raise ValueError(f"the positions of config.json ({self}) have no finite frequencies")
         return self
 
 
@@ -280,14 +313,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _table(config: dict, key: str) -> dict:
-    value = config.get(key) or {}
-    if not isinstance(value, dict):
+    value = config.get(key)
+    if not (value is None or isinstance(value, dict)):
         raise ValueError(f"{key} is {value!r}; it must be an object or null")
-    return value
+    return value or {}
 
 
-def _positive(name: str, value, default: float | None = None) -> float:
-    value = default if value is None else value
+def _number(name: str, value) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and 0 < value < 1e12):
         raise ValueError(f"{name} is {value!r}; it must be a positive number")
@@ -295,28 +327,29 @@ def _positive(name: str, value, default: float | None = None) -> float:
 
 
 def _whole(name: str, value) -> int:
-    if isinstance(value, float) and not value.is_integer():
-        raise ValueError(f"{name} is {value!r}; it must be a whole number")
-    return int(_positive(name, value))
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
+        raise ValueError(f"{name} is {value!r}; it must be an integer from 1 up to 2^31")
+    return value
 
 
 def _tuned(name: str, value):
-    if isinstance(value, bool):
+    if name == "truncate":
+        if not isinstance(value, bool):
+            raise ValueError(f"truncate is {value!r}; it must be true or false")
         return value
-    if isinstance(value, list):
-        return tuple(_positive(name, v) for v in value)
-    return _positive(name, value)
+    if name in ("short_factor", "long_factor"):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is {value!r}; it must be a list of numbers")
+        return tuple(_number(name, v) for v in value)
+    return _number(name, value)
 
 
 def _head_dim(config: dict) -> int:
-    value = config.get("head_dim")
-    if value is None:
-        width = _whole("hidden_size", config.get("hidden_size") or 128)
-        value = max(
-            width // _whole("num_attention_heads", config.get("num_attention_heads") or 1), 1
-        )
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1e7:
-        raise ValueError(f"config.json has head_dim = {value!r}; it must be a positive integer")
-    if value % 2:
-        raise ValueError(f"head_dim is {value}; rotary positions need an even one")
-    return value
+    dim = config.get("head_dim")
+    if dim is None:
+        width = _whole("hidden_size", config.get("hidden_size", 128))
+        dim = max(width // _whole("num_attention_heads", config.get("num_attention_heads", 1)), 1)
+    dim = _whole("head_dim", dim)
+    if dim % 2:
+        raise ValueError(f"head_dim is {dim}; rotary positions need an even one")
+    return dim

@@ -8,11 +8,13 @@ What.  One file layout serves several families, whose networks differ by a few s
     qwen2        always             no                sliding_window if use_sliding_window
     qwen3        attention_bias     yes               sliding_window if use_sliding_window
 
-`read` refuses, by name and value, everything else that changes the mathematics. JSON is loose where
-Python must not be: true is not 1, "32" is not 32, null means that a key is absent, and a vocabulary
-of 10^12 is a typing error that would be allocated.
+A key that is absent has a default of its family's, as in transformers: Mistral's window is 4,096.
+`read` refuses, by name and value, what changes the mathematics otherwise and what transformers 5
+would refuse. JSON is loose where Python must not be: true is not 1, "32" is not 32, null is not the
+same as absent, and a vocabulary of 10^12 is a typing error that would be allocated.
 
-Limits.  Positions, and the head dimension that they depend on, are rope.py's to read and write.
+Limits.  Positions, and the head dimension that they depend on, are rope.py's to read and write. A
+window over some layers only is refused.
 
 Source.  transformers 4.57 and 5: configuration_llama, _mistral, _qwen2, _qwen3.
 """
@@ -23,59 +25,135 @@ FAMILIES = {  # model_type: the class that transformers has for it
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-_ONLY = {  # keys that change the mathematics, with the only values that we compute
-    "hidden_act": ("silu",),
-    "partial_rotary_factor": (1, 1.0),
-    "no_rope_layers": (),
-    "quantization_config": (),
+_QWEN = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "max_window_layers": 28}
+_DEFAULTS = {  # what an absent key means
+    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
 }
-# keys of a source that an export does not keep: written anew with the positions, or no longer true
-_STALE = ("original_max_position_embeddings", "layer_types")
+# Keys that change the mathematics, with the only values that we compute
+_ONLY = {
+    "hidden_act": ("silu",),
+    "partial_rotary_factor": (None, 1.0),
+    "no_rope_layers": (None, []),
+    "quantization_config": (None, {}),
+}
+# Keys that change nothing here but that transformers 5 checks: what it takes there
+_OTHERS = {
+    "true or false": ("use_cache", "output_hidden_states", "return_dict", "is_encoder_decoder"),
+    "a float from 0 to 1": ("initializer_range",),
+    "a number": ("attention_dropout",),
+    "an integer": ("chunk_size_feed_forward",),
+    "an integer or null": ("pretraining_tp", "bos_token_id", "pad_token_id"),
+    "an integer, a list of them or null": ("eos_token_id",),
+    "a list of strings or null": ("architectures",),
+    "an object from integers to strings": ("id2label",),
+    "an object from strings to integers": ("label2id",),
+    "the name of a float type or null": ("dtype", "torch_dtype"),
+}
+
+
+def _integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_TAKES = {
+    "true or false": lambda v: isinstance(v, bool),
+    "a float from 0 to 1": lambda v: isinstance(v, float) and 0 <= v <= 1,
+    "a number": lambda v: isinstance(v, float) or _integer(v),
+    "an integer": _integer,
+    "an integer or null": lambda v: v is None or _integer(v),
+    "an integer, a list of them or null": lambda v: (
+        v is None or all(map(_integer, v if isinstance(v, list) else [v]))
+    ),
+    "a list of strings or null": lambda v: (
+        v is None or (isinstance(v, list) and all(isinstance(i, str) for i in v))
+    ),
+    "an object from integers to strings": lambda v: (
+        isinstance(v, dict) and all(k.isdecimal() and isinstance(v[k], str) for k in v)
+    ),
+    "an object from strings to integers": lambda v: (
+        isinstance(v, dict) and all(map(_integer, v.values()))
+    ),
+    "the name of a float type or null": lambda v: (
+        v in (None, "float16", "bfloat16", "float32", "float64")
+    ),
+}
+# Keys of a source that an export does not keep: written anew, no longer true, or code by reference
+_STALE = (
+    "original_max_position_embeddings",
+    "layer_types",
+    "dtype",
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "_name_or_path",
+    "transformers_version",
+)
+
+
+def fill(config: dict) -> dict:
+    """The config with its family's defaults for what is absent. Refuses an unknown family."""
+    family = config.get("model_type")
+    if not isinstance(family, str) or family not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"model_type {family!r} is not supported; the known ones are {known}")
+    return _DEFAULTS[family] | config
 
 
 def read(config: dict) -> dict:
     """The network's numbers by the names of model.LlamaConfig's fields, without its `rope`.
 
-    Raises ValueError naming the key, the value and what is supported.
+    config: filled. Raises ValueError naming the key, the value and what is supported.
     """
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"model_type {family!r} is not supported; the known ones are {known}")
+    family = config["model_type"]
     for key, allowed in _ONLY.items():
-        if config.get(key) not in (None, [], {}, *allowed):
+        if key in config and config[key] not in allowed:
             raise ValueError(
                 f"{key} is {config[key]!r}, which changes the mathematics in a way this model lacks"
             )
-    heads = _size(config, "num_attention_heads")
-    kv_heads = _size(config, "num_key_value_heads", heads)
-    if heads % kv_heads:
+    for meaning, keys in _OTHERS.items():
+        for key in keys:
+            if key in config and not _TAKES[meaning](config[key]):
+                raise ValueError(
+                    f"config.json has {key} = {config[key]!r}; it must be {meaning}, or be left out"
+                )
+    width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
+    kv_heads = config["num_key_value_heads"]
+    if kv_heads is not None or family == "mistral":
+        kv_heads = _size(config, "num_key_value_heads")
+    if heads % (kv_heads or heads):
         raise ValueError(
             f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
         )
-    bias = _flag(config, "attention_bias")
+    if family == "llama" and width % heads:
+        raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
+    if family == "qwen3":
+        _size(config, "head_dim")  # null is not taken here, where the others derive it
+    bias = family in ("llama", "qwen3") and _flag(config, "attention_bias")
+    n_layer = _size(config, "num_hidden_layers", most=1000)
     return {
         "vocab_size": _size(config, "vocab_size"),
-        "width": _size(config, "hidden_size"),
+        "width": width,
         "mlp_width": _size(config, "intermediate_size"),
-        "n_layer": _size(config, "num_hidden_layers", most=1000),
+        "n_layer": n_layer,
         "n_head": heads,
-        "n_kv_head": kv_heads,
+        "n_kv_head": kv_heads or heads,
         "norm_eps": _fraction(config, "rms_norm_eps", 1e-6),
         "tied": _flag(config, "tie_word_embeddings"),
         "qkv_bias": bias or family == "qwen2",
-        "out_bias": bias and family != "qwen2",
-        "mlp_bias": _flag(config, "mlp_bias"),
+        "out_bias": bias,
+        "mlp_bias": family == "llama" and _flag(config, "mlp_bias"),
         "qk_norm": family == "qwen3",
-        "window": _window(config, family),
+        "window": _window(config, family, n_layer),
         "family": family,
         "source": tuple(config.items()),
     }
 
 
 def write(c) -> dict:
-    """config.json of a network `c`, a LlamaConfig, without its positions: its source, brought up to
-    date."""
+    """config.json of `c`, a LlamaConfig, without its positions: its source, brought up to date."""
     out = {k: v for k, v in c.source if k not in _STALE} | {
         "architectures": [FAMILIES[c.family]],
         "model_type": c.family,
@@ -92,36 +170,57 @@ def write(c) -> dict:
     }
     if c.family == "llama":
         out |= {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
-    else:  # said even where it is null: an absent key means 4096 to transformers' Mistral
+    else:  # said even where it is null: an absent key means 4096 to transformers
         out["sliding_window"] = c.window
+    if c.family in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = c.window is not None
     return out
 
 
-def _window(config: dict, family: str) -> int | None:
-    windowed = family == "mistral" or _flag(config, "use_sliding_window")
-    if not windowed or not config.get("sliding_window"):
-        return None
-    if family != "mistral" and config.get("max_window_layers") != 0:
+def _window(config: dict, family: str, n_layer: int) -> int | None:
+    """The window of all layers, or None; refused where it is that of some."""
+    names = config.get("layer_types")
+    kinds = ("full_attention", "sliding_attention")
+    if names is not None and not (
+        isinstance(names, list) and len(names) == n_layer and all(n in kinds for n in names)
+    ):
         raise ValueError(
-            "use_sliding_window is true for some layers only (max_window_layers), which this model "
-            "lacks"
+            f"config.json has layer_types = {str(names)[:80]}; it must name one of "
+            f"{', '.join(kinds)} for each of the {n_layer} layers"
         )
-    return _size(config, "sliding_window")
+    if family == "llama":
+        windowed = 0
+    elif family == "mistral":
+        windowed = n_layer
+    else:
+        first = config["max_window_layers"]
+        if not _integer(first) or first < 0:
+            raise ValueError(f"max_window_layers is {first!r}; it must be an integer, 0 or more")
+        on = _flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
+        windowed = max(0, n_layer - first) if on else 0
+    value = config.get("sliding_window", 4096)
+    if value is not None and family != "llama":
+        value = _size(config, "sliding_window", 4096)
+    if windowed not in (0, n_layer) or (names and names != [kinds[windowed > 0]] * n_layer):
+        raise ValueError(
+            "the sliding window is that of some layers only (max_window_layers, layer_types), "
+            "which this model lacks"
+        )
+    return value if windowed else None
 
 
 def _flag(config: dict, key: str) -> bool:
-    """True or false; absent or null: false."""
-    value = config.get(key)
-    if not (value is None or isinstance(value, bool)):
+    """True or false; absent: false."""
+    value = config.get(key, False)
+    if not isinstance(value, bool):
         raise ValueError(f"config.json has {key} = {value!r}; it must be true or false")
-    return bool(value)
+    return value
 
 
 def _size(config: dict, key: str, default: int | None = None, most: int = 10_000_000) -> int:
-    """An integer from 1 to `most`; absent or null: the default, and refused where there is none."""
-    value = config.get(key)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+    """An integer from 1 to `most`; absent: the default, and refused where there is none."""
+    value = config.get(key, default)
+    if not _integer(value) or not 0 < value <= most:
         raise ValueError(
             f"config.json has {key} = {value!r}; it must be an integer from 1 to {most}"
         )
@@ -129,10 +228,10 @@ def _size(config: dict, key: str, default: int | None = None, most: int = 10_000
 
 
 def _fraction(config: dict, key: str, default: float) -> float:
-    """A number from 0 up to 1, such as an epsilon; absent: the default."""
+    """A float from 0 up to 1, such as an epsilon; absent: the default."""
     value = config.get(key, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < 1:
+    if not isinstance(value, float) or not 0 <= value < 1:
         raise ValueError(
             f"config.json has {key} = {value!r}; it must be a number from 0 up to 1, such as 1e-5"
         )
-    return float(value)
+    return value

@@ -1,10 +1,17 @@
-"""Files as this program reads and writes them: JSON distrusted, writes atomic, disk errors in a sentence.
+"""Files as this program reads and writes them: JSON distrusted, writes atomic, disk errors in a
+sentence.
 
-What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON. `write_atomic` and
-`atomic_directory` write beside the name, sync and rename: a kill at any moment leaves the old state or the new.
-`disk_sentences` turns a full, read-only or failing disk into one sentence that says what is still intact.
+What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON. `own`
+names a file of a model's directory, and refuses links that lead out of it. `write_atomic` and
+`atomic_directory` write beside the name, sync and rename: a kill at any moment leaves the old state
+or the new. `disk_sentences` turns a full, read-only or failing disk into one sentence that says
+what is still intact.
 
-Limits.  Renames are atomic within one file system; a network file system may promise less.
+Temporary names are unpredictable and made exclusively, so that no link that someone planted under
+such a name is ever followed, and nothing is ever removed because its name looks like ours.
+
+Limits.  Renames are atomic within one file system; a network file system may promise less. A kill
+while a directory is written leaves a hidden neighbour of a name of its own, which nobody removes.
 
 Source.  POSIX rename(2) and fsync(2).
 """
@@ -15,6 +22,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -23,18 +31,57 @@ MAX_JSON = 128 << 20  # bytes; the longest real header seen, of a 405B model, is
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 
 
+@contextlib.contextmanager
+def reading(path: Path):
+    """Turns whatever the system says against reading `path` into a ValueError of one sentence."""
+    try:
+        yield
+    except OSError as e:
+        reason = os.strerror(e.errno).lower() if e.errno else str(e)
+        raise ValueError(f"cannot read {path}: {reason}") from None
+
+
 def read_json(path: Path) -> dict:
-    """A JSON object from a file. Raises ValueError in one sentence for everything that can be wrong with it."""
-    if not path.is_file():
+    """A JSON object from a file. Raises ValueError in one sentence for all that can be wrong."""
+    with reading(path):
+        if not path.is_file():
+            raise ValueError(
+                f"{path} does not exist; a model directory holds config.json, safetensors and a "
+                "tokenizer"
+            )
+        size = path.stat().st_size
+        if size > MAX_JSON:
+            raise ValueError(f"{path} has {size:,} bytes; no {path.name} is that large")
+        return parse_json(path.read_bytes(), str(path))
+
+
+def own(path: Path, name: str) -> Path:
+    """The file `name` of the directory `path`, links resolved; refused if they lead out of it.
+
+    A directory of the Hub's cache links snapshots/<revision>/x to blobs/<hash>: those are its own.
+    A file that does not exist is returned as it would be.
+    """
+    if Path(name).name != name or "\0" in name:
+        raise ValueError(f"{name!r} does not name a file of {path}")
+    try:
+        here, file = path.resolve(strict=True), (path / name).resolve()
+    except (OSError, RuntimeError):  # RuntimeError: a link that leads to itself, until Python 3.12
         raise ValueError(
-            f"{path} does not exist; a model directory holds config.json, safetensors and a tokenizer"
+            f"{path / name} is a link that leads nowhere; copy the file there"
+        ) from None
+    allowed = [here]
+    if here.parent.name == "snapshots":
+        allowed.append(here.parent.parent / "blobs")
+    if file.parent not in allowed:
+        raise ValueError(
+            f"{path / name} is a link to {file}, outside the model's directory; copy the file there"
         )
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; no {path.name} is that large")
-    return parse_json(path.read_bytes(), str(path))
+    return file
 
 
 def parse_json(data: bytes, name: str) -> dict:
+    """A JSON object from bytes. Raises ValueError in one sentence that begins with `name`."""
+
     def once(pairs: list) -> dict:  # json would silently keep the last of two equal keys
         out = dict(pairs)
         if len(out) != len(pairs):
@@ -54,22 +101,22 @@ def parse_json(data: bytes, name: str) -> dict:
 
 @contextlib.contextmanager
 def atomic_directory(path: Path):
-    """Yields a temporary neighbour of `path` to write into; on success it is synced and takes the name `path`."""
+    """Yields a temporary neighbour of `path` to write into; on success it is synced and takes the
+    name `path`, and what had that name is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    work, old = path.with_name(f".{path.name}.writing"), path.with_name(f".{path.name}.old")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield work
         sync_tree(work)
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.rename(old)
+        work.chmod(0o777 & ~umask())
+        if path.exists() or path.is_symlink():
+            path.rename(replaced / "old")  # a link is moved, not what it leads to
         work.rename(path)
         sync_directory(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def resolve(name: str) -> Path:
@@ -105,11 +152,17 @@ def sync_directory(path: Path) -> None:
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """One file, written beside its name, synced and renamed."""
-    work = path.with_name(f".{path.name}.writing")
-    work.write_bytes(data.encode() if isinstance(data, str) else data)
-    with work.open("rb") as f:
-        os.fsync(f.fileno())
-    work.replace(path)
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    work = Path(name)
+    try:
+        with open(fd, "wb") as f:
+            f.write(data.encode() if isinstance(data, str) else data)
+            f.flush()
+            os.fchmod(f.fileno(), readable())
+            os.fsync(f.fileno())
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -132,6 +185,6 @@ def disk_sentence(e: OSError, folder: Path) -> str:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free / 2**20
     return (
-        f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO)} ({free:.0f} MiB free); earlier states are "
-        "intact, --resume goes on from the last one"
+        f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO)} ({free:.0f} MiB free); "
+        "earlier states are intact, --resume goes on from the last one"
     )

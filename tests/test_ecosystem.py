@@ -225,19 +225,13 @@ def test_bos_follows_the_tokenizers_files(tmp_path):
     assert load_tokenizer(plain).bos_id is None
 
 
-@needs_vocabularies
-def test_llama3s_rank_file_takes_its_bos_from_the_tokenizer_json_beside_it(tmp_path):
+def test_a_rank_file_takes_its_bos_from_the_tokenizer_json_beside_it(tmp_path):
     """The hub's tokenizer_config.json of LLaMA-3 has no add_bos_token; its tokenizer.json's post-processor adds one."""
     from tokenizers import Tokenizer, processors
 
-    path = vocabulary(
-        tmp_path,
-        VOCABULARIES / "llama_models" / "llama3" / "tokenizer.model",
-        "tokenizer.model",
-        x=1,
-    )
-    (path / "config.json").write_text(json.dumps({"eos_token_id": 128001, "bos_token_id": 128000}))
-    assert load_tokenizer(path).bos_id == 128000
+    path = vocabulary(tmp_path, TEACHER / "tokenizer.tiktoken", "tokenizer.model", x=1)
+    (path / "config.json").write_text(json.dumps({"eos_token_id": 4095, "bos_token_id": 4095}))
+    assert load_tokenizer(path).bos_id == 4095
     fast = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
     fast.save(str(path / "tokenizer.json"))
     assert load_tokenizer(path).bos_id is None
