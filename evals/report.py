@@ -132,7 +132,7 @@ def retention_table(kept: dict[str, dict]) -> str:
         for name in names:
             rows[-1] += [
                 _interval(found["kept"][name], "-"),
-                _interval(found["recovered"].get(name), "within noise"),
+                _interval(found["recovered"].get(name), "none lost, or within noise"),
             ]
     return _aligned(rows)
 
@@ -158,7 +158,8 @@ def _rows(columns: dict[str, dict[str, float]]) -> list[str]:
 def _interval(found: dict | None, otherwise: str) -> str:
     if not found:
         return otherwise
-    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
+    # + 0.0: what rounds to zero has no sign
+    value, low, high = (round(100 * found[key], 1) + 0.0 for key in ("value", "low", "high"))
     return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
 
 
@@ -185,6 +186,8 @@ def _figure(key: str, value: float | None) -> str:
         return "not finite"
     if is_share(key):
         return f"{100 * value:.1f} %"
+    if "tokens" in key:
+        return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
 
 

@@ -8,7 +8,7 @@ log-probability of the answer):
 
 each with the interval that holds 95 % of 1000 bootstrap resamples. One resample draws items, and
 takes all models' results on them: the models read the same items, so most of the luck in the draw
-cancels in the ratio. Where the 95 % interval of m_teacher - m_untrained holds 0, nothing was
+cancels in the ratio. Where the 95 % interval of m_teacher - m_untrained is not above 0, nothing was
 measurably lost, and no recovered share is given.
 
 How it is computed.  Items that every model gets alike are interchangeable, so a resample is one
@@ -90,8 +90,8 @@ def _shares(means: np.ndarray, names: list[str], row: str) -> dict[str, dict]:
             share = None if untrained is None else (student - untrained) / (teacher - untrained)
         out["kept"][name] = _interval(kept)
         if untrained is not None:
-            low, high = np.percentile((teacher - untrained)[1:], [2.5, 97.5])
-            out["recovered"][name] = None if low <= 0 <= high else _interval(share)
+            lost = np.percentile((teacher - untrained)[1:], 2.5)
+            out["recovered"][name] = _interval(share) if lost > 0 else None
     return out
 
 

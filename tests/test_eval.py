@@ -100,6 +100,17 @@ def test_noise_is_not_read_as_a_result():
     assert "within noise" in report.retention_table(retention({"a, accuracy": columns}))
 
 
+def test_nothing_is_recovered_where_the_untrained_student_beats_the_teacher():
+    """ "-0.0 % [-0.0, -0.0]" was printed of a task that position interpolation had made better."""
+    better = results() | {"untrained": results()["teacher"], "teacher": results()["untrained"]}
+    found = retention({"a, accuracy": better})
+    assert found["a, accuracy"]["recovered"] == {"student": None}
+    assert "none lost" in report.retention_table(found)
+    unsigned = {"value": -1e-9, "low": -1e-9, "high": 0.0}
+    found["a, accuracy"]["recovered"]["student"] = unsigned
+    assert "| 0.0 % [0.0, 0.0] |" in report.retention_table(found)
+
+
 def test_retention_of_a_perplexity():
     logps = {"teacher": np.asarray([-1.0, -2.0, -3.0]), "untrained": np.asarray([-5.0, -6.0, -9.0])}
     logps["student"] = np.asarray([-2.0, -3.0, -4.0])
