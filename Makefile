@@ -4,9 +4,8 @@ RUN := .venv/bin/python
 
 .PHONY: demo test test-gpu lint bench clean
 
-demo: .venv/runtime  ## both stages on the embedded teacher, about 5 minutes on two CPU cores; the result is in out/demo
-	rm -rf out/demo
-	$(RUN) train.py
+demo: .venv/runtime  ## both students of the embedded teacher, about 5 minutes on two CPU cores; out/demo
+	$(RUN) demo/demo.py
 
 test: .venv/dev  ## everything that needs no GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu"

@@ -2,18 +2,18 @@
 
     python eval.py --model out/demo/student --against demo/teacher
     python eval.py --model DIR --tasks piqa.jsonl.gz arc_easy --task-dir DATA --limit 200
-    python eval.py --model DIR --against DIR --ruler --lengths 4096 32768 --ruler-data DATA --out NEW
+    python eval.py --model DIR --against DIR --ruler --lengths 4096 32768 --ruler-data DATA
     python eval.py --model DIR --against DIR --passkey --ppl --positions --layers --out NEW
     python eval.py --model DIR --prompt "Once upon a time"
 
 Held-out text.  Long blocks of s times the native length are read twice: whole (loss at s x) and cut
 into native blocks (loss at 1x), so that both figures are of the same words. Where s is not a whole
 number, the last native block begins earlier and counts only words that the one before it did not
-read. Loss is the mean over tokens, in nats; perplexity its exponential; accuracy the share of tokens
-that are the likeliest one.
+read. Loss is the mean over tokens, in nats; perplexity its exponential; accuracy the share of
+tokens that are the likeliest one.
 
-Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, values set in
-the first eighth and asked for in the last; right means that the likeliest token is the value.
+Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, values set
+in the first eighth and asked for in the last; right means that the likeliest token is the value.
 
 Tasks.  LAMBADA and multiple choice by the rules of lm-evaluation-harness: evals/likelihood.py.
 
@@ -31,6 +31,11 @@ keys), report.md and report.png, and, as asked for, passkey.png, positions.png a
 arguments, same machine: same figures.
 
 Exit codes: 0 done; 2 refused, one sentence says why and nothing was written; 3 stopped by Ctrl-C.
+
+Limits.  Held-out text runs on across document borders. A standard error says how far other words,
+items or questions would move a figure, not how far another training run would.
+
+Source.  LinearARD arXiv 2604.00004 for what is compared; each file of evals/ names its own.
 """
 
 from engine import exits  # first: from here on, a Ctrl-C ends in one line  # isort: skip
@@ -50,9 +55,10 @@ from torch import Tensor
 
 from engine import data, folder
 from engine.lookups import Lookups
-from evals import flags, layers, likelihood, longtext, prompts, report, ruler_tasks, tasks
+from evals import flags, layers, likelihood, longtext, pictures, prompts, report, tasks
 from evals.generate import stream
 from evals.retention import TEACHER, UNTRAINED, retention
+from evals.ruler_tasks import RULER_TASKS
 from hub import files
 from hub.tokenizer import Tokenizer, load_tokenizer
 from model import Llama, LlamaConfig, choose_dtype, make_student
@@ -65,7 +71,7 @@ DOCUMENTS = 8  # look-up documents per length, with 8 questions each
 
 @torch.no_grad()
 def text_loss(
-    model: Llama, blocks: Tensor, dtype: torch.dtype, scored: int | None = None
+    model: Llama, blocks: Tensor, scored: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(loss in nats, is the token predicted right) of blocks [n, T + 1], each [n, scored].
 
@@ -75,7 +81,7 @@ def text_loss(
     scored = scored or T
     losses, right = [], []
     for part in blocks.split(max(1, likelihood.batch_tokens(model.device) // T)):
-        h = model.hidden(part[:, :-1].to(model.device), dtype)[:, T - scored :]
+        h = model.hidden(part[:, :-1].to(model.device), model.dtype)[:, T - scored :]
         goals = part[:, 1:].to(model.device)[:, T - scored :]
         loss, hit = likelihood.token_scores(model, h.flatten(0, 1), goals.flatten())
         losses.append(loss)
@@ -85,20 +91,19 @@ def text_loss(
 
 
 @torch.no_grad()
-def recall(model: Llama, lookups: Lookups, T: int, dtype: torch.dtype, seed: int) -> np.ndarray:
-    """Which questions of DOCUMENTS look-up documents of T tokens are answered right: 0 or 1 each."""
+def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:
+    """Which questions of DOCUMENTS look-up documents of T tokens are answered right: 0 or 1."""
     rng = np.random.default_rng([seed, T])
     made = [lookups.document(rng, T, "far") for _ in range(DOCUMENTS)]
-    right = []
-    together = max(1, likelihood.batch_tokens(model.device) // T)
-    for first in range(0, DOCUMENTS, together):
-        now = made[first : first + together]
-        ids = torch.from_numpy(np.stack([ids[:-1] for ids, _ in now])).to(model.device)
-        h = model.hidden(ids, dtype)
-        for row, (ids, where) in enumerate(now):
-            asked = h[row, torch.from_numpy(where).to(model.device)]
-            right.extend(model.lm_head(asked).argmax(-1).cpu().numpy() == ids[where + 1])
-    return np.asarray(right, dtype=np.float64)
+    ids = torch.from_numpy(np.stack([ids for ids, _ in made]))  # [DOCUMENTS, T + 1]
+    where = torch.from_numpy(np.stack([where for _, where in made])).to(model.device)
+    likeliest, together = [], max(1, likelihood.batch_tokens(model.device) // T)
+    for part, at in zip(ids[:, :-1].split(together), where.split(together), strict=True):
+        h = model.hidden(part.to(model.device), model.dtype)
+        asked = h[torch.arange(len(part), device=model.device)[:, None], at]  # [rows, 8, C]
+        likeliest.append(model.lm_head(asked).argmax(-1))
+    values = ids.gather(1, where.cpu() + 1)
+    return (torch.cat(likeliest).cpu() == values).double().flatten().numpy()
 
 
 class HeldOut:
@@ -114,11 +119,9 @@ class HeldOut:
         native: int,
         scale: float,
         blocks: int,
-        *,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
     ):
-        self.native, self.scale, self.seed, self.dtype = native, scale, seed, dtype
+        self.native, self.scale, self.seed = native, scale, seed
         self.long, self.name, self.blocks = round(native * scale), corpus.name, 0
         if not blocks:
             return
@@ -136,17 +139,16 @@ class HeldOut:
 
     def figures(self, model: Llama) -> dict[str, tuple[float, float | None, int]]:
         """{row: (figure, its standard error over blocks or questions, tokens or questions)}."""
-        dtype = self.dtype or model.dtype
         full, rest = divmod(self.long, self.native)
         starts = [i * self.native for i in range(full)]
         cut = torch.cat([self.whole[:, i : i + self.native + 1] for i in starts])
-        loss, right = text_loss(model, cut, dtype)  # [full * blocks, native]
+        loss, right = text_loss(model, cut)  # [full * blocks, native]
         near, hits = np.split(loss, full), np.split(right, full)
         if rest:
-            last = text_loss(model, self.whole[:, self.long - self.native :], dtype, rest)
+            last = text_loss(model, self.whole[:, self.long - self.native :], rest)
             near, hits = [*near, last[0]], [*hits, last[1]]
         near, hits = np.concatenate(near, 1), np.concatenate(hits, 1)  # [blocks, long]
-        far, _ = text_loss(model, self.whole, dtype)
+        far, _ = text_loss(model, self.whole)
         out = {}
         for times, losses in ((1, near), (self.scale, far)):
             mean, error, items = _mean(losses)
@@ -156,7 +158,7 @@ class HeldOut:
         out["next-token accuracy"] = _mean(hits)
         for times in (1, 2, 4, 8) if self.lookups else ():
             if times <= self.scale:
-                found = recall(model, self.lookups, times * self.native, dtype, self.seed)
+                found = recall(model, self.lookups, times * self.native, self.seed)
                 out[f"recall at {times}x"] = _mean(found)
         return out
 
@@ -178,7 +180,7 @@ def _mean(x: np.ndarray) -> tuple[float, float | None, int]:
 def make_lookups(
     tokenizer: Tokenizer, corpus: data.Corpus, native: int, longest: int
 ) -> Lookups | None:
-    """None, with the reason said, where words, filler text or room in `native` tokens are too few."""
+    """None, with the reason said, where words, filler or room in `native` tokens are too few."""
     enough = len(corpus.held_out) > longest + 1
     try:
         lookups = Lookups(tokenizer, corpus.held_out if enough else corpus.train)
@@ -207,127 +209,132 @@ def versions(device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """One evaluation, or a text continued. argv: the command line's (None: the process's own)."""
     args = flags.parse(argv, __doc__)  # nothing changes args after this line
     if args.prompt is not None:
         return talk(args)
-    with contextlib.ExitStack() as ends:
-        out = None
-        if args.out:
-            given = [("--model", args.model), ("--against", args.against or args.model)]
-            for flag, path in (*given, *(("--data", path) for path in args.data)):
-                folder.check(args.out, "--out", "eval.py", resume=None, apart={flag: path})
-            out = ends.enter_context(folder.Folder(args.out, "eval.py"))
-        cache = args.cache or Path(ends.enter_context(tempfile.TemporaryDirectory()))
-        evaluate(args, out, cache)
-
-
-def evaluate(args, out: folder.Folder | None, cache: Path) -> None:
     began, device = time.time(), torch.device(args.device)
     dtype, _ = choose_dtype(device, args.dtype)
-
-    # ---- what to measure: whatever can be refused is refused here, before a weight is loaded
-    student, teacher = configs(args.model, args.against)
-    native = args.native or (teacher or student).rope.length
-    longest = max(student.rope.length, teacher.rope.length if teacher else 0)
-    scale = args.scale or max(1.0, longest / native)
-    doubled = [native * 2**k for k in range(32) if native * 2**k <= scale * native]
-    lengths = sorted(set(args.lengths or doubled))
-    if args.ppl and lengths[0] < longtext.STRIDE:
-        raise ValueError(f"--ppl needs windows of at least its stride, {longtext.STRIDE} tokens, "
-                         f"and --lengths begins at {lengths[0]}; name longer ones")  # fmt: skip
-    asked, lacking = tasks.find(args.tasks, args.task_dir, args.limit)
-    tokenizer = load_tokenizer(args.model)
-    wanted = (args.ruler or list(ruler_tasks.RULER_TASKS)) if args.ruler is not None else []
-    wanted += ["passkey"] if args.passkey else []
-    able, unable = prompts.feasible(tokenizer, wanted, lengths, args.ruler_seed, args.ruler_data)
-    documents = []
-    if args.ppl and args.documents:
-        documents = longtext.documents(args.documents, tokenizer, lengths[-1], args.blocks)
-    reads = [lengths[-1]] if args.positions or (args.ppl and not args.documents) else []
-    reads += [round(native * scale)] if args.layers or not args.no_text else []
-    corpus = None
-    if reads:
-        with files.disk_sentences(cache):
-            corpus = data.load_corpus(args.data, tokenizer, cache, without=args.out,
-                                      check=lambda text: text.held_out_blocks(max(reads), 1))  # fmt: skip
-    if lacking or unable:
-        print("left out:\n  " + "\n  ".join(lacking + unable), file=sys.stderr)
-
-    # ---- the models, by column
-    models = {"model": Llama.from_pretrained(args.model, dtype=dtype, device=str(device))}
-    if teacher:
-        frozen = Llama.from_pretrained(args.against, dtype=dtype, device=str(device))
-        untrained = make_student(frozen, student, trained=())
-        models = {TEACHER: frozen, UNTRAINED: untrained, "student": models["model"]}
-    scores = report.Scores({name: {} for name in models}, dtype, args.command)
-    keep = out.write if out and args.predictions else None
-    more: dict = {"missing": lacking + unable}
-    pictures: dict[str, tuple] = {}  # file: (the function of evals/pictures.py, its arguments)
-
-    # ---- held-out text
-    if not args.no_text:
-        held_out = HeldOut(
-            corpus, tokenizer, native, scale, args.blocks, seed=args.seed, dtype=dtype
+    with contextlib.ExitStack() as ends:
+        # ---- what to measure: whatever can be refused is refused here, before a weight is read
+        if args.out:
+            claim(args)
+        student, teacher = configs(args.model, args.against)
+        native = args.native or (teacher or student).rope.length
+        longest = max(student.rope.length, teacher.rope.length if teacher else 0)
+        scale = args.scale or max(1.0, longest / native)
+        long = round(native * scale)
+        lengths = args.lengths or [native << k for k in range(32) if native << k <= long]
+        if args.ppl and min(lengths) < longtext.STRIDE:
+            raise ValueError(flags.too_short(lengths))
+        asked, lacking = tasks.find(args.tasks, args.task_dir, args.limit)
+        tokenizer = load_tokenizer(args.model)
+        requests = [likelihood.encode(tokenizer, task.pairs) for task in asked]
+        wanted = args.ruler if args.ruler else list(RULER_TASKS) if args.ruler is not None else []
+        wanted += ["passkey"] if args.passkey else []
+        made = args.samples, args.ruler_seed, args.ruler_data  # how prompts are made
+        able, unable = prompts.feasible(
+            tokenizer, wanted, lengths, args.ruler_seed, args.ruler_data
         )
-        for name, model in models.items():
-            for row, (value, error, items) in held_out.figures(model).items():
-                scores.add(name, row, value, error=error, items=items, **held_out.about(row))
+        missing = lacking + unable
+        documents = []
+        if args.documents:
+            documents = longtext.documents(args.documents, tokenizer, max(lengths), args.blocks)
+        reads = [max(lengths)] if args.positions or (args.ppl and not documents) else []
+        reads += [long] if args.layers or not args.no_text else []
+        if missing:
+            print("left out:\n  " + "\n  ".join(missing), file=sys.stderr)
 
-    # ---- short tasks
-    likelihood.task_scores(scores, models, asked, tokenizer, keep)
+        # ---- text, and the folder of the result
+        out, corpus = None, None
+        if args.out:
+            out = ends.enter_context(folder.Folder(args.out, "eval.py"))
+        if reads:
+            cache = args.cache or Path(ends.enter_context(tempfile.TemporaryDirectory()))
 
-    # ---- long text
-    if args.ppl:
-        texts = documents or list(corpus.held_out_blocks(lengths[-1], args.blocks).numpy())
-        of = ", ".join(map(str, args.documents)) if documents else f"held-out text of {corpus.name}"
-        about = {"version": f"sliding window (PI), {of}", "seed": None}
-        longtext.sliding_scores(scores, models, tokenizer, texts, lengths, **about)
-    if args.positions:
-        blocks = corpus.held_out_blocks(lengths[-1], args.blocks)
-        about = {"version": f"loss by position, held-out text of {corpus.name}", "seed": None}
-        more["positions"] = longtext.position_scores(scores, models, blocks, native, **about)
-        pictures["positions.png"] = ("positions", more["positions"], native)
-    if found := [length for length, task in able if task == "passkey"]:
-        more["passkey"] = prompts.passkey_scores(
-            scores, models, tokenizer, found, args.samples, args.ruler_seed
-        )
-        pictures["passkey.png"] = ("passkey", more["passkey"])
-    able = [(length, task) for length, task in able if task != "passkey"]
-    prompts.ruler_scores(
-        scores, models, tokenizer, able, args.samples, args.ruler_seed, args.ruler_data, keep
-    )
-    notes = prompts.variants(scores)
+            def enough(text: data.Corpus) -> None:
+                text.held_out_blocks(max(reads), 1)
 
-    # ---- layers
-    if args.layers:
-        blocks = corpus.held_out_blocks(round(native * scale), args.blocks)[:, :-1]
-        kl = layers.compare(models, blocks, dtype)
-        more["layers"] = layers.as_lists(kl) | {"tokens": blocks.shape[1], "blocks": len(blocks)}
-        notes.append(f"Relation KL in nats, mean over heads (worst head), {blocks.shape[1]} tokens:"
-                     f"\n\n{layers.table(kl)}")  # fmt: skip
-        pictures["layers.png"] = ("layers", kl)
+            with files.disk_sentences(cache):
+                given = {"without": args.out, "check": enough}
+                corpus = data.load_corpus(args.data, tokenizer, cache, **given)
+        of = f"held-out text of {corpus.name}" if corpus else ""
+        keep = out.write if out and args.predictions else None
 
-    # ---- the report
-    shares = {}
-    if teacher and not args.no_text:
-        shares = report.recovered(scores.columns, "loss at 1x")
-    # Of tasks alone: beyond its own length the teacher does not say what there was to keep
-    beyond = ("RULER", "passkey")
-    judged = {row: x for row, x in scores.values.items() if not row.startswith(beyond)}
-    kept = retention(judged, args.seed) if teacher and judged else {}
-    about = {"command": args.command, "seconds": round(time.time() - began, 1), **versions(device)}
-    about |= {"seed": args.seed, "dtype": str(dtype).removeprefix("torch.")}
-    print(report.render(out, scores, shares, about, kept=kept, more=more, notes=notes))
-    if out:
-        from evals import pictures as drawn  # matplotlib is needed here alone
+        # ---- the models, by column
+        model = Llama.from_pretrained(args.model, dtype=dtype, device=str(device))
+        models = {"model": model}
+        if teacher:
+            frozen = Llama.from_pretrained(args.against, dtype=dtype, device=str(device))
+            untrained = make_student(frozen, student, trained=())
+            models = {TEACHER: frozen, UNTRAINED: untrained, "student": model}
+        scores = report.Scores({name: {} for name in models}, dtype, args.command)
+        more: dict = {"missing": missing}
 
-        for name, (function, *of) in pictures.items():
-            out.write(name, getattr(drawn, function)(*of))
-    print(json.dumps(about))
+        # ---- the headline: held-out text
+        if not args.no_text:
+            held_out = HeldOut(corpus, tokenizer, native, scale, args.blocks, args.seed)
+            for name, model in models.items():
+                for row, (value, error, items) in held_out.figures(model).items():
+                    scores.add(name, row, value, error=error, items=items, **held_out.about(row))
+
+        # ---- short tasks
+        likelihood.task_scores(scores, models, asked, requests, keep)
+
+        # ---- long text: how far the context reaches
+        if args.ppl:
+            texts = documents or list(corpus.held_out_blocks(max(lengths), args.blocks).numpy())
+            where = ", ".join(map(str, args.documents)) if documents else of
+            about = {"version": f"sliding window (PI), {where}", "seed": None}
+            longtext.sliding_scores(scores, models, tokenizer, texts, sorted(lengths), **about)
+        if args.positions:
+            blocks = corpus.held_out_blocks(max(lengths), args.blocks)
+            about = {"version": f"loss by position, {of}", "seed": None}
+            curve = longtext.position_scores(scores, models, blocks, native, **about)
+            more["positions"] = curve
+            if out:
+                out.write("positions.png", pictures.positions(curve, native))
+        if args.passkey:
+            more["passkey"] = prompts.passkey_scores(scores, models, tokenizer, able, *made[:2])
+            if out:
+                out.write("passkey.png", pictures.passkey(more["passkey"]))
+        prompts.ruler_scores(scores, models, tokenizer, able, *made, keep)
+        notes = prompts.variants(scores)
+
+        # ---- layers: where the stretched positions hurt
+        if args.layers:
+            blocks = corpus.held_out_blocks(long, args.blocks)[:, :-1]
+            kl = layers.compare(models, blocks, dtype)
+            about = {"tokens": long, "blocks": len(blocks), "version": f"relation KL, {of}"}
+            more["layers"] = layers.as_lists(kl) | about
+            notes.append(f"{layers.HEAD}, {long} tokens:\n\n{layers.table(kl)}")
+            if out:
+                out.write("layers.png", pictures.layers(kl))
+
+        # ---- the report
+        shares, kept = {}, {}
+        if teacher and not args.no_text:
+            shares = report.recovered(scores.columns, "loss at 1x")
+        # Of tasks alone: beyond its own length the teacher does not say what there was to keep
+        judged = {row: x for row, x in scores.values.items() if not row.startswith(prompts.ROWS)}
+        if teacher and judged:
+            kept = retention(judged, args.seed)
+        about = {"command": args.command, "seconds": round(time.time() - began, 1)}
+        about |= versions(device) | {"seed": args.seed, "dtype": str(dtype).removeprefix("torch.")}
+        print(report.render(out, scores, shares, about, kept=kept, more=more, notes=notes))
+        print(json.dumps(about))
+
+
+def claim(args) -> None:
+    """Refuses an --out that is not this program's to write in."""
+    apart = [("--model", args.model), *(("--data", path) for path in args.data)]
+    apart += [("--against", args.against)] if args.against else []
+    for flag, path in apart:
+        folder.check(args.out, "--out", "eval.py", resume=None, apart={flag: path})
 
 
 def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig | None]:
-    """The two config.json; ValueError where they are not one network under two kinds of position."""
+    """Both config.json; ValueError where they are not one network under two kinds of position."""
     student = LlamaConfig.from_hf(files.read_json(model / "config.json"))
     if against is None:
         return student, None
@@ -347,8 +354,9 @@ def talk(args) -> None:
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt, bos=True)
     if len(ids) + args.new_tokens > config.rope.length:
-        print(f"the prompt's {len(ids)} tokens and {args.new_tokens} new ones exceed the context "
-              f"of {config.rope.length}: what comes after that may be nonsense", file=sys.stderr)  # fmt: skip
+        beyond = f"{args.new_tokens} new ones exceed the context of {config.rope.length}"
+        said = f"the prompt's {len(ids)} tokens and {beyond}: what comes after that may be nonsense"
+        print(said, file=sys.stderr)
     dtype, _ = choose_dtype(device, args.dtype)
     model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
     began, n = time.time(), 0

@@ -1,31 +1,36 @@
-"""Extends a LLaMA's context: interpolate the positions, repair by self-distillation, then a short pre-training.
+"""Extends a LLaMA's context: interpolate the positions, repair by self-distillation, then a short
+pre-training.
 
-    python train.py --teacher DIR --scale 8          both stages, then an export that loads everywhere
-    python train.py                                  the same on the teacher and text that are at hand offline
-    torchrun --nproc_per_node 8 train.py ...         the same on eight GPUs (engine/parallel.py)
+    python train.py --teacher DIR --scale 8       both stages, then an export that loads everywhere
+    python train.py                               the same on the teacher and text at hand offline
+    torchrun --nproc_per_node 8 train.py ...      the same on eight GPUs (engine/parallel.py)
 
-Stage 1.  Teacher and student read the same block, the teacher with its native RoPE, the student with the stretched
-one, and advance in lock-step, one layer at a time. In every layer the loss of relation_kl.py compares their q, k and v:
+Stage 1.  Teacher and student read the same block, the teacher with its native RoPE, the student
+with the stretched one, and advance in lock-step, one layer at a time. In every layer the loss of
+relation_kl.py compares their q, k and v:
 
     L = mean over layers of (KL_Q/Q + KL_K/K + KL_V/V) + weight * KL of the next-token distributions
 
-each relation a mean over its own rows and heads. Only the q, k and v projections learn; every other tensor of the
-student IS the teacher's. Why the last term: the relations do not see a rotation common to all queries, or to all keys,
-of a head (relation_kl.py); attention does, and so do the next-token distributions.
+each relation a mean over its own rows and heads. Only the q, k and v projections learn; every other
+tensor of the student IS the teacher's. Why the last term: the relations do not see a rotation
+common to all queries, or to all keys, of a head (relation_kl.py); attention does, and so do the
+next-token distributions.
 
-Stage 2.  The student predicts the next token at the extended length; beside each long block stand a few native ones
-with stage 1's loss, so that what stage 1 won is kept.
+Stage 2.  The student predicts the next token at the extended length; beside each long block stand a
+few native ones with stage 1's loss, so that what stage 1 won is kept.
 
-Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16 units, else float32.
+Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
+units, else float32.
 
---out DIR gets metrics.jsonl (a line per step) and curves.png, run.json (arguments, versions, seed), state/ (to
---resume from), report.json, .md and .png (what was lost, what came back) and student/, the Hugging Face directory.
+--out DIR gets metrics.jsonl (a line per step) and curves.png, run.json (arguments, versions, seed),
+state/ (to --resume from), report.json, .md and .png (what was lost, what came back) and student/,
+the Hugging Face directory.
 
-Exit codes: 0 done; 2 refused or cannot go on, one sentence says why; 3 stopped by Ctrl-C, SIGTERM or SIGHUP, the state
-saved if there was one. torchrun has its own: 1 where a process's is not 0.
+Exit codes: 0 done; 2 refused or cannot go on, one sentence says why; 3 stopped by Ctrl-C, SIGTERM
+or SIGHUP, the state saved if there was one. torchrun has its own: 1 where a process's is not 0.
 
-Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the number of query heads
-even where keys are shared: --preset authors does as they do.
+Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
+number of query heads even where keys are shared: --preset authors does as they do.
 
 Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.py.
 """
@@ -77,12 +82,14 @@ def relation_loss(
     relations: str = "qkv",
     units: list | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Teacher and student in lock-step over ids [B, T]: (loss, its relations [L, 3], next-token KL), in nats.
+    """Teacher and student in lock-step over ids [B, T]: (loss, its relations [L, 3], next-token
+    KL), in nats.
 
-    The last two carry no gradient. Both models advance together, so that q, k and v of one layer of each are all that
-    is alive at a time; with `checkpointing` a layer keeps its two inputs [B, T, C] and is computed again in the
-    backward. Without the logit term the last layer ends at its q, k and v: what would come after is in no loss.
-    units: with --shard, what gathers layer l of both models while a function runs (engine/parallel.py).
+    The last two carry no gradient. Both models advance together, so that q, k and v of one layer of
+    each are all that is alive at a time; with `checkpointing` a layer keeps its two inputs [B, T,
+    C] and is computed again in the backward. Without the logit term the last layer ends at its q, k
+    and v: what would come after is in no loss. units: with --shard, what gathers layer l of both
+    models while a function runs (engine/parallel.py).
     """
     B, T = ids.shape
     L, H, Hkv = (getattr(teacher.config, k) for k in ("n_layer", "n_head", "n_kv_head"))
@@ -90,7 +97,8 @@ def relation_loss(
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
     turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
-    # YaRN multiplies q and k by a temperature: divided out, so that the student is not taught to undo it
+    # YaRN multiplies q and k by a temperature: divided out, so that the student is not taught to
+    # undo it
     scales = teacher.score_scale(T), student.score_scale(T)
 
     def step(l: int, h_teacher: Tensor, h_student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +143,8 @@ def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool)
 def logit_kl(
     teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor, chunk: int = 4096
 ) -> Tensor:
-    """Mean KL(teacher || student) in nats of the next-token distributions, h [B, T, C] being before the last norm.
+    """Mean KL(teacher || student) in nats of the next-token distributions, h [B, T, C] being before
+    the last norm.
 
     At most [chunk, V] logits of each exist at once.
     """
@@ -153,11 +162,13 @@ def logit_kl(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """One run, from the command line to the exported directory; see the head of this file."""
     args = flags.parse(argv, __doc__)  # nothing changes args after this line
     world = parallel.World(args.device)  # this process, or torchrun's many
     device, (dtype, why) = world.device, choose_dtype(world.device, args.dtype)
 
-    # ---- plan: whatever can be refused without text and weights is refused here; nothing is written
+    # ---- plan: whatever can be refused without text and weights is refused here; nothing is
+    # written
     native = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
     longer = native.extended(args.rope or plan.rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
@@ -169,7 +180,11 @@ def main(argv: list[str] | None = None) -> None:
             lambda: folder.check(args.out, "--out", "train.py", resume=args.resume, apart=apart)
         )
     free = int(world.min(cost.free_memory(device)))
-    peak = args.peak_tflops * 1e12 if args.peak_tflops else world.on_main(cost.peak_flops, device)
+    peak = (
+        args.peak_tflops * 1e12
+        if args.peak_tflops
+        else world.on_main(cost.peak_flops, device, dtype)
+    )
     shards = world.size if args.shard else 1
     own = [s.batch // world.size for s in stages]  # blocks of a step that are this process's
     settled = [
@@ -217,7 +232,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.lora_rank:
             torch.manual_seed(args.seed)
             lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
-        else:  # the masters start from the stored numbers, not from their rounding to the compute dtype
+        # the masters start from the stored numbers, not from their rounding to the compute dtype
+        else:
             for name, value in checkpoint.read_tensors(
                 args.teacher, list(trainable(student))
             ).items():
@@ -269,11 +285,14 @@ def main(argv: list[str] | None = None) -> None:
             reducer = parallel.Reducer(weights.values(), world)  # averages gradients over processes
 
             def losses(part: cost.Stage, piece: Tensor, again: bool = checkpointing) -> tuple:
-                """The loss of one piece of a step's blocks [n, T + 1], and what else is logged of it."""
+                """The loss of one piece of a step's blocks [n, T + 1], and what else is logged of
+                it.
+                """
                 if part.objective == "relation":  # relate tokens as the teacher does
                     return relation_loss(
                         teacher, student, piece[:, :-1], dtype, impl=impl, checkpointing=again,
-                        authors_heads=args.authors_heads, logit_weight=args.logit_weight, relations=args.relations, units=units,
+                        authors_heads=args.authors_heads, logit_weight=args.logit_weight,
+                        relations=args.relations, units=units,
                     )  # fmt: skip
                 h = student.hidden(piece[:, :-1], dtype, again)  # predict the next token
                 return (next_token_loss(student, h, piece[:, 1:]),)
@@ -347,7 +366,8 @@ def main(argv: list[str] | None = None) -> None:
                         log.draw(patience=60)
                 if stopping:
                     print(
-                        f"\nstopped after step {step + 1} of {stage.name}; --resume goes on from here"
+                        f"\nstopped after step {step + 1} of {stage.name}; --resume goes on from "
+                        "here"
                     )
                     out.close()
                     return world.exit(exits.STOPPED)
@@ -392,7 +412,8 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
         with out.directory("student") as work:
             checkpoint.write_pretrained(
                 lora.merge(student), work, tokenizer_from=args.teacher, card=card,
-                dtype=checkpoint.stored_dtype(args.teacher), frozen_from=args.teacher, trained=TRAINED,
+                dtype=checkpoint.stored_dtype(args.teacher), frozen_from=args.teacher,
+                trained=TRAINED,
             )  # fmt: skip
     at = args.out / "student"
     print(f"\n{text}\n\nexported to {at} ({longer.rope.length:,} tokens of context); next:")

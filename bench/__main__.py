@@ -1,6 +1,6 @@
 """Speed and memory from the command line: kernel, memory and step.
 
-    python -m bench kernel     the loss alone: times, TFLOP/s and memory, side by side with what one would use instead
+    python -m bench kernel     the loss alone: times, TFLOP/s and memory, beside its alternatives
     python -m bench memory     its peak memory against T, as a figure
     python -m bench step       a training step and its parts, for models by name
 
@@ -26,6 +26,7 @@ COMMANDS = {"kernel": kernels.bench_kernel, "memory": kernels.bench_memory, "ste
 
 
 def main() -> None:
+    """Reads the command line and runs one of COMMANDS."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

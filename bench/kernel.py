@@ -1,21 +1,25 @@
 """Speed and memory of the relation KL, side by side with what one would use instead.
 
-    python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times, TFLOP/s and memory, a table
-    python -m bench memory [--authors PATH] [--lengths 1024 ...]         peak memory against T, a figure
+    python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times and memory, a table
+    python -m bench memory [--authors PATH] [--lengths 1024 ...]         peak memory against T
 
-PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from there, nothing is copied.
-Every row also goes to out/kernel.jsonl or memory.jsonl with the device, the versions and the commit. On a
-GPU the tensors are bfloat16 and the shapes those of LLaMA layers; without one, float32 and small, dense and tiled only.
+PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from
+there, nothing is copied. Every row also goes to out/kernel.jsonl or memory.jsonl with the device,
+the versions and the commit. On a GPU the tensors are bfloat16 and the shapes those of LLaMA layers;
+without one, float32 and small, dense and tiled only.
 
-How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls to warm up; the
-second-level cache is overwritten before each call; median and 20 and 80 % quantiles. What Python does before a launch
-is inside: at short T it shows, and the row "triton graph" (the same work replayed as one CUDA graph) says what share.
-TFLOP/s: 12 D H T^2 / 2 flops for forward and backward, a third of it for the forward, whatever an implementation really
-does (relation_kl.py: 6 products over a triangle). Attention is another computation, here for scale only: by its own
-count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the rate of an 8192^3 bfloat16 product in the same run.
-Memory: peak of torch's allocator above what the inputs hold; on a CPU, growth of a fresh process's resident peak
-(ru_maxrss), since torch counts no CPU memory. That is coarse: a few MiB fit into what the process already had, and show
-as 0, which the figure leaves out.
+How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls
+to warm up; the second-level cache is overwritten before each call; median and 20 and 80 %
+quantiles. What Python does before a launch is inside: at short T it shows, and the row "triton
+graph" (the same work replayed as one CUDA graph) says what share. TFLOP/s: 12 D H T^2 / 2 flops for
+forward and backward, a third of it for the forward, whatever an implementation really does
+(relation_kl.py: 6 products over a triangle). Attention is another computation, here for scale only:
+by its own count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the rate of one large
+product in the same run, 8192^3 in bfloat16 on a GPU, 2048^3 in float32 on a CPU (OMP_NUM_THREADS=1
+where other processes share the machine). Memory: peak of torch's allocator above what the inputs
+hold; on a CPU, growth of a fresh process's resident peak (ru_maxrss), since torch counts no CPU
+memory. That is coarse: a few MiB fit into what the process already had, and show as 0, which the
+figure leaves out.
 """
 
 import concurrent.futures
@@ -35,7 +39,8 @@ from torch import Tensor
 
 from relation_kl import choose, relation_kl
 
-# (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and last are the goals'.
+# (H, T, D) at batch 1. The first is short on purpose: it shows the cost of a launch. The third and
+# last are the goals'.
 GPU_SHAPES = (
     "32x512x128",
     "9x8192x64",
@@ -44,7 +49,7 @@ GPU_SHAPES = (
     "8x32768x128",
     "32x32768x128",
 )
-CPU_SHAPES = ("4x256x64", "4x1024x64")
+CPU_SHAPES = ("3x512x64", "9x2048x64")
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 CPU_LENGTHS = (1024, 2048, 4096)
 PATIENCE = (
@@ -60,8 +65,8 @@ def eager(x: Tensor, y: Tensor) -> Tensor:
     T, D = x.shape[-2:]
     unseen = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     log_p = (x @ x.mT * D**-0.5).masked_fill(unseen, float("-inf")).log_softmax(-1)
-    log_q = (y @ y.mT * D**-0.5).masked_fill(unseen, float("-inf")).log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).masked_fill(unseen, 0).sum(-1)
+    log_r = (y @ y.mT * D**-0.5).masked_fill(unseen, float("-inf")).log_softmax(-1)
+    return (log_r.exp() * (log_r - log_p)).masked_fill(unseen, 0).sum(-1)
 
 
 def ours(impl: str):
@@ -69,7 +74,8 @@ def ours(impl: str):
 
 
 def attention(backend: str):
-    """torch's own attention of x with itself: three gradients, and the two sums that make them one."""
+    """torch's own attention of x with itself: three gradients, and the two sums that make them one.
+    """
 
     def run(x, y):
         with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
@@ -79,10 +85,14 @@ def attention(backend: str):
 
 
 def authors(path: Path):
-    """The authors' kernels, imported from a clone. They give the sum over rows; it takes x as query and as key."""
+    """The authors' kernels, imported from a clone.
+
+    They give the sum over rows; it takes x as query and as key.
+    """
     if not (path / "kernels/attention_KL/integration.py").is_file():
         raise SystemExit(
-            f"--authors {path} holds no kernels/attention_KL/integration.py: give a clone of LinearARD"
+            f"--authors {path} holds no kernels/attention_KL/integration.py: give a clone of "
+            "LinearARD"
         )
     sys.path.insert(0, str(path))
     kernel = importlib.import_module("kernels.attention_KL.integration").attn_kl_align
@@ -93,7 +103,8 @@ def implementations(device: str, authors_path: Path | None) -> dict:
     """Name to function. On a CPU says why the rest is left out."""
     if device == "cpu":
         print(
-            f"Left out: triton ({choose(torch.zeros(1, 1, 1, 64))[1]}), attention and the authors' (GPU only)."
+            f"Left out: triton ({choose(torch.zeros(1, 1, 1, 64))[1]}), attention and the authors' "
+            "(GPU only)."
         )
         return {"dense": ours("dense"), "tiled": ours("tiled")}
     table = {
@@ -150,7 +161,8 @@ def both(f, x: Tensor, y: Tensor) -> Tensor:
 
 
 def graphed(f, x: Tensor, y: Tensor):
-    """Forward and backward recorded once: the returned call replays them, with one launch for all."""
+    """Forward and backward recorded once: the returned call replays them, with one launch for all.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -163,7 +175,10 @@ def graphed(f, x: Tensor, y: Tensor):
 
 
 def peak_bytes(f, x: Tensor, y: Tensor) -> int:
-    """What forward and backward need at most, above what is held before them. On a CPU only in a fresh process."""
+    """What forward and backward need at most, above what is held before them.
+
+    On a CPU only in a fresh process.
+    """
     if x.is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -186,7 +201,10 @@ def _cpu_peak(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
 
 
 def peak_in_fresh_process(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
-    """Bytes and seconds. A process's resident peak never falls, so every CPU figure takes a process of its own."""
+    """Bytes and seconds.
+
+    A process's resident peak never falls, so every CPU figure takes a process of its own.
+    """
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_cpu_peak, impl, shape).result()
@@ -214,10 +232,14 @@ def conditions(device: str) -> dict:
     }
 
 
-def matmul_rate() -> float:
-    """flop/s of an 8192^3 bfloat16 product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / (1e-3 * milliseconds(lambda: a @ b, "cuda")[0])
+def matmul_rate(device: str) -> tuple[float, str]:
+    """flop/s of one large product, and what it was: the most that a loss made of products can
+    reach.
+    """
+    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    rate = 2 * n**3 / (1e-3 * milliseconds(lambda: a @ b, device)[0])
+    return rate, f"{n}^3 {str(dtype).removeprefix('torch.')} product: {rate / 1e12:.3g} TFLOP/s"
 
 
 # ---- subcommands
@@ -233,7 +255,10 @@ def row(name: str, mode: str, f, shape: tuple[int, int, int], device: str) -> di
 
 
 def rows(name: str, f, shape: tuple[int, int, int], device: str):
-    """The rows of one implementation at one shape; {"does_not_fit": True} where the GPU's memory ends."""
+    """The rows of one implementation at one shape; {"does_not_fit":
+
+    True} where the GPU's memory ends.
+    """
     try:
         x, y = inputs(*shape, device)
         peak = peak_bytes(f, x, y) if device == "cuda" else peak_in_fresh_process(name, shape)[0]
@@ -259,25 +284,23 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
 
 
 def bench_kernel(arguments) -> None:
+    """Times, TFLOP/s and peak memory at a list of shapes: a table, and JSON lines in --out."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fixed = conditions(device)
     table = implementations(device, arguments.authors)
-    rate = matmul_rate() if device == "cuda" else None
+    rate, product = matmul_rate(device)
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
+    print(product)
     print(
-        f"8192^3 bfloat16 product: {rate / 1e12:.0f} TFLOP/s"
-        if rate
-        else "No share of peak: that is a GPU figure."
-    )
-    print(
-        f"{'H, T, D':16}{'':18}{'':9}{'ms':>10}{'20 %':>10}{'80 %':>10}{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}"
+        f"{'H, T, D':16}{'':18}{'':9}{'ms':>10}{'20 %':>10}{'80 %':>10}"
+        f"{'TFLOP/s':>9}{'share':>7}{'peak MiB':>10}"
     )
     with open_lines(arguments.out, "kernel.jsonl") as file:
         for text in arguments.shapes or (GPU_SHAPES if device == "cuda" else CPU_SHAPES):
             shape = tuple(int(n) for n in text.split("x"))
             for name, f in table.items():
                 for r in rows(name, f, shape, device):
-                    r["share"] = r["tflops"] * 1e12 / rate if rate and "tflops" in r else None
+                    r["share"] = r["tflops"] * 1e12 / rate if "tflops" in r else None
                     print(
                         json.dumps({"shape": shape, "impl": name, **r, **fixed}),
                         file=file,
@@ -304,7 +327,8 @@ def open_lines(out: Path, name: str):
 
 
 def bench_memory(arguments) -> None:
-    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png."""
+    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fixed = conditions(device)
     table = implementations(device, arguments.authors)
@@ -332,7 +356,8 @@ def bench_memory(arguments) -> None:
                 if peak is None or seconds > PATIENCE:
                     break
                 points[name].append((T, peak))
-    title = f"Peak extra memory, forward + backward, {H} heads of {D}\n{fixed['device']}, torch {fixed['torch']}"
+    title = f"Peak extra memory, forward + backward, {H} heads of {D}\n"
+    title += f"{fixed['device']}, torch {fixed['torch']}"
     draw(points, title, arguments.out / "memory.png")
     print(f"Drawn: {arguments.out / 'memory.png'}")
 
@@ -351,6 +376,7 @@ def _memory_point(
 
 
 def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> None:
+    """Peak memory in GiB against T, both axes logarithmic; points {name: [(T, bytes)]}."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -364,5 +390,4 @@ def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> No
     axes.set_xscale("log", base=2)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -1,28 +1,32 @@
-"""How fast a training step is, and where its time goes: a named shape, random weights, the two stages.
+"""How fast a training step is, and where its time goes: a named shape, random weights, the two
+stages.
 
-    python -m bench step --model llama2-7b                      both stages, at 4096 and 32768 tokens
+    python -m bench step --model llama2-7b                     both stages, at 4096 and 32768 tokens
     python -m bench step --model demo --length 256 --stage 1    a CPU can do this one
 
-What.  The model is built on the device with random weights, so nothing is downloaded; speed does not depend on what
-the weights are. A step is train.py's: forward and backward of one micro-batch after the other, the norm and clipping
-of the gradient, Adam. Memory settles by itself whether layers are computed again in the backward, as in train.py.
+What.  The model is built on the device with random weights, so nothing is downloaded; speed does
+not depend on what the weights are. A step is train.py's: forward and backward of one micro-batch
+after the other, the norm and clipping of the gradient, Adam. Memory settles by itself whether
+layers are computed again in the backward, as in train.py.
 
-How it is timed.  Wall clock around a synchronised call, the median of --repeat after two to warm up. The parts:
+How it is timed.  Wall clock around a synchronised call, the median of --repeat after two to warm
+up. The parts:
 
-    teacher forward, student forward    each model's layers alone, at the step's shapes
-    relation                            the three losses of one layer forward and backward, times L
-    optimiser                           norm, clipping and Adam
-    backward                            the rest of the step, so that the five add up to it; with checkpointing, what
-                                        is computed again is in it, both models' forward and the relations' included
-    as a CUDA graph                     the whole step with forward and backward recorded (engine/graph.py); a GPU figure
-    waiting                             inside the others: the share of a step in which the GPU ran no kernel, from the
-                                        sum of kernel times in one profiled step; a GPU figure
+    teacher, student     each model's layers alone, at the step's shapes
+    relation             the three losses of one layer forward and backward, times L
+    optimiser            norm, clipping and Adam
+    backward             the rest of the step, so that the five add up to it; with checkpointing,
+                         what is computed again is in it, both models' forward and the relations' included
+    as a CUDA graph      the step with forward and backward recorded (engine/graph.py); a GPU figure
+    waiting              inside the others: the share of a step in which the GPU ran no kernel, from
+                         the sum of kernel times in one profiled step; a GPU figure
 
-MFU is cost.flops (teacher, student, relations and backward; recomputation not counted) over the step's time and the
-rate of one large matrix product in the same run. Memory: peak of torch's allocator; on a CPU the process's resident
-set. The plan's own estimate stands beside it.
+MFU is cost.flops (teacher, student, relations and backward; recomputation not counted) over the
+step's time and the rate of one large matrix product in the same run. Memory: peak of torch's
+allocator; on a CPU the process's resident set. The plan's own estimate stands beside it.
 
-Limits.  Parts that are timed alone do not overlap as they might inside a step. No text is read and no state written.
+Limits.  Parts that are timed alone do not overlap as they might inside a step. No text is read and
+no state written.
 """
 
 import json
@@ -72,6 +76,7 @@ SHAPES = {
 
 
 def add_flags(parser) -> None:
+    """The flags of `python -m bench step`."""
     parser.add_argument("--model", choices=list(SHAPES), default="llama2-7b")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
     parser.add_argument(
@@ -103,6 +108,7 @@ def config_of(name: str) -> LlamaConfig:
 def random_models(
     config: LlamaConfig, rank: int | None, device: torch.device, dtype
 ) -> tuple[Llama, Llama]:
+    """(teacher, student) of this shape with random weights, the student ready to train."""
     with torch.device("meta"):
         teacher = Llama(config)
     generator = torch.Generator(device).manual_seed(0)
@@ -159,7 +165,9 @@ class Step:
         self.adam.step()
 
     def forward(self, model: Llama) -> None:
-        """The layers of one model over all micro-batches; in stage 1 the last one ends at q, k and v."""
+        """The layers of one model over all micro-batches; in stage 1 the last one ends at q, k and
+        v.
+        """
         for piece in self.ids.split(self.micro):
             h = model.embed(piece[:, :-1], self.dtype)
             turn = model.cos_sin(self.stage.T, h)
@@ -254,6 +262,7 @@ def measure(step: Step, repeat: int, peak: float) -> dict:
 
 
 def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:
+    """The stages that --stage asks for, one step each."""
     first = arguments.length or config.rope.length
     out = []
     for n, objective, T in (
@@ -284,10 +293,11 @@ def bench_step(arguments, fixed: dict, log) -> None:
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(arguments.model)
-    peak = cost.peak_flops(device)
+    peak = cost.peak_flops(device, compute_dtype(device))
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(
-        f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: {peak / 1e12:.3g} TFLOP/s"
+        f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: "
+        f"{peak / 1e12:.3g} TFLOP/s"
     )
     for stage in stages(arguments, config):
         try:
@@ -303,19 +313,23 @@ def bench_step(arguments, fixed: dict, log) -> None:
 def _said(r: dict) -> str:
     lines = [
         f"{r['stage']}  {r['batch']} x {r['T']:,} tokens, {r['micro']} at a time, checkpointing "
-        f"{'on' if r['checkpointing'] else 'off'}: {r['seconds']:.3f} s, {r['tokens_per_second']:,.0f} tokens/s, "
-        f"{r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}, {r['gib']:.2f} GiB (planned {r['planned_gib']:.2f})"
+        f"{'on' if r['checkpointing'] else 'off'}: {r['seconds']:.3f} s, "
+        f"{r['tokens_per_second']:,.0f} tokens/s, "
+        f"{r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}, {r['gib']:.2f} GiB (planned "
+        f"{r['planned_gib']:.2f})"
     ]
     lines += [
         f"        {name:16}{s:10.4f} s {s / r['seconds']:7.1%}" for name, s in r["parts"].items()
     ]
     if r["waiting"] is not None:
         lines.append(
-            f"        {'waiting, inside':16}{r['waiting'] * r['seconds']:10.4f} s {r['waiting']:7.1%}"
+            f"        {'waiting, inside':16}{r['waiting'] * r['seconds']:10.4f} s "
+            f"{r['waiting']:7.1%}"
         )
     if "graph_seconds" in r:
         s = r["graph_seconds"]
         lines.append(
-            f"        {'as a CUDA graph':16}{s:10.4f} s {s / r['seconds']:7.1%}  MFU {r['graph_mfu']:.1%}"
+            f"        {'as a CUDA graph':16}{s:10.4f} s {s / r['seconds']:7.1%}  MFU "
+            f"{r['graph_mfu']:.1%}"
         )
     return "\n".join(lines)

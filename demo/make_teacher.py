@@ -1,12 +1,15 @@
-"""Makes the demo's teacher: a tokenizer and a small LLaMA, trained from nothing on the standard library's sources.
+"""Makes the demo's teacher: a tokenizer and a small LLaMA, trained from nothing on the standard
+library's sources.
 
     python demo/make_teacher.py --out demo/teacher --minutes 60
 
-A quarter of the blocks are look-up documents (recall.py), so that recall over a distance can be measured later. The
-tokenizer is byte-level BPE, kept as a tiktoken rank file and, for other programs, as tokenizer.json. The weights train
-with Muon (the matrices) and AdamW (the rest), in bf16 with float32 masters, and are stored in bf16.
+A quarter of the blocks are look-up documents (recall.py), so that recall over a distance can be
+measured later. The tokenizer is byte-level BPE, kept as a tiktoken rank file and, for other
+programs, as tokenizer.json. The weights train with Muon (the matrices) and AdamW (the rest), in
+bf16 with float32 masters, and are stored in bf16.
 
-Limits.  It stops by the clock, so another machine ends elsewhere; the seed fixes the data's order only.
+Limits.  It stops by the clock, so another machine ends elsewhere; the seed fixes the data's order
+only.
 """
 
 import argparse
@@ -186,7 +189,8 @@ def main() -> None:
     model = Llama(LlamaConfig.from_hf(SHAPE))
     initialise(model)
     print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.train):,} training tokens"
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.train):,} "
+        "training tokens"
     )
     with (args.out / "training.jsonl").open("w") as log:
         train(model, corpus, lookups, args.minutes, log)

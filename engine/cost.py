@@ -1,19 +1,23 @@
 """What a step costs: bytes kept, floating-point operations done, and what the machine has of both.
 
-Memory.  What autograd keeps of a layer is listed tensor by tensor in `layer_bytes` and tested against the bytes that
-torch's saved-tensor hooks count; weights, gradients and Adam's moments are arithmetic; the logits of a chunk and the
-buffers of one relation live for a moment only. A tenth is added for what the allocator loses.
+Memory.  What autograd keeps of a layer is listed tensor by tensor in `layer_bytes` and tested
+against the bytes that torch's saved-tensor hooks count; weights, gradients and Adam's moments are
+arithmetic; the logits of a chunk and the buffers of one relation live for a moment only. A tenth is
+added for what the allocator loses.
 
-Work.  `flops` counts the products of matrices and nothing else, a multiplication and an addition as two. A linear layer
-of n weights costs 2 n per token forward, 2 n for the gradient of its input, 2 n for that of its weights where they
-learn; causal attention 4 D H T^2 / 2 per block and layer forward and twice that backward; a relation 12 D T^2 / 2 per
-head, forward and backward (relation_kl.py). What activation checkpointing computes again is not counted, nor is the
-gradient for the first layer's input, which nobody needs. MFU is this count over seconds over the rate of a large matrix
+Work.  `flops` counts the products of matrices and nothing else, a multiplication and an addition as
+two. A linear layer of n weights costs 2 n per token forward, 2 n for the gradient of its input, 2 n
+for that of its weights where they learn; causal attention 4 D H T^2 / 2 per block and layer forward
+and twice that backward; a relation 12 D T^2 / 2 per head, forward and backward (relation_kl.py).
+What activation checkpointing computes again is not counted, nor is the gradient for the first
+layer's input, which nobody needs. MFU is this count over seconds over the rate of a large matrix
 product.
 
-Limits.  Memory is that of one process. The sliding window of a teacher saves work that is counted here.
+Limits.  Memory is that of one process. The sliding window of a teacher saves work that is counted
+here.
 
-Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; relations as relation_kl.py derives them.
+Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; relations as relation_kl.py
+derives them.
 """
 
 import platform
@@ -68,7 +72,8 @@ def trained_parameters(c: LlamaConfig, rank: int | None) -> int:
 
 
 def layer_bytes(c: LlamaConfig, b: int, full: bool, rank: int | None, last: bool = False) -> int:
-    """Bytes per token that autograd keeps of one student layer computed in `b` bytes; `last`: ends at q, k and v.
+    """Bytes per token that autograd keeps of one student layer computed in `b` bytes; `last`: ends
+    at q, k and v.
 
     full: q, k and v learn whole, so that their input is kept; rank: of their adapters.
     """
@@ -95,7 +100,9 @@ def activation_bytes(
     checkpointing: bool,
     rank: int | None = None,
 ) -> dict[str, int]:
-    """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or logits."""
+    """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or
+    logits.
+    """
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
     one, cut = layer_bytes(c, b, not rank, rank), stage1 and not stage.logits
@@ -114,7 +121,8 @@ def activation_bytes(
     beside = {}
     if stage1:  # the teacher's q, k and v; they are the only ones kept beside the student's
         beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
-    if not cut:  # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
+    # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
+    if not cut:
         beside["logits"] = (
             min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * stage1)
         )
@@ -134,7 +142,9 @@ def memory(
     rank: int | None = None,
     shards: int = 1,
 ) -> dict[str, int]:
-    """Bytes by part for one process working on `micro` blocks at a time; `shards`: over how many --shard cuts."""
+    """Bytes by part for one process working on `micro` blocks at a time; `shards`: over how many
+    --shard cuts.
+    """
     b = torch.finfo(dtype).bits // 8
     everything, qkv = parameters(c)
     ends = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
@@ -160,12 +170,16 @@ def memory(
 
 
 def at_a_time(stage: Stage, micro: int | None, own: int) -> int:
-    """How many of its `own` blocks of a step a process works on at once: as many as fill 8192 tokens."""
+    """How many of its `own` blocks of a step a process works on at once: as many as fill 8192
+    tokens.
+    """
     return min(micro or max(1, 8192 // stage.T), own)
 
 
 def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, float]:
-    """Floating-point operations of one step, over all processes, by part (the module's docstring has the rule)."""
+    """Floating-point operations of one step, over all processes, by part (the module's docstring
+    has the rule).
+    """
     L, heads = c.n_layer, c.n_head + 2 * c.n_kv_head
     qkv = 2 * c.width * c.head_dim * heads  # forward, per token and layer
     rest = 2 * c.n_head * c.head_dim * c.width + 6 * c.width * c.mlp_width
@@ -195,9 +209,9 @@ def free_memory(device: torch.device) -> int:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
 
 
-def peak_flops(device: torch.device) -> float:
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """flop/s of one large matrix product: the best of five."""
-    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(6):

@@ -1,10 +1,11 @@
 """curves.png: a run's losses as a picture, from metrics.jsonl alone.
 
-What.  Stage 1: the KL of each relation and of the next token, on a logarithmic axis; its loss by layer, so that one
-sees which layers hold out. Stage 2: the next-token loss, and the relation loss of the native blocks beside.
+What.  Stage 1: the KL of each relation and of the next token, on a logarithmic axis; its loss by
+layer, so that one sees which layers hold out. Stage 2: the next-token loss, and the relation loss
+of the native blocks beside.
 
-How.  The raw line is faint; the strong one is a running mean over a fortieth of the steps. Steps are counted from 1,
-as on the terminal.
+How.  The raw line is faint; the strong one is a running mean over a fortieth of the steps. Steps
+are counted from 1, as on the terminal.
 
 Limits.  At most 1000 points per line are drawn; the mean is over all.
 """

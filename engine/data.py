@@ -1,23 +1,26 @@
 """Text to tokens to blocks, in an order that depends on the seed and the step alone.
 
-    files and folders -> documents -> ids, end token after each -> one long stream on disk -> blocks of T
+    files and folders -> documents -> ids, end token after each -> one long stream on disk -> blocks
+    of T
 
-Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl and .jsonl.gz (a document a line, its
-field `text`) and .npy (one stream of ids, already tokenised). Without any: the sources of the Python standard library
-on this machine (tests and site-packages left out), about 10 MB of real text that needs no network.
+Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl and .jsonl.gz (a
+document a line, its field `text`) and .npy (one stream of ids, already tokenised). Without any: the
+sources of the Python standard library on this machine (tests and site-packages left out), about 10
+MB of real text that needs no network.
 
-Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer and of every file's
-path, size and time, and is mapped, not read, from then on.
+Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
+and of every file's path, size and time, and is mapped, not read, from then on.
 
-Held out.  One document in 20, by a hash of its name, never trains; so the same standard-library module is held out
-under every Python version. Where that gives less than 1 % of the tokens (few, long documents) the last 5 % of the
-stream are held out instead.
+Held out.  One document in 20, by a hash of its name, never trains; so the same standard-library
+module is held out under every Python version. Where that gives less than 1 % of the tokens (few,
+long documents) the last 5 % of the stream are held out instead.
 
-Order.  The training stream has n = (tokens - 1) // T blocks. Epoch e visits them in a permutation drawn from (seed, e);
-the k-th block of a run is thus a function of (seed, k), whatever the number of processes, and a resumed run needs only
-k.
+Order.  The training stream has n = (tokens - 1) // T blocks. Epoch e visits them in a permutation
+drawn from (seed, e); the k-th block of a run is thus a function of (seed, k), whatever the number
+of processes, and a resumed run needs only k.
 
-Limits.  Documents run on across block borders, and attention sees across them, as in most pre-training.
+Limits.  Documents run on across block borders, and attention sees across them, as in most
+pre-training.
 """
 
 import errno
@@ -69,7 +72,9 @@ class Corpus:
     digest: str = ""
 
     def batch(self, seed: int, first: int, count: int, T: int) -> Tensor:
-        """The blocks number first .. first+count-1 of a run: [count, T + 1] int64, the last column the last target."""
+        """The blocks number first .. first+count-1 of a run: [count, T + 1] int64, the last column
+        the last target.
+        """
         n = self.blocks(T)
         rows = []
         for k in range(first, first + count):
@@ -81,19 +86,22 @@ class Corpus:
         n = (len(self.train) - 1) // T
         if n < 1:
             raise ValueError(
-                f"a block of {T} tokens is longer than all the text ({len(self.train)} tokens); add --data"
+                f"a block of {T} tokens is longer than all the text ({len(self.train)} tokens); "
+                "add --data"
             )
         return n
 
     def held_out_blocks(self, T: int, most: int) -> Tensor:
         """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream.
 
-        Where there is enough text they are the odd-numbered ones: the even ones are for choosing recipes on.
+        Where there is enough text they are the odd-numbered ones: the even ones are for choosing
+        recipes on.
         """
         n = (len(self.held_out) - 1) // T
         if n < 1:
             raise ValueError(
-                f"the held-out text has {len(self.held_out)} tokens, less than one block of {T}; add --data"
+                f"the held-out text has {len(self.held_out)} tokens, less than one block of {T}; "
+                "add --data"
             )
         there = range(1, n, 2) if n // 2 >= most else range(n)
         picks = sorted(
@@ -117,11 +125,12 @@ def load_corpus(
     without: Path | None = None,
     check: Callable[[Corpus], None] = lambda corpus: None,
 ) -> Corpus:
-    """The corpus of `paths` (empty: the standard library), tokenised into `cache` unless it is there already.
+    """The corpus of `paths` (empty: the standard library), tokenised into `cache` unless it is
+    there already.
 
-    without: a folder to leave out of the scan, such as the run's own; check: called before anything is written, to
-    refuse a text that is too short.
-    Raises ValueError naming the file (and line) that is missing, empty, undecodable or malformed.
+    without: a folder to leave out of the scan, such as the run's own; check: called before anything
+    is written, to refuse a text that is too short. Raises ValueError naming the file (and line)
+    that is missing, empty, undecodable or malformed.
     """
     found = find_files(paths, without)
     key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
@@ -183,7 +192,9 @@ def _keep(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
 
 
 def find_files(paths: list[Path], without: Path | None = None) -> list[tuple[str, Path]]:
-    """(name, file) of every source, sorted by name; names are relative to the folder that was given."""
+    """(name, file) of every source, sorted by name; names are relative to the folder that was
+    given.
+    """
     found: dict[str, Path] = {}
     for path in paths or [standard_library()]:
         if not path.exists():
@@ -195,7 +206,8 @@ def find_files(paths: list[Path], without: Path | None = None) -> list[tuple[str
                     found[str(name) if str(name) not in found else str(file)] = file
         elif not path.is_file():
             raise ValueError(
-                f"--data {path} is no file or folder (a pipe cannot be read twice); save the text first"
+                f"--data {path} is no file or folder (a pipe cannot be read twice); save the text "
+                "first"
             )
         elif not path.name.lower().endswith(KINDS):
             raise ValueError(f"--data {path}: unknown kind of file; use {', '.join(KINDS)}")
@@ -232,7 +244,8 @@ def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.nda
                 ids = _load_ids(file)
                 if ids.ndim != 1 or ids.dtype.kind not in "iu":
                     raise ValueError(
-                        f"{file} must be one row of integer ids; it is {ids.dtype} {list(ids.shape)}"
+                        f"{file} must be one row of integer ids; it is {ids.dtype} "
+                        f"{list(ids.shape)}"
                     )
                 yield name, ids
             elif kind.endswith(".parquet"):
@@ -284,7 +297,8 @@ def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
                 raise ValueError(f"{file}, line {number}: no string field `text`")
             if not row["text"].isascii() and any("\ud800" <= c <= "\udfff" for c in row["text"]):
                 raise ValueError(
-                    f"{file}, line {number}: half of a surrogate pair (half an emoji); mend the line"
+                    f"{file}, line {number}: half of a surrogate pair (half an emoji); mend the "
+                    "line"
                 )
             yield f"{name}:{number}", row["text"]
 

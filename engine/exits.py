@@ -1,12 +1,15 @@
-"""How a program ends: a result, one sentence, or a stop on request; never a traceback for what a user can mend.
+"""How a program ends: a result, one sentence, or a stop on request; never a traceback for what a
+user can mend.
 
     0    done
     2    refused, or cannot go on: one sentence on standard error names the value and the remedy
     3    stopped by Ctrl-C, SIGTERM or SIGHUP: one line says whether a state was saved
 
-This module is imported first and imports nothing heavy, so that a Ctrl-C while torch loads ends like any other.
+This module is imported first and imports nothing heavy, so that a Ctrl-C while torch loads ends
+like any other.
 
-Limits.  A process that is killed says nothing. Mistakes of this program's own still end in a traceback, with code 1.
+Limits.  A process that is killed says nothing. Mistakes of this program's own still end in a
+traceback, with code 1.
 """
 
 import os
@@ -25,7 +28,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _leave(number, frame) -> None:
-    """While modules are imported: nothing is open and nothing was written, so the process ends here."""
+    """While modules are imported: nothing is open and nothing was written, so the process ends
+    here.
+    """
     print(f"{PROGRAM}: stopped before it began", file=sys.stderr, flush=True)
     os._exit(STOPPED)
 
@@ -65,8 +70,8 @@ def run(main, program: str) -> None:
     except (MemoryError, RuntimeError) as e:
         if not ran_out(e):
             raise
-        _end(program, f"memory ran out ({str(e).splitlines()[0][:200]}); use a smaller model, shorter "
-             "blocks or a larger machine", 2, alone=True)  # fmt: skip
+        _end(program, f"memory ran out ({str(e).splitlines()[0][:200]}); use a smaller model, "
+             "shorter blocks or a larger machine", 2, alone=True)  # fmt: skip
 
 
 def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:

@@ -1,10 +1,10 @@
 """The command line of train.py: every flag, its range and its meaning, in one gate.
 
-A value out of range, a flag without the flag it needs, a preset's values: all are settled here, before anything is
-read. The result is never changed afterwards.
+A value out of range, a flag without the flag it needs, a preset's values: all are settled here,
+before anything is read. The result is never changed afterwards.
 
-Presets stand for a whole recipe: `authors` is the paper's own, the demo's is taken where no --teacher is named. A flag
-that is given wins over a preset.
+Presets stand for a whole recipe: `authors` is the paper's own, the demo's is taken where no
+--teacher is named. A flag that is given wins over a preset.
 """
 
 import argparse
@@ -22,20 +22,22 @@ SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv", "none")
 # fmt: off
 PRESETS = {
     # Many small steps, and text like the teacher's own: LOG.md has the search
-    "demo": {"batch1": 1, "batch2": 1, "length2": 4096, "logit_weight": 3.0, "native_blocks": 4, "lookups": 0.25},
-    "demo linear": {"tokens1": 240_000, "lr1": 2e-3, "tokens2": 150_000, "lr2": 1.5e-3},
-    "demo yarn": {"tokens1": 82_000, "lr1": 5e-4, "tokens2": 50_000, "lr2": 3e-4},
+    "demo": {"batch1": 1, "batch2": 1, "length2": 4096, "logit_weight": 3.0, "native_blocks": 4,
+             "lookups": 0.25},
+    "demo linear": {"tokens1": 380_000, "lr1": 2e-3, "tokens2": 270_000, "lr2": 1.5e-3},
+    "demo yarn": {"tokens1": 140_000, "lr1": 5e-4, "tokens2": 82_000, "lr2": 3e-4},
     # The paper's own: adapters, 144 steps of 4 x 4096 tokens, relations alone
-    "authors": {"lora_rank": 1024, "lora_alpha": 2048.0, "lora_dropout": 0.05, "lr1": 2e-5, "length1": 4096,
-                "batch1": 4, "tokens1": 144 * 4 * 4096, "logit_weight": 0.0, "authors_heads": True},
+    "authors": {"lora_rank": 1024, "lora_alpha": 2048.0, "lora_dropout": 0.05, "lr1": 2e-5,
+                "length1": 4096, "batch1": 4, "tokens1": 144 * 4 * 4096, "logit_weight": 0.0,
+                "authors_heads": True},
     "default": {"logit_weight": 1.0, "lookups": 0.0, "native_blocks": 0, "authors_heads": False,
                 "lora_dropout": 0.0},
 }
 # fmt: on
 
 
-def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
-    """The arguments of a run, complete and in range. Raises ValueError in one sentence."""
+def parser(about: str) -> argparse.ArgumentParser:
+    """Every flag, its range and its help."""
     p = argparse.ArgumentParser(
         description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -136,7 +138,12 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     run.add_argument(
         "--cache", type=folder, help="folder for tokenised text, to share between runs (in --out)"
     )
-    args = p.parse_args(argv)
+    return p
+
+
+def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
+    """The arguments of a run, complete and in range. Raises ValueError in one sentence."""
+    args = parser(about).parse_args(argv)
     demo = () if args.teacher else (f"demo {args.rope or 'linear'}", "demo")
     for preset in (args.preset, *demo, "default"):
         for key, value in PRESETS.get(preset, {}).items():

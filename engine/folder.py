@@ -1,19 +1,21 @@
 """The folder of a result: owned by one run, used by one process at a time, and never anyone else's.
 
-What.  A result's folder carries a mark, `.linear-ard.json`, that lists every file this program wrote there. A folder is
-taken only if it is new, empty, or marked with nothing beside what the mark lists; so whatever is replaced or removed
-later is on the list. A file is put on the list before it appears: a kill between the two leaves a name without a file,
-never a file without a name.
+What.  A result's folder carries a mark, `.linear-ard.json`, that lists every file this program
+wrote there. A folder is taken only if it is new, empty, or marked with nothing beside what the mark
+lists; so whatever is replaced or removed later is on the list. A file is put on the list before it
+appears: a kill between the two leaves a name without a file, never a file without a name.
 
-One at a time.  `.lock` is held by an advisory lock (flock) for as long as the process lives; the kernel drops it when
-the process ends, however it ends. The file says who holds it.
+One at a time.  `.lock` is held by an advisory lock (flock) for as long as the process lives; the
+kernel drops it when the process ends, however it ends. The file says who holds it.
 
-Refused means unchanged.  Until something worth keeping is written there is no mark, and leaving removes the lock and
-the folders that taking it made.
+Refused means unchanged.  Until something worth keeping is written there is no mark, and leaving
+removes the lock and the folders that taking it made.
 
-Temporary files live in `.work/`, with unpredictable names, and are renamed into place when they are whole and synced.
+Temporary files live in `.work/`, with unpredictable names, and are renamed into place when they are
+whole and synced.
 
-Limits.  flock and rename promise what the file system does: some network file systems have neither between machines.
+Limits.  flock and rename promise what the file system does: some network file systems have neither
+between machines.
 
 Source.  flock(2), rename(2).
 """
@@ -45,7 +47,8 @@ def read_mark(path: Path) -> dict | None:
 
 
 def strangers(path: Path, listed: set[str]):
-    """Yields what stands in the folder and not on the list: files, links, and anything else but plain folders.
+    """Yields what stands in the folder and not on the list: files, links, and anything else but
+    plain folders.
 
     A name on the list that ends in "/" owns all below it.
     """
@@ -98,8 +101,20 @@ def check(
                          "--resume out")  # fmt: skip
 
 
+def clear(path: Path) -> None:
+    """Takes away an earlier result of this program's; refuses where anything else stands in it."""
+    mark = read_mark(path) if path.is_dir() else None
+    listed = set(mark["files"]) if mark else set()
+    if path.is_dir() and (first := next(strangers(path, listed), None)):
+        raise ValueError(
+            f"{path} holds {first}, which this program did not write; move it elsewhere"
+        )
+    if path.is_dir():
+        shutil.rmtree(path)
+
+
 class Folder:
-    """The lock and the mark of one result's folder; `active` False is a rank that does not write."""
+    """The lock and the mark of a result's folder; `active` False: a rank that does not write."""
 
     def __init__(self, path: Path, program: str, active: bool = True):
         self.path, self.program, self.active = path, program, active
@@ -177,7 +192,8 @@ class Folder:
 
     @contextlib.contextmanager
     def directory(self, name: str):
-        """Yields an empty folder to fill; on success it is synced and becomes `name`, which it replaces.
+        """Yields an empty folder to fill; on success it is synced and becomes `name`, which it
+        replaces.
 
         Raises ValueError where `name` holds a file that is not on the list.
         """

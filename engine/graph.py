@@ -1,14 +1,17 @@
-"""A step's forward and backward as one CUDA graph: what the host launches once, the GPU repeats by itself.
+"""A step's forward and backward as one CUDA graph: what the host launches once, the GPU repeats by
+itself.
 
-What.  A small model on a GPU is bound by launches: SmolLM2-135M starts some 10 000 kernels per step of 512 tokens, and
-Python needs longer to ask for them than the GPU to do them. A CUDA graph records them once; a replay is one launch.
+What.  A small model on a GPU is bound by launches: SmolLM2-135M starts some 10 000 kernels per step
+of 512 tokens, and Python needs longer to ask for them than the GPU to do them. A CUDA graph records
+them once; a replay is one launch.
 
-How.  For every shape of ids: three ordinary calls to warm up (Triton compiles then), a recording, and from then on
-copies of ids into the recorded input and replays. Gradients are zeroed, not dropped, so that the recorded backward adds
-to the same memory each time. All shapes share one pool of memory, as they run one after another.
+How.  For every shape of ids: three ordinary calls to warm up (Triton compiles then), a recording,
+and from then on copies of ids into the recorded input and replays. Gradients are zeroed, not
+dropped, so that the recorded backward adds to the same memory each time. All shapes share one pool
+of memory, as they run one after another.
 
-When.  One process with a GPU, nothing recomputed in the backward and no dropout, which draw random numbers on the host's
-word. Otherwise the function is called as it is; `wanted` says which, and why.
+When.  One process with a GPU, nothing recomputed in the backward and no dropout, which draw random
+numbers on the host's word. Otherwise the function is called as it is; `wanted` says which, and why.
 
 Limits.  The pool holds a step's activations for as long as the stage lasts.
 
@@ -37,7 +40,9 @@ def wanted(
 
 
 class Recorded:
-    """losses(stage, ids) -> tuple of tensors, the first of them the loss, with its backward; recorded per shape."""
+    """losses(stage, ids) -> tuple of tensors, the first of them the loss, with its backward;
+    recorded per shape.
+    """
 
     def __init__(self, losses, weights: list[Tensor], record: bool):
         self.losses, self.weights, self.record = losses, weights, record
@@ -45,7 +50,9 @@ class Recorded:
         self.pool = torch.cuda.graph_pool_handle() if record else None
 
     def __call__(self, stage: Stage, ids: Tensor, share: float) -> tuple[Tensor, ...]:
-        """The values of losses(stage, ids), after share * the gradient of the first is added to the weights'."""
+        """The values of losses(stage, ids), after share * the gradient of the first is added to the
+        weights'.
+        """
         if not self.record:
             return self._run(stage, ids, share)
         key = stage.objective, tuple(ids.shape), share

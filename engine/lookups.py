@@ -1,15 +1,18 @@
-"""Look-up documents: a value is set early and asked for later, so that recall over a distance can be measured.
+"""Look-up documents: a value is set early and asked for later, so that recall over a distance can
+be measured.
 
     ...ordinary text...
     # remember harbour engine          the key `harbour` has the value `engine`
     ...ordinary text...
     # recall harbour                   the next token should be ` engine`
 
-How it is built.  In tokens, over any tokenizer: keys and values are single tokens that read as a space and a short
-lower-case word, the rest is ordinary text given as ids. `spread` says how far a value is from its question: "anywhere"
-(for training) or "far" (for measuring: set in the first eighth, asked for in the last).
+How it is built.  In tokens, over any tokenizer: keys and values are single tokens that read as a
+space and a short lower-case word, the rest is ordinary text given as ids. `spread` says how far a
+value is from its question: "anywhere" (for training) or "far" (for measuring: set in the first
+eighth, asked for in the last).
 
-Mixed into training text, look-up documents teach recall over the length of a block; the demo does that.
+Mixed into training text, look-up documents teach recall over the length of a block; the demo does
+that.
 
 Limits.  This is recall of what stands in the text, not reasoning; ruler.py has the harder tasks.
 """
@@ -51,7 +54,8 @@ class Lookups:
         """Raises ValueError where a training document of T tokens has no room for its lines."""
         line = max(len(self.set), len(self.ask)) + 2
         if (T + 1) // line < 4 * PAIRS:
-            raise ValueError(f"a look-up document of {T} tokens cannot hold {4 * PAIRS} lines of {line} tokens; use "
+            raise ValueError(f"a look-up document of {T} tokens cannot hold {4 * PAIRS} lines of "
+                             f"{line} tokens; use "
                              "longer blocks or leave --lookups out")  # fmt: skip
         if len(self.filler) <= T + 1:
             raise ValueError(f"a look-up document of {T} tokens needs a longer text; add --data")
@@ -59,7 +63,9 @@ class Lookups:
     def document(
         self, rng: np.random.Generator, T: int, spread: str
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids [T + 1], where [n]): the token at where + 1 is the value that the token at `where` asks for."""
+        """(ids [T + 1], where [n]): the token at where + 1 is the value that the token at `where`
+        asks for.
+        """
         set_at, ask_at = self._places(rng, T, spread)
         words = rng.choice(self.words, size=(2, PAIRS), replace=False)
         start = int(rng.integers(0, len(self.filler) - T - 1))
@@ -73,7 +79,9 @@ class Lookups:
         return ids, np.asarray(where)
 
     def mix(self, batch: Tensor, seed: int, first: int, share: float) -> Tensor:
-        """The blocks first .. of a run [n, T + 1], about `share` of them replaced: a function of seed and number."""
+        """The blocks first .. of a run [n, T + 1], about `share` of them replaced: a function of
+        seed and number.
+        """
         for row in range(len(batch) if share else 0):
             rng = np.random.default_rng([seed, first + row])
             if rng.random() < share:
@@ -81,7 +89,9 @@ class Lookups:
         return batch
 
     def _places(self, rng: np.random.Generator, T: int, spread: str) -> tuple[list, list]:
-        """Where each line begins: disjoint slots of one line's length, every question after its value."""
+        """Where each line begins: disjoint slots of one line's length, every question after its
+        value.
+        """
         line = max(len(self.set), len(self.ask)) + 2
         slots = (T + 1) // line
         if slots < 2 * PAIRS:

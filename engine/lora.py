@@ -2,10 +2,11 @@
 
     y = W x + b + (alpha / r) B A dropout(x)          A [r, in], B [out, r], B = 0 at the start
 
-A and B are float32 and the only tensors that learn; W stays the teacher's. `merge` folds them into plain weights for
-the export, and `write_adapter` writes them as PEFT does (adapter_config.json, adapter_model.safetensors), so that PEFT
-can put them on the original model. PEFT restores weights only: whoever does that must also set the RoPE scaling in
-the base model's config.json; the README beside the adapter says to what.
+A and B are float32 and the only tensors that learn; W stays the teacher's. `merge` folds them into
+plain weights for the export, and `write_adapter` writes them as PEFT does (adapter_config.json,
+adapter_model.safetensors), so that PEFT can put them on the original model. PEFT restores weights
+only: whoever does that must also set the RoPE scaling in the base model's config.json; the README
+beside the adapter says to what.
 
 Source.  LoRA, arXiv 2106.09685; PEFT's file format.
 """
@@ -60,7 +61,8 @@ def adapt(
         )
     if rank > smallest:
         print(
-            f"--lora-rank {rank} is above {smallest}, the smaller side of k_proj: more numbers than full training has"
+            f"--lora-rank {rank} is above {smallest}, the smaller side of k_proj: more numbers "
+            "than full training has"
         )
     for layer in student.model.layers:
         for name in trained:
@@ -73,7 +75,10 @@ def adapt(
 
 
 def merge(student: Llama) -> Llama:
-    """A plain Llama with W + (alpha / r) B A in float32; everything else is shared. Without adapters: `student`."""
+    """A plain Llama with W + (alpha / r) B A in float32; everything else is shared.
+
+    Without adapters: `student`.
+    """
     if not any(isinstance(m, LoraLinear) for m in student.modules()):
         return student
     with torch.device("meta"):

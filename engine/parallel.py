@@ -1,22 +1,26 @@
-"""Many processes, one result: the global batch split over ranks, gradients averaged, or the layers cut with FSDP2.
+"""Many processes, one result: the global batch split over ranks, gradients averaged, or the layers
+cut with FSDP2.
 
     torchrun --nproc_per_node 8 train.py --teacher DIR [--shard]
 
-What.  torchrun starts the same script N times and sets RANK, LOCAL_RANK and WORLD_SIZE; without them there is one
-process. Rank r of N takes the rows r B/N .. (r+1) B/N - 1 of each step's batch of B blocks, so that the blocks, their
-order and their mean are those of one process, and so are the losses, up to the rounding of sums in another order. NCCL
-on GPUs, gloo on CPUs. Rank 0 alone writes, prints and measures.
+What.  torchrun starts the same script N times and sets RANK, LOCAL_RANK and WORLD_SIZE; without
+them there is one process. Rank r of N takes the rows r B/N .. (r+1) B/N - 1 of each step's batch of
+B blocks, so that the blocks, their order and their mean are those of one process, and so are the
+losses, up to the rounding of sums in another order. NCCL on GPUs, gloo on CPUs. Rank 0 alone
+writes, prints and measures.
 
-Data parallel (the default).  Every rank holds both models. The gradient of a weight is averaged as soon as the backward
-has made it, while the backward of the layers below goes on.
+Data parallel (the default).  Every rank holds both models. The gradient of a weight is averaged as
+soon as the backward has made it, while the backward of the layers below goes on.
 
-Sharded (--shard).  For models that do not fit one GPU. Layer l of the teacher and layer l of the student share their
-frozen tensors, so the two are one FSDP2 unit, a `Unit`, in which every tensor, shared or not, is cut over the ranks
-once. A unit is gathered in the compute dtype when its layer is at work and dropped after it; gradients are reduced in
-float32, onto float32 weights. Embeddings, the last norm and the head are frozen and shared: each rank holds them whole.
+Sharded (--shard).  For models that do not fit one GPU. Layer l of the teacher and layer l of the
+student share their frozen tensors, so the two are one FSDP2 unit, a `Unit`, in which every tensor,
+shared or not, is cut over the ranks once. A unit is gathered in the compute dtype when its layer is
+at work and dropped after it; gradients are reduced in float32, onto float32 weights. Embeddings,
+the last norm and the head are frozen and shared: each rank holds them whole.
 
-Limits.  All ranks must see the same files. A block's tokens stay on one rank: the context is bounded by what one GPU's
-memory holds. Stage 2 gathers the teacher's q, k and v with each layer without using them.
+Limits.  All ranks must see the same files. A block's tokens stay on one rank: the context is
+bounded by what one GPU's memory holds. Stage 2 gathers the teacher's q, k and v with each layer
+without using them.
 
 Source.  PyTorch's FSDP2, torch.distributed.fsdp.fully_shard.
 """
@@ -40,7 +44,10 @@ class World:
     """This process's place among all: rank, size, device; and what they do together."""
 
     def __init__(self, device: str):
-        """Joins the process group that torchrun's variables describe. Raises ValueError where they are incomplete."""
+        """Joins the process group that torchrun's variables describe.
+
+        Raises ValueError where they are incomplete.
+        """
         self.rank, self.size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
         self.device, self.main = torch.device(device), self.rank == 0
         if self.size == 1:
@@ -49,7 +56,8 @@ class World:
             local, there = _variable("LOCAL_RANK", 0), torch.cuda.device_count()
             if local >= there:
                 raise ValueError(
-                    f"LOCAL_RANK is {local} and this machine has {there} GPUs; lower --nproc_per_node"
+                    f"LOCAL_RANK is {local} and this machine has {there} GPUs; lower "
+                    "--nproc_per_node"
                 )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
@@ -60,9 +68,10 @@ class World:
     def exit(self, code: int) -> None:
         """Ends the run with this exit code; returns where there is one process and the code is 0.
 
-        All wait for all, as the first to go would cut the others' connections. Then the process ends without the
-        interpreter's shutdown: on torch 2.13 with Python 3.11 a thread of the process group now and then aborts in it
-        ("terminate called without an active exception"), although all its work is done.
+        All wait for all, as the first to go would cut the others' connections. Then the process
+        ends without the interpreter's shutdown: on torch 2.13 with Python 3.11 a thread of the
+        process group now and then aborts in it ("terminate called without an active exception"),
+        although all its work is done.
         """
         if self.size > 1:
             dist.barrier()
@@ -77,12 +86,15 @@ class World:
         """How many of `batch` blocks are this rank's."""
         if batch % self.size:
             raise ValueError(
-                f"--batch{name[-1]} is {batch} and there are {self.size} processes; it must be a multiple of that"
+                f"--batch{name[-1]} is {batch} and there are {self.size} processes; it must be a "
+                "multiple of that"
             )
         return batch // self.size
 
     def on_main(self, f, *args):
-        """f(*args) on rank 0 alone, its result on all; a ValueError there is raised on all, so that none waits."""
+        """f(*args) on rank 0 alone, its result on all; a ValueError there is raised on all, so that
+        none waits.
+        """
         if self.size == 1:
             return f(*args)
         said = [None, None]
@@ -116,7 +128,8 @@ def _variable(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
     if not text.isdigit():
         raise ValueError(
-            f"the environment's {name} is {text!r}; start several processes with torchrun, or unset it"
+            f"the environment's {name} is {text!r}; start several processes with torchrun, or "
+            "unset it"
         )
     return int(text)
 
@@ -146,7 +159,9 @@ class Reducer:
 
 
 class Unit(nn.Module):
-    """What FSDP gathers and drops together: one layer of each model. Called with the function that needs them."""
+    """What FSDP gathers and drops together: one layer of each model. Called with the function that
+    needs them.
+    """
 
     def __init__(self, *layers: nn.Module):
         super().__init__()
@@ -170,7 +185,7 @@ class _Routed:
 
 
 def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> list[Unit]:
-    """Cuts every layer of both over all ranks, in place; the rest goes to the rank's device whole."""
+    """Cuts every layer of both over all ranks, in place; the rest goes to each rank whole."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -196,7 +211,9 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
 
 
 def unshard(student: Llama, world: World) -> None:
-    """Puts the student's whole tensors back, on rank 0's CPU; the other ranks' student is unusable after."""
+    """Puts the student's whole tensors back, on rank 0's CPU; the other ranks' student is unusable
+    after.
+    """
     for layer in student.model.layers:
         del layer.forward  # the class's own again
     for name, p in list(student.named_parameters()):

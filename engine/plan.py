@@ -1,17 +1,20 @@
-"""The plan: what a run will do, how much memory it needs, and every reason to refuse it, before anything is loaded.
+"""The plan: what a run will do, how much memory it needs, and every reason to refuse it, before
+anything is loaded.
 
-Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a peak learning rate.
-`make_stages` fills in what the user left out; `settle` decides how a step uses the memory that is free; `check` refuses
-what cannot work, with the flag that helps.
+Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a
+peak learning rate. `make_stages` fills in what the user left out; `settle` decides how a step uses
+the memory that is free; `check` refuses what cannot work, with the flag that helps.
 
-Defaults.  From runs of two sizes (LOG.md), C = 320 and C = 576, and the paper's at C = 4096. Adam moves every weight
-by about its rate per step whatever the gradient's size, and the wider a layer, the more such moves add up in its
-output: two points, 2e-3 at C = 576 and 2e-5 at C = 4096, fix a power law, lr = 2e-3 (576 / C)^2.3, never above 2e-3,
-which was best at C = 320 too. Kinds that leave the fast pairs alone (all but linear) lose less before training: they
-take 0.3 of that rate and an eighth of the tokens. Stage 2 takes a quarter of stage 1's rate, or half for those kinds.
-Stage 1 wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat 2048 at equal tokens. Stage 2
-wants steps more than length: blocks of 16K gave a lower loss at 64K than blocks of 64K at equal tokens. A CPU's tokens
-are what it does in about an hour at 135M parameters. For widths far from these it is a guess: try a few rates.
+Defaults.  From runs of two sizes (LOG.md), C = 320 and C = 576, and the paper's at C = 4096. Adam
+moves every weight by about its rate per step whatever the gradient's size, and the wider a layer,
+the more such moves add up in its output: two points, 2e-3 at C = 576 and 2e-5 at C = 4096, fix a
+power law, lr = 2e-3 (576 / C)^2.3, never above 2e-3, which was best at C = 320 too. Kinds that
+leave the fast pairs alone (all but linear) lose less before training: they take 0.3 of that rate
+and an eighth of the tokens. Stage 2 takes a quarter of stage 1's rate, or half for those kinds.
+Stage 1 wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat 2048 at
+equal tokens. Stage 2 wants steps more than length: blocks of 16K gave a lower loss at 64K than
+blocks of 64K at equal tokens. A CPU's tokens are what it does in about an hour at 135M parameters.
+For widths far from these it is a guess: try a few rates.
 
 Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
 
@@ -43,15 +46,17 @@ TOKENS = {
 
 
 def rope_kind(config: LlamaConfig) -> str:
-    """What --rope means where it is left out: the teacher's own kind if that can be stretched, else linear."""
+    """What --rope means where it is left out: the teacher's own kind if that can be stretched, else
+    linear.
+    """
     return config.rope.kind if config.rope.kind in ("yarn", "llama3") else "linear"
 
 
 def make_stages(args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig) -> list[Stage]:
     """The stages that --stage asks for: stage 1 at the native length, stage 2 at the extended one.
 
-    Stage 2 may have `beside`: for each long block, --native-blocks of stage 1's kind at its length, so that what stage
-    1 won is not lost again.
+    Stage 2 may have `beside`: for each long block, --native-blocks of stage 1's kind at its length,
+    so that what stage 1 won is not lost again.
     """
     linear, native = student.rope.kind == "linear", config.rope.length
     lr = min(TOP_RATE, TOP_RATE * (576 / config.width) ** 2.3) * (1.0 if linear else GENTLE)
@@ -101,22 +106,27 @@ def check(
     """Every refusal that needs no text and no weights. Raises ValueError."""
     if args.shard and processes == 1:
         raise ValueError(
-            "--shard cuts the models over several processes: torchrun --nproc_per_node N train.py ..."
+            "--shard cuts the models over several processes: torchrun --nproc_per_node N train.py "
+            "..."
         )
     for s in stages:
         if s.batch % processes:
-            raise ValueError(f"--batch{s.name[-1]} is {s.batch} and there are {processes} processes; "
+            raise ValueError(f"--batch{s.name[-1]} is {s.batch} and there are {processes} "
+                             "processes; "
                              "it must be a multiple of that")  # fmt: skip
     distils = [s for s in stages for s in (s, s.beside) if s and s.objective == "relation"]
     if student.rope.kind == "dynamic" and any(config.rope.length >= s.T for s in distils):
-        raise ValueError("--rope dynamic changes nothing up to the native length: there is nothing to distil; use "
+        raise ValueError("--rope dynamic changes nothing up to the native length: there is nothing "
+                         "to distil; use "
                          "--stage 2 --native-blocks 0")  # fmt: skip
     if tokenizer.size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is {config.vocab_size}: "
+        raise ValueError(f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is "
+                         f"{config.vocab_size}: "
                          "they are not one model's")  # fmt: skip
     if args.lora_rank and args.lora_rank > config.width:
         raise ValueError(
-            f"--lora-rank is {args.lora_rank}; it must be from 1 to the model's width, {config.width}"
+            f"--lora-rank is {args.lora_rank}; it must be from 1 to the model's width, "
+            f"{config.width}"
         )
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
@@ -153,7 +163,9 @@ def needs_checkpointing(need: dict[str, int], free: int) -> bool:
 def settle(
     c: LlamaConfig, stage: Stage, dtype, micro: int | None, rank, shards: int, own: int, free: int
 ):
-    """(blocks at a time, checkpointing, memory by part) of a process that does `own` blocks of each step."""
+    """(blocks at a time, checkpointing, memory by part) of a process that does `own` blocks of each
+    step.
+    """
     micro = at_a_time(stage, micro, own)
     checkpointing = needs_checkpointing(memory(c, stage, dtype, micro, False, rank, shards), free)
     return micro, checkpointing, memory(c, stage, dtype, micro, checkpointing, rank, shards)
@@ -162,7 +174,8 @@ def settle(
 def refuse_if_too_large(parts: dict[str, int], free: int, stage: Stage) -> None:
     need = sum(parts.values())
     if need > free:
-        raise ValueError(f"{stage.name} needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free; "
+        raise ValueError(f"{stage.name} needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} "
+                         "GiB are free; "
                          f"{remedy(stage)}")  # fmt: skip
 
 
@@ -170,7 +183,8 @@ def remedy(stage: Stage) -> str:
     """The flags that help where memory is short."""
     n = stage.name[-1]
     return (
-        f"lower --length{n} (now {stage.T}) or --micro, train adapters with --lora-rank, spread the model over several "
+        f"lower --length{n} (now {stage.T}) or --micro, train adapters with --lora-rank, spread "
+        "the model over several "
         "GPUs with torchrun and --shard, or use a larger machine"
     )
 
@@ -185,7 +199,9 @@ def out_of_memory(stage: Stage, device: torch.device, kept: str = "") -> OutOfMe
 def describe(
     c: LlamaConfig, student: LlamaConfig, stages: list[Stage], needs: list[dict], rank=None
 ) -> str:
-    """What is printed before the run: the positions old and new, the parameters, the stages and their memory."""
+    """What is printed before the run: the positions old and new, the parameters, the stages and
+    their memory.
+    """
     everything, _ = parameters(c)
     lines = [f"{'':12}{'kind':>10}{'factor':>9}{'theta':>12}{'length':>10}"]
     for name, config in (("teacher", c), ("student", student)):
@@ -193,21 +209,25 @@ def describe(
         lines.append(f"{name:12}{r.kind:>10}{r.factor:>9g}{r.theta:>12g}{r.length:>10,}")
     if student.rope.kind == "linear":
         lines.append(
-            "positions   linear is the paper's kind; --rope yarn loses far less before training (README)"
+            "positions   linear is the paper's kind; --rope yarn loses far less before training "
+            "(README)"
         )
     if student.rope.kind == "dynamic":
         lines.append(
-            "positions   dynamic is served by transformers alone: vLLM and llama.cpp read it otherwise"
+            "positions   dynamic is served by transformers alone: vLLM and llama.cpp read it "
+            "otherwise"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")
     if c.window:
         lines.append(
-            f"the teacher attends over a sliding window of {c.window:,}; the student over its whole length"
+            f"the teacher attends over a sliding window of {c.window:,}; the student over its "
+            "whole length"
         )
     for stage, need in zip(stages, needs, strict=True):
         lines.append(
-            f"{stage.name}      {stage.objective}, {stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens "
+            f"{stage.name}      {stage.objective}, {stage.steps:,} steps of {stage.batch} x "
+            f"{stage.T:,} tokens "
             f"({stage.tokens:,}), learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
         if b := stage.beside:
@@ -237,6 +257,7 @@ def describe_time(
         shares = ", ".join(f"{k} {v / sum(work.values()):.0%}" for k, v in work.items())
         lines.append(
             f"{stage.name}      {sum(work.values()):.3g} flop ({shares}); at half of the "
-            f"{'given' if given else 'measured'} {processes} x {rate / 1e12:.3g} TFLOP/s about {clock(seconds)}"
+            f"{'given' if given else 'measured'} {processes} x {rate / 1e12:.3g} TFLOP/s about "
+            f"{clock(seconds)}"
         )
     return "\n".join(lines)

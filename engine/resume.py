@@ -1,23 +1,27 @@
-"""Stopping and going on: training state that survives Ctrl-C, a kill at any moment, damage and a full disk.
+"""Stopping and going on: training state that survives Ctrl-C, a kill at any moment, damage and a
+full disk.
 
-What.  state/step-N/ holds state.safetensors (the trained weights and Adam's two moments, by name) and state.json (the
-stage, the step, the figures so far, what the run depends on, and a checksum). It is written apart, synced and renamed
-(folder.py), so a name that exists was complete; the last two are kept. A state that does not read back as it was
-written is named and passed over for the one before it.
+What.  state/step-N/ holds state.safetensors (the trained weights and Adam's two moments, by name)
+and state.json (the stage, the step, the figures so far, what the run depends on, and a checksum).
+It is written apart, synced and renamed (folder.py), so a name that exists was complete; the last
+two are kept. A state that does not read back as it was written is named and passed over for the one
+before it.
 
-Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a step is one of its
-number, so weights, moments and the step's number are the whole state: a resumed run has the losses and weights of one
-that was never interrupted, to the bit, on the same hardware and library versions.
+Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
+step is one of its number, so weights, moments and the step's number are the whole state: a resumed
+run has the losses and weights of one that was never interrupted, to the bit, on the same hardware
+and library versions.
 
-What it depends on.  The arguments that decide the result, and the contents of the teacher's files and of the text, by
-their digests. A resumed run must have the same; what changed is named.
+What it depends on.  The arguments that decide the result, and the contents of the teacher's files
+and of the text, by their digests. A resumed run must have the same; what changed is named.
 
-Processes.  A state holds whole tensors, whatever number of processes wrote it: any other number reads it.
+Processes.  A state holds whole tensors, whatever number of processes wrote it: any other number
+reads it.
 
-Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop: the step is finished, the state saved, the exit
-code is 3. A second one kills at once; under torchrun, which passes on to its processes the Ctrl-C that they already
-had, only if it comes a second or more after the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then
-the state before counts.
+Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop: the step is finished, the
+state saved, the exit code is 3. A second one kills at once; under torchrun, which passes on to its
+processes the Ctrl-C that they already had, only if it comes a second or more after the first.
+torchrun kills what is not done 30 seconds after a Ctrl-C: then the state before counts.
 
 Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed.
 """
@@ -91,7 +95,8 @@ def kept(at: Progress) -> str:
 def gather(
     weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, keep: bool = True
 ) -> dict[str, Tensor]:
-    """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one may keep them.
+    """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one
+    may keep them.
 
     Raises ValueError naming a weight that is not finite: such a state could never go on.
     """
@@ -135,7 +140,9 @@ def _states(folder: Path) -> list[Path]:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest state that reads back as it was written, or None; a damaged one is named on the way."""
+    """The newest state that reads back as it was written, or None; a damaged one is named on the
+    way.
+    """
     for state in _states(folder):
         try:
             info = load_info(state)
@@ -158,7 +165,7 @@ def load_info(state: Path) -> dict:
 
 
 def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) -> None:
-    """Puts weights and, unless None, Adam's moments back; `step` is how many updates it has made."""
+    """Puts weights and, unless None, Adam's moments back; `step`: how many updates it made."""
     try:
         tensors = load_file(state / "state.safetensors")
     except SafetensorError as e:
@@ -210,7 +217,8 @@ def file_digest(file: Path) -> str:
 
 
 def find(out: Path, depends: dict) -> Progress:
-    """What --resume goes on from: the newest good state, or the beginning where none was saved yet."""
+    """What --resume goes on from: the newest good state, or the beginning where none was saved yet.
+    """
     state = latest(out / "state")
     if state is None:
         if _states(out / "state"):
@@ -246,5 +254,7 @@ def _number(line: str) -> int | None:
 
 
 def reseed(seed: int, total: int, block: int) -> None:
-    """The noise of a step (LoRA's dropout) depends on its number and its first block, on no process."""
+    """The noise of a step (LoRA's dropout) depends on its number and its first block, on no
+    process.
+    """
     torch.manual_seed(hash((seed, total, block)) % (1 << 63))

@@ -1,22 +1,26 @@
-"""Watching a run: a line per step, JSON lines, curves as a picture, and an end in one sentence when numbers go bad.
+"""Watching a run: a line per step, JSON lines, curves as a picture, and an end in one sentence when
+numbers go bad.
 
 What.  Every step leaves one JSON line in metrics.jsonl, which is the source of everything else:
 
-    total, stage, step (both counted from 0); loss, grad_norm (before clipping), lr; seconds, tokens_per_second, tflops,
-    mfu; gib; eta_seconds
-    with relation blocks also: relations {Q/Q, K/K, V/V: mean KL over layers}, layers [sum of the three in each layer],
-    next_token_kl (before its weight), and in stage 2 relation_loss, of the native blocks beside the long ones
+    total, stage, step (both counted from 0); loss, grad_norm (before clipping), lr; seconds,
+    tokens_per_second, tflops, mfu; gib; eta_seconds with relation blocks also: relations {Q/Q, K/K,
+    V/V: mean KL over layers}, layers [sum of the three in each layer], next_token_kl (before its
+    weight), and in stage 2 relation_loss, of the native blocks beside the long ones
 
-Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's is the next token's. A terminal shows a bar, anything
-else about twenty plain lines per stage. curves.png is drawn at each saved state but at most once a minute.
+Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's is the next token's. A terminal
+shows a bar, anything else about twenty plain lines per stage. curves.png is drawn at each saved
+state but at most once a minute.
 --tensorboard writes the same figures for TensorBoard where that package is installed.
 
-Speed.  tflops is cost.flops over the seconds of the step, for all processes together, recomputation not counted; mfu
-is that over the number of devices times `peak`, the rate of one large matrix product, measured at the start (bfloat16
-8192^3 on a GPU, float32 1024^3 on a CPU) or given by --peak-tflops. The ETA takes the work that is left, in all stages,
-at the median speed of the last 20 steps; measuring and exporting come on top.
+Speed.  tflops is cost.flops over the seconds of the step, for all processes together, recomputation
+not counted; mfu is that over the number of devices times `peak`, the rate of one large matrix
+product, measured at the start in the dtype of the run (8192^3 on a GPU, 1024^3 on a CPU) or given
+by --peak-tflops. The ETA takes the work that is left, in all stages, at the median speed of the
+last 20 steps; measuring and exporting come on top.
 
-Limits.  A step's seconds include waiting for the text and for other processes; saving a state is not in them.
+Limits.  A step's seconds include waiting for the text and for other processes; saving a state is
+not in them.
 """
 
 import importlib
@@ -37,7 +41,9 @@ SCHEMA = 2  # of metrics.jsonl, in run.json; raised when a key changes its meani
 
 
 class Figures:
-    """One step's losses, summed on the device and read once: means over this process's blocks, then over all."""
+    """One step's losses, summed on the device and read once: means over this process's blocks, then
+    over all.
+    """
 
     def __init__(self, layers: int, device: torch.device):
         # loss, relation loss, next-token KL, then the relations [L, 3]
@@ -75,7 +81,9 @@ class Watch:
     def __init__(
         self, out: Folder, stages, config, args, peak: float, size: int, about: dict, total: int
     ):
-        """The first writing of a run: run.json, and the log without what the resumed state does not know."""
+        """The first writing of a run: run.json, and the log without what the resumed state does not
+        know.
+        """
         out.write("run.json", json.dumps(about | {"schema": SCHEMA}, indent=1) + "\n")
         resume.cut_log(out, total)
         self.out, self.stages, self.peak, self.size = out, stages, peak, size
@@ -189,7 +197,7 @@ class Watch:
             began
         ) / len(began):
             print(f"\nwarning: the loss of {stage.name} rose from {began[0]:.3f} to {now[-1]:.3f}; "
-                  f"a lower --lr{stage.name[-1]} (now {stage.lr:g}) may help", flush=True)  # fmt: skip
+                  f"lower --lr{stage.name[-1]} (now {stage.lr:g})", flush=True)  # fmt: skip
 
     def end(self) -> None:
         """The stage is over."""
@@ -214,7 +222,8 @@ class Watch:
 def refuse_non_finite(
     world, stage, step: int, figures: Figures, norm: float, weights, student, ids: Tensor, at
 ) -> None:
-    """Raises ValueError, on all ranks, naming step, layer and blocks where loss or gradient is NaN or infinite.
+    """Raises ValueError, on all ranks, naming step, layer and blocks where loss or gradient is NaN
+    or infinite.
 
     figures and norm are the means over all ranks; ids [B, T + 1] some of
     this rank's blocks.
@@ -237,7 +246,8 @@ def refuse_non_finite(
         where = f", in the gradient of {names[last]}" if last >= 0 else ""
     first = step * stage.batch
     raise ValueError(
-        f"{stage.name}, step {step}{where}: loss {figures.loss}, gradient norm {norm}, on blocks {first}.."
+        f"{stage.name}, step {step}{where}: loss {figures.loss}, gradient norm {norm}, on blocks "
+        f"{first}.."
         f"{first + stage.batch - 1} of the run's order; lower --lr{stage.name[-1]}{resume.kept(at)}"
     )
 

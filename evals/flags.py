@@ -1,7 +1,10 @@
 """The command line of eval.py: every flag, its range and its meaning, in one gate.
 
-A value out of range, a flag without the flag it needs, a flag that says nothing here: all are refused
-in one sentence before anything is read. The result is never changed afterwards.
+What.  A value out of range, a flag without the flag it needs, a flag that changes nothing here: all
+are refused in one sentence before anything is read. The result is never changed afterwards.
+
+Limits.  What depends on a model's config or on the text is refused in eval.py, before a weight is
+loaded.
 """
 
 import argparse
@@ -18,6 +21,8 @@ from evals.ruler_tasks import TASKS
 from hub import download
 
 SAMPLES, NEW_TOKENS = 32, 100
+# The most that is taken for what somebody means: prompts are made before a model is asked
+MOST = {"lengths": 1 << 24, "samples": 100_000}
 # What each flag is of: it changes nothing without one of these
 NEEDS = {
     "task_dir": ("tasks",),
@@ -50,6 +55,7 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     defaults = {"samples": SAMPLES, "new_tokens": NEW_TOKENS, "blocks": 8, "ruler_seed": 42}
     for key, value in defaults.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    args.lengths = sorted(set(args.lengths)) if args.lengths else None
     return args
 
 
@@ -122,6 +128,13 @@ def _check(args: argparse.Namespace) -> None:
         if _given(args, key) and not any(_given(args, other) for other in needed):
             either = " or ".join(map(_flag, needed))
             raise ValueError(f"{_flag(key)} changes nothing by itself: add {either}")
+    for key, most in MOST.items():
+        value = getattr(args, key) or 0
+        if (max(value) if isinstance(value, list) else value) > most:
+            raise ValueError(f"{_flag(key)} goes up to {most:,}")
+    for key in ("task_dir", "ruler_data"):
+        if (place := getattr(args, key)) and not place.is_dir():
+            raise ValueError(f"{_flag(key)} {place} is not a folder")
     for name in args.ruler or ():
         if name not in TASKS or name == "passkey":
             known = ", ".join(task for task in TASKS if task != "passkey")
@@ -129,10 +142,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.scale is not None and not 1 <= args.scale <= 1e6:
         raise ValueError(f"--scale is {args.scale:g}; it must be from 1 to a million")
     if args.ppl and args.lengths and min(args.lengths) < STRIDE:
-        raise ValueError(
-            f"--ppl needs windows of at least its stride, {STRIDE} tokens, and --lengths begins at "
-            f"{min(args.lengths)}; name longer ones"
-        )
+        raise ValueError(too_short(args.lengths))
     families = ("tasks", "ppl", "positions", "passkey", "ruler", "layers")
     if args.no_text and not any(_given(args, key) for key in families):
         raise ValueError(
@@ -140,3 +150,11 @@ def _check(args: argparse.Namespace) -> None:
         )
     if (args.native or 1) * (args.scale or 1) > 1 << 31 or math.isnan(args.scale or 1):
         raise ValueError(f"--native {args.native} is too long to be read in one block")
+
+
+def too_short(lengths: list[int]) -> str:
+    """The sentence that refuses windows below the stride."""
+    return (
+        f"--ppl needs windows of at least its stride, {STRIDE} tokens, and --lengths begins at "
+        f"{min(lengths)}; name longer ones"
+    )

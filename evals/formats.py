@@ -1,8 +1,8 @@
 """A row of a task's file -> the requests that a model is asked: one function per layout.
 
 What.  An item is a list of requests (context, continuation), one per choice, and the number of the
-right one. LAYOUTS knows a layout by the keys of its rows. In the three plain ones the prompts are the
-row's own:
+right one. LAYOUTS knows a layout by the keys of its rows. In the three plain ones the prompts are
+the row's own:
 
     {"context": ..., "continuation": ...}             LAMBADA: is the last word the likeliest one?
     {"query": ..., "choices": [...], "gold": n}       multiple choice; "Question: ..." without an

@@ -64,8 +64,9 @@ def steps(
 ) -> Iterator[Tensor]:
     """Yields the next token [B] of every prompt, `new` times. Prompts are ids of any lengths.
 
-    vocabulary: ids from here on are never chosen: embeddings are often padded beyond the tokenizer's.
-    Raises ValueError for an empty prompt, and where the cache would not fit the free memory.
+    vocabulary: ids from here on are never chosen: embeddings are often padded beyond the
+    tokenizer's. Raises ValueError for an empty prompt, and where the cache would not fit the free
+    memory.
     """
     if not prompts or not all(prompts):
         raise ValueError("a prompt is empty; give at least one token, such as the model's BOS")
@@ -74,8 +75,8 @@ def steps(
     need, free = cache_bytes(model, B, longest + new, dtype), free_memory(device)
     if need > free:
         raise ValueError(
-            f"{new} new tokens need a cache of {need / 2**30:.1f} GiB and {free / 2**30:.1f} are free; "
-            "ask for fewer"
+            f"{new} new tokens need a cache of {need / 2**30:.1f} GiB and {free / 2**30:.1f} are "
+            "free; ask for fewer"
         )
     ids = torch.zeros(B, longest, dtype=torch.int64)
     for row, prompt in enumerate(prompts):

@@ -7,8 +7,8 @@ stage 1 minimises (relation_kl.py):
     D[l, r, h] = mean over rows i and blocks of KL_i         r in Q/Q, K/K, V/V
                                                              h a head, of H for Q, of Hkv for K, V
 
-"before" is the teacher's weights under the student's positions, "after" is the student: what is left
-of D there is what training did not mend.
+"before" is the teacher's weights under the student's positions, "after" is the student: what is
+left of D there is what training did not mend.
 
 How it is computed.  Two walks through the layers in lock-step, so that q, k and v of one layer of
 each model are alive. As in training, YaRN's temperature is divided out of the scores of Q and K.
@@ -25,6 +25,8 @@ from torch import Tensor
 from evals.retention import TEACHER, UNTRAINED
 from model import Llama
 from relation_kl import RELATIONS, relation_kl
+
+HEAD = "Relation KL in nats, mean over heads (worst head)"  # of the table
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def as_lists(found: dict[str, np.ndarray]) -> dict[str, list]:
 
 
 def table(found: dict[str, np.ndarray]) -> str:
-    """Markdown: a row per layer, for each relation the mean over heads and, in brackets, the worst."""
+    """Markdown: a row per layer, for each relation the mean over heads and the worst head."""
     names = list(found)
     lines = ["| layer | " + " | ".join(f"{r} {name}" for r in RELATIONS for name in names) + " |"]
     lines.append("|" + "---:|" * (1 + 3 * len(names)))

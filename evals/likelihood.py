@@ -1,19 +1,19 @@
 """How likely a model holds given words to be: the score of every short-text task.
 
-Formula.  A request (context, continuation) scores the sum of the continuation's log-probabilities in
-nats, s = sum_t log p(token_t | all before it). Over the choices c of an item
+Formula.  A request (context, continuation) scores the sum of the continuation's log-probabilities
+in nats, s = sum_t log p(token_t | all before it). Over the choices c of an item
 
     accuracy          argmax_c s_c is the right choice (one request: every token is the greedy one)
     accuracy normed   argmax_c s_c / (characters of choice c) is
     perplexity        exp(-mean of s over items)                   LAMBADA: per word, not per token
 
-How it is computed.  As lm-evaluation-harness does: context and continuation are encoded together and
-cut at the length of the context's own ids; spaces at the context's end go to the continuation; the
-family's BOS stands first; an empty context is BOS, or the end token; what is longer than the model
-loses its beginning. A task is encoded once for all models. Inputs are sorted by length and padded on
-the right, which causal attention never sees; equal ones (the four letters of an MMLU question) are
-read once; as many as fill `batch_tokens` go through together; logits are taken at the continuations'
-tokens alone, in float32, and summed in float64.
+How it is computed.  As lm-evaluation-harness does: context and continuation are encoded together
+and cut at the length of the context's own ids; spaces at the context's end go to the continuation;
+the family's BOS stands first; an empty context is BOS, or the end token; what is longer than the
+model loses its beginning. A task is encoded once for all models. Inputs are sorted by length and
+padded on the right, which causal attention never sees; equal ones (the four letters of an MMLU
+question) are read once; as many as fill `batch_tokens` go through together; logits are taken at the
+continuations' tokens alone, in float32, and summed in float64.
 
 Limits.  Under bf16 the harness takes the log-softmax in bf16 and we in float32, so near ties can
 differ there. Its standard errors are those of report.summary but for perplexity (a bootstrap) and
@@ -40,7 +40,7 @@ from model import Llama
 
 def batch_tokens(device: torch.device) -> int:
     """Tokens to read at a time: enough to fill a GPU; few enough for a CPU's caches."""
-    return 65536 if device.type == "cuda" else 4096
+    return 65536 if device.type == "cuda" else 2048
 
 
 def token_scores(model: Llama, h: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,9 +89,8 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Request]:
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
             ids, cut = ids if ids[:1] == [first] and len(ids) > 1 else [first, *ids], 1
         if not ids[cut:]:
-            raise ValueError(
-                f"the continuation {continuation!r} after {context[-40:]!r} has no tokens of its own"
-            )
+            where = f"the continuation {continuation!r} after {context[-40:]!r}"
+            raise ValueError(f"{where} has no tokens of its own")
         out.append(Request(tuple(ids), len(ids) - cut))
     return out
 
@@ -137,7 +136,7 @@ def _read(
     asked: list[tuple[int, Request]],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [N] of every scored token and whether it is greedy [N]; asked: (row of inputs, request)."""
+    """Loss [N] and greediness [N] of every scored token; asked: (row of inputs, request)."""
     ids = np.zeros((len(inputs), len(inputs[0])), dtype=np.int64)
     for row, one in enumerate(inputs):
         ids[row, : len(one)] = one
@@ -170,15 +169,8 @@ class Result:
         return np.asarray([int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1 for s, g in each])
 
 
-def score(
-    model: Llama,
-    tokenizer: Tokenizer,
-    task: Task,
-    dtype: torch.dtype,
-    requests: list[Request] | None = None,
-) -> Result:
-    """Every item of one task, scored. requests: the task encoded, where several models read it."""
-    requests = requests or encode(tokenizer, [r for item in task.items for r in item.requests])
+def score(model: Llama, requests: list[Request], task: Task, dtype: torch.dtype) -> Result:
+    """Every item of one task, scored; requests: task.pairs, encoded."""
     flat = iter(likelihoods(model, requests, dtype))
     got = [[next(flat) for _ in item.requests] for item in task.items]
     logps = [np.asarray([s for s, _ in g]) for g in got]
@@ -200,14 +192,16 @@ def task_scores(
     scores: report.Scores,
     models: dict[str, Llama],
     tasks: list[Task],
-    tokenizer: Tokenizer,
+    requests: list[list[Request]],
     keep: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Adds every task's figures, and their averages over tasks. keep(name, text): a file of items."""
-    for task in tasks:
-        requests = encode(tokenizer, [r for item in task.items for r in item.requests])
+    """Adds every task's figures, and their averages over tasks.
+
+    requests: of each task, its pairs encoded; keep(name, text): takes a file of items.
+    """
+    for task, encoded in zip(tasks, requests, strict=True):
         for name, model in models.items():
-            result = score(model, tokenizer, task, scores.dtype, requests)
+            result = score(model, encoded, task, scores.dtype)
             for row, (value, error) in report.summary(result.values).items():
                 facts = {"values": result.values[row], "version": task.version, "seed": None}
                 scores.add(name, row, value, error=error, **facts)

@@ -1,18 +1,18 @@
 """Long text: how far the context really reaches, by the loss on text that nobody wrote for a test.
 
-Sliding window.  The perplexity of long documents when every prediction may look back one window of w
-tokens (PI paper, section 3.2). Windows begin every S = 256 tokens; the first one scores all its
-tokens, each later one only those not scored yet, so that every token but a document's first is scored
-once, with at least w - S tokens before it:
+Sliding window.  The perplexity of long documents when every prediction may look back one window of
+w tokens (PI paper, section 3.2). Windows begin every S = 256 tokens; the first one scores all its
+tokens, each later one only those not scored yet, so that every token but a document's first is
+scored once, with at least w - S tokens before it:
 
-    perplexity(w) = exp(mean over all tokens of all documents of -log p(token | the window before it))
+    perplexity(w) = exp(mean over all tokens of all documents of -log p(token | window before it))
 
 A document is cut to the longest w of the run, so that every w reads the same words. bits per byte =
 mean loss / ln 2 * tokens / bytes, which models with different vocabularies can be compared by.
 
 Loss by position.  Blocks as long as the stretched context are read whole; the loss of position p is
-the mean over blocks. It falls as long as more context helps, and jumps where positions are no longer
-understood.
+the mean over blocks. It falls as long as more context helps, and jumps where positions are no
+longer understood.
 
 Limits.  Held-out blocks run over document borders; `documents` reads whole documents, each with its
 BOS.
@@ -44,9 +44,13 @@ BINS = 64  # of the curve of loss by position
 
 
 def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -> list[np.ndarray]:
-    """The first length + 1 ids of up to `most` documents that have as many. ValueError where none."""
+    """The first length + 1 ids of up to `most` documents that have them. ValueError if none has."""
+    try:
+        found = data.find_files(paths)
+    except ValueError as e:
+        raise ValueError(str(e).replace("--data ", "--documents ")) from None
     out, longest = [], 0
-    for _, text in data.documents(data.find_files(paths)):
+    for _, text in data.documents(found):
         ids = text if isinstance(text, np.ndarray) else tokenizer.encode(text, bos=True)
         longest = max(longest, len(ids))
         if len(ids) > length:
@@ -54,14 +58,13 @@ def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -
         if len(out) == most:
             break
     if not out:
-        raise ValueError(
-            f"no document has more than {length} tokens, the longest has {longest}; shorten --lengths"
-        )
+        said = f"no document has more than {length} tokens, the longest has {longest}"
+        raise ValueError(f"{said}; shorten --lengths")
     return out
 
 
 def windows(n: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(begin, end, first) over n predictions: tokens begin .. end-1 are read, first .. end-1 scored."""
+    """(begin, end, first) over n predictions: begin .. end-1 are read, first .. end-1 scored."""
     begin = first = 0
     while first < n:
         end = min(begin + width, n)
@@ -73,7 +76,7 @@ def windows(n: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
 def sliding_loss(
     model: Llama, texts: list[np.ndarray], width: int, dtype: torch.dtype, stride: int = STRIDE
 ) -> list[np.ndarray]:
-    """The loss in nats of every token but each document's first, with a window of `width` tokens."""
+    """The loss in nats of all tokens but each document's first, with a window of `width` tokens."""
     if not 0 < stride <= width:
         raise ValueError(
             f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths"

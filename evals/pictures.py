@@ -14,8 +14,6 @@ import io
 import math
 
 import numpy as np
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 
 from relation_kl import RELATIONS
 
@@ -23,7 +21,14 @@ from relation_kl import RELATIONS
 COLOURS = ["#4c72b0", "#c44e52", "#dd8452", "#55a868", "#8172b3"]
 
 
-def png(figure: Figure) -> bytes:
+def canvas(wide: float, tall: float):
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure  # here: an evaluation without --out needs no pictures
+
+    return Figure(figsize=(wide, tall), layout="constrained")
+
+
+def png(figure) -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=130)
     return out.getvalue()
@@ -48,10 +53,10 @@ def bars(
     panels = [("loss (nats per token)", losses, 1.0), ("right (%)", percent, 100.0)]
     panels = [panel for panel in panels if panel[1]] or panels[:1]
     drawn = {row: found for row, found in kept.items() if any(found["kept"].values())}
-    most = max(len(names) for _, names, _ in panels)
-    tall = max(most * (0.16 * len(columns) + 0.14), 0.3 * len(drawn), 2.4) + 1.1
-    figure = Figure(figsize=(5.2 * (len(panels) + bool(drawn)), tall), layout="constrained")
-    axes = figure.subplots(1, len(panels) + bool(drawn), squeeze=False)[0]
+    count = len(panels) + (1 if drawn else 0)
+    most = max([len(drawn), 3, *(len(names) for _, names, _ in panels)])  # as thick in all panels
+    figure = canvas(5.2 * count, most * (0.16 * len(columns) + 0.14) + 1.1)
+    axes = figure.subplots(1, count, squeeze=False)[0]
     for axis, (title, names, times) in zip(axes, panels, strict=False):
         _bars(axis, columns, names, times)
         axis.set_title(title, fontsize=10, loc="left")
@@ -60,6 +65,7 @@ def bars(
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
+        axis.set_ylim(most - 0.5, -0.5)
     said = [f"{n} ({100 * shares[n]:.0f} % recovered)" if n in shares else n for n in columns]
     handles = axes[0].containers
     figure.legend(handles, said, fontsize=9, frameon=False, loc="outside upper left", ncols=5)
@@ -72,11 +78,11 @@ def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: f
     for i, (column, figures) in enumerate(columns.items()):
         y = [n + (i - (len(columns) - 1) / 2) * thick for n in range(len(names))]
         values = [times * figures.get(name, math.nan) for name in names]
+        values = [v if math.isfinite(v) else math.nan for v in values]
         drawn = axis.barh(y, values, 0.92 * thick, label=column, color=colour(i))
         said = ["" if math.isnan(v) else f"{v:.0f}" if times > 1 else f"{v:.2f}" for v in values]
         axis.bar_label(drawn, said, padding=2, fontsize=min(7, 60 * thick / len(columns) + 4))
     axis.set_yticks(range(len(names)), names)
-    axis.set_ylim(len(names) - 0.5, -0.5)
     axis.margins(x=0.12)
     if times > 1:
         axis.set_xlim(0, 112)
@@ -92,13 +98,12 @@ def _kept(axis, drawn: dict[str, dict]) -> None:
                 axis.plot(value, y, "o", color=colour(i + 2), ms=5)
     axis.axvline(100, color="0.6", lw=1)
     axis.set_yticks(range(len(drawn)), list(drawn))
-    axis.set_ylim(len(drawn) - 0.5, -0.5)
     axis.set_title("kept of the teacher (%), 95 % interval", fontsize=10, loc="left")
 
 
 def positions(curve: dict[str, list], native: int) -> bytes:
     """Loss by position. curve: {"positions": [tokens], model: [loss in nats]}."""
-    figure = Figure(figsize=(8, 4), layout="constrained")
+    figure = canvas(8, 4)
     axis = figure.subplots()
     x = np.asarray(curve["positions"]) / native
     for i, name in enumerate(name for name in curve if name != "positions"):
@@ -111,21 +116,21 @@ def positions(curve: dict[str, list], native: int) -> bytes:
     axis.set_ylabel("loss (nats per token)")
     axis.set_title("Does more context help? Loss by position", fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=9)
+    figure.legend(frameon=False, fontsize=9, loc="outside right upper")
     return png(figure)
 
 
 def passkey(grid: dict[str, list]) -> bytes:
-    """A heat map per model: depth down, length to the right, green where the key was found.
+    """A heat map per model: depth down, length to the right, blue where the key was found.
 
     grid: {"lengths": [tokens], "depths": [0 .. 1], model: [depth][length] share found}.
     """
     names = [name for name in grid if name not in ("lengths", "depths")]
     depths, step = grid["depths"], max(1, len(grid["depths"]) // 8)
-    figure = Figure(figsize=(1.5 + 3.2 * len(names), 4), layout="constrained")
+    figure = canvas(1.5 + 3.2 * len(names), 4)
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axis, name in zip(axes, names, strict=True):
-        image = axis.imshow(grid[name], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+        image = axis.imshow(grid[name], vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
         said = [f"{length:,}" for length in grid["lengths"]]
         axis.set_xticks(range(len(said)), said, fontsize=8, rotation=45)
         axis.set_title(name, fontsize=10)
@@ -142,13 +147,14 @@ def layers(found: dict[str, np.ndarray]) -> bytes:
 
     found: {"before" or "after": [layer, relation, head] KL in nats}, NaN where there is no head.
     """
+    from matplotlib.colors import LogNorm
+
     real = [x[np.isfinite(x) & (x > 0)] for x in found.values()]
     everything = np.concatenate(real) if any(x.size for x in real) else np.ones(1)
     top = float(everything.max())
     norm = LogNorm(vmin=max(float(everything.min()), top * 1e-6) * 0.999, vmax=top * 1.001)
     deep = len(next(iter(found.values())))
-    size = (10, len(found) * min(8.0, 1.6 + 0.16 * max(deep, 6)) + 0.6)
-    figure = Figure(figsize=size, layout="constrained")
+    figure = canvas(10, len(found) * min(8.0, 1.6 + 0.16 * max(deep, 6)) + 0.6)
     axes = figure.subplots(len(found), 3, squeeze=False)
     for i, (name, x) in enumerate(found.items()):
         for r, relation in enumerate(RELATIONS):

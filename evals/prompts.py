@@ -1,15 +1,15 @@
 """Prompts that are answered: passkey and RULER, from the prompt to the figure.
 
-How it is computed.  ruler.py makes the prompts with the model's own tokenizer, so that they fill the
-length; generate.py continues them greedily; ruler_tasks.py scores what was said. A prompt is read
-with the family's BOS, which RULER's count of tokens leaves out.
+How it is computed.  ruler.py makes the prompts with the model's own tokenizer, so that they fill
+the length; generate.py continues them greedily; ruler_tasks.py scores what was said. A prompt is
+read with the family's BOS, which RULER's count of tokens leaves out.
 
 Passkey.  The share of five-digit keys found, by depth and by length. tokens reached: the largest
 length with at least 20 % found, as in the PI paper (32 depths, 10 trials per depth: 320 samples per
 length).
 
-RULER.  A figure per task and length, and their mean per length; beside each stands which RULER it is,
-or that it is not RULER's and why.
+RULER.  A figure per task and length, and their mean per length; beside each stands which RULER it
+is, or that it is not RULER's and why.
 
 Limits.  Figures from fewer samples than the originals' (RULER 500, PI 320 per length) carry a
 standard error to match.
@@ -34,6 +34,7 @@ from hub.tokenizer import Tokenizer
 from model import Llama
 
 REACHED = 0.2  # the share of passkeys that makes a length count
+ROWS = ("RULER", "passkey")  # how the rows begin that are made here
 
 
 def make(
@@ -77,7 +78,8 @@ def answers(
     said = [""] * len(samples)
     bar = tqdm(total=len(samples), unit=" prompts", leave=False, disable=None)
     while order:
-        rows = max(1, batch_tokens(model.device) // len(prompts[order[0]]))
+        # More than are read at a time elsewhere: every new token is read by itself
+        rows = max(1, max(8192, batch_tokens(model.device)) // len(prompts[order[0]]))
         now, order = order[:rows], order[rows:]
         new, asked = max(samples[i].max_new_tokens for i in now), [prompts[i] for i in now]
         wrote = generate(model, asked, new, dtype, tokenizer.eos_id, tokenizer.size)
@@ -98,14 +100,15 @@ def passkey_scores(
     scores: Scores,
     models: dict[str, Llama],
     tokenizer: Tokenizer,
-    lengths: list[int],
+    able: list[tuple[int, str]],
     samples: int,
     seed: int,
 ) -> dict:
-    """Adds "passkey at L" and the tokens reached.
+    """Adds "passkey at L", for every (L, "passkey") of `able`, and the tokens reached.
 
     Returns the map, {"lengths": [tokens], "depths": [0 .. 1], column: [depth][length] share found}.
     """
+    lengths = [length for length, task in able if task == "passkey"]
     depths = np.linspace(0, 1, min(samples, 32)).tolist()
     grid: dict[str, list] = {"lengths": lengths, "depths": depths}
     grid |= {name: [[] for _ in depths] for name in models}
@@ -136,12 +139,14 @@ def ruler_scores(
     folder: Path | None,
     keep: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Adds "RULER task at L" of every (L, task), and their mean at every L.
+    """Adds "RULER task at L" of every (L, task) of `able` but passkeys, and their mean at every L.
 
     folder: RULER's data; keep(name, text): takes a file of the answers.
     """
     versions: dict[int, dict[str, str]] = {}
     for length, task in able:
+        if task == "passkey":
+            continue
         made = make(task, length, samples, tokenizer, seed, folder)
         row, version = f"RULER {task} at {length}", made[0].variant
         versions.setdefault(length, {})[task] = version
@@ -154,7 +159,7 @@ def ruler_scores(
                 keep(f"predictions/{name}.{task}.{length}.jsonl", _items(said, made, right))
     for length, done in versions.items():
         whole = set(done) == set(ruler_tasks.RULER_TASKS)
-        kind = "13" if whole else f"{len(done)} task" if len(done) == 1 else f"{len(done)} tasks"
+        kind = "13" if whole else "1 task" if len(done) == 1 else f"{len(done)} tasks"
         row, items = f"RULER mean of {kind} at {length}", samples * len(done)
         version = "; ".join(f"{task}: {variant}" for task, variant in done.items())
         for name in models:

@@ -1,7 +1,7 @@
-"""The report: what was lost and what came back, as a table to read, JSON to compute with, a picture.
+"""The report: what was lost and what came back, as a table, as JSON to compute with, as a picture.
 
-Columns are models (teacher, untrained, after stage 1, after stage 2), rows are figures. The row that
-sums it up is the share of the lost loss recovered, at the native length (retention.py).
+Columns are models (teacher, untrained, after stage 1, after stage 2), rows are figures. The row
+that sums it up is the share of the lost loss recovered, at the native length (retention.py).
 
 report.json, all keys (SCHEMA counts changes that break a reader):
 
@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from evals import pictures
 from evals.retention import AVERAGED, TEACHER, UNTRAINED, recovered
 
 __all__ = ["Scores", "averages", "recovered", "render", "summary", "table", "write"]
@@ -144,8 +145,8 @@ def nothing_lost(columns: dict[str, dict[str, float]], row: str = "loss at 1x") 
         return None
     top, bottom = columns[TEACHER][row], columns[UNTRAINED][row]
     return (
-        f"Nothing was measurably lost at 1x (teacher {top:.3f}, untrained {bottom:.3f} nats), so no "
-        "share of it can have been recovered."
+        f"Nothing was measurably lost at 1x (teacher {top:.3f}, untrained {bottom:.3f} nats), so "
+        "no share of it can have been recovered."
     )
 
 
@@ -191,7 +192,7 @@ def _figure(key: str, value: float | None) -> str:
 
 
 def write(out, columns: dict[str, dict[str, float]], shares: dict[str, float], about: dict) -> str:
-    """Writes report.json, report.md and report.png with out.write(name, data); returns the table."""
+    """Writes report.json, .md and .png by out.write(name, data); returns the table."""
     return render(out, Scores(columns), shares, about)
 
 
@@ -207,8 +208,8 @@ def render(
 ) -> str:
     """The Markdown of a whole evaluation; also written, with JSON and picture, where `out` is one.
 
-    out: None, or what has write(name, data); kept: what `retention` found; more: further keys of the
-    JSON; notes: paragraphs below the table.
+    out: None, or what has write(name, data); kept: what `retention` found; more: further keys of
+    the JSON; notes: paragraphs below the table.
     """
     columns = scores.columns
     parts = [table(columns, shares)] if any(columns.values()) else []
@@ -216,8 +217,6 @@ def render(
     parts += [retention_table(kept)] if kept else []
     text = "\n\n".join([*parts, *notes])
     if out:
-        from evals import pictures  # matplotlib is needed here alone
-
         body = _body(scores, shares, about, kept) | (more or {})
         out.write("report.json", _json(body))
         out.write("report.md", text + "\n")

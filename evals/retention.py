@@ -1,4 +1,4 @@
-"""Retention: of each short task, the share of the teacher's score kept and of the lost score won back.
+"""Retention: of each short task, the share of the teacher's score kept, and of the lost one won.
 
 Formula.  With m a model's mean over items of what is right (of a perplexity, m is the mean
 log-probability of the answer):

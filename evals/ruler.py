@@ -74,8 +74,8 @@ def generate(
 ) -> list[Sample]:
     """`samples` samples of `task` that fill `length` tokens, the same ones every time.
 
-    tokenizer_len: text -> number of tokens. data_dir: a folder with any of FILES.
-    Raises ValueError for a task, length or data row that cannot be used, FileNotFoundError for a file that is needed.
+    tokenizer_len: text -> number of tokens. data_dir: a folder with any of FILES. Raises ValueError
+    for a task, length or data row that cannot be used, FileNotFoundError for a file that is needed.
     """
     row = named(task)
     if samples < 1:
@@ -92,9 +92,8 @@ def generate(
             recipe = RECIPES[row.kind](row, world)
             made = sized(recipe, world.count, length, samples, row.max_new_tokens)
     except TooLittle as short:
-        raise TooShort(
-            f"length {length} cannot hold {task}: with this tokenizer the least that works is {short}"
-        ) from None
+        least = f"with this tokenizer the least that works is {short}"
+        raise TooShort(f"length {length} cannot hold {task}: {least}") from None
     variant = f"not RULER's: {', '.join(world.notes)}" if world.notes else row.version
     return [
         Sample(task, index, prompt, prefix, outputs, row.max_new_tokens, tokens, depth, variant)

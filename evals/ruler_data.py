@@ -1,14 +1,17 @@
 """RULER's data on disk: word lists, essays and question sets, read as NVIDIA's scripts read them.
 
-What.  ruler.py asks for words, for the first n words of the essays, and for questions with their paragraphs. They come
-from a folder, under the names in FILES, which says where each is to be had. Without the word lists OWN_WORDS stands in,
-without the essays the caller's noise; each stand-in leaves a note, from which ruler.py names the variant.
+What.  ruler.py asks for words, for the first n words of the essays, and for questions with their
+paragraphs. They come from a folder, under the names in FILES, which says where each is to be had.
+Without the word lists OWN_WORDS stands in, without the essays the caller's noise; each stand-in
+leaves a note, from which ruler.py names the variant.
 
-How it is computed.  A key of two words is drawn from the sorted set of all adjective-noun pairs, millions of strings;
-`Pairs` makes the i-th one alone. RULER splits the essays into sentences with nltk, whose answer changes with its
-version, so the split is a file too: FILES has the command that writes it.
+How it is computed.  A key of two words is drawn from the sorted set of all adjective-noun pairs,
+millions of strings; `Pairs` makes the i-th one alone. RULER splits the essays into sentences with
+nltk, whose answer changes with its version, so the split is a file too: FILES has the command that
+writes it.
 
-Limits.  Files are read anew by every task. A malformed one ends in a ValueError that names the line or the row.
+Limits.  Files are read anew by every task. A malformed one ends in a ValueError that names the line
+or the row.
 
 Source.  github.com/NVIDIA/RULER at c3f5e3b, scripts/data/synthetic.
 """
@@ -38,20 +41,30 @@ FILES = {
     "7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json, renamed",
 }
 OWN_WORDS = {  # the stand-ins where the word lists are absent
-    "adjectivelist.txt": """amber ancient bitter brave brief bright broken calm careful cheap clever cold common crisp
-        crooked damp dark deep distant dry dusty early empty faint fair famous fierce flat fresh gentle golden grand
-        green heavy hidden hollow humble icy idle keen late lean little lonely loud lucky mild narrow noble odd pale
-        patient plain proud quick quiet rare rough sharp silver slow steep tidy warm""",
-    "nounlist.txt": """anchor apple arrow basket bell boat bottle branch bridge bucket button candle canyon castle chair
-        circle cloud coin compass copper corner desert door drum engine falcon feather fence field flame forest garden
-        glove hammer harbor helmet hill island jacket kettle ladder lantern letter meadow mirror mountain needle orchard
-        paper pencil pillow planet quarry ribbon river saddle shadow spoon station table tiger valley window""",
-    "verblist.txt": """answer borrow build carry choose climb count dance draw enter follow gather guess hold invite
-        join knock learn listen mend notice open paint plant promise read repair sing travel visit wander write""",
+    "adjectivelist.txt": """
+        amber ancient bitter brave brief bright broken calm careful cheap clever cold common crisp
+        crooked damp dark deep distant dry dusty early empty faint fair famous fierce flat fresh
+        gentle golden grand green heavy hidden hollow humble icy idle keen late lean little lonely
+        loud lucky mild narrow noble odd pale patient plain proud quick quiet rare rough sharp
+        silver slow steep tidy warm
+    """,
+    "nounlist.txt": """
+        anchor apple arrow basket bell boat bottle branch bridge bucket button candle canyon castle
+        chair circle cloud coin compass copper corner desert door drum engine falcon feather fence
+        field flame forest garden glove hammer harbor helmet hill island jacket kettle ladder
+        lantern letter meadow mirror mountain needle orchard paper pencil pillow planet quarry
+        ribbon river saddle shadow spoon station table tiger valley window
+    """,
+    "verblist.txt": """
+        answer borrow build carry choose climb count dance draw enter follow gather guess hold
+        invite join knock learn listen mend notice open paint plant promise read repair sing travel
+        visit wander write
+    """,
 }
 
 
 def folder_of(data_dir: str | Path | None) -> Path | None:
+    """The folder of RULER's files, if one is named. ValueError where it is none."""
     if data_dir is not None and not Path(data_dir).is_dir():
         raise ValueError(f"data_dir {data_dir} is not a folder")
     return None if data_dir is None else Path(data_dir)
@@ -69,6 +82,8 @@ def _json(path: Path):
         return json.loads(_text(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply to be real") from None
 
 
 def words_of(folder: Path | None, notes: list[str], *names: str) -> list[list[str]]:
@@ -110,7 +125,10 @@ def english_of(
 
 
 class Pairs(Sequence):
-    """sorted({f"{a}-{b}"}) without holding its millions of strings: blocks in order, each made when it is asked for."""
+    """sorted({f"{a}-{b}"}) without holding its millions of strings.
+
+    Blocks in order, each made when it is asked for.
+    """
 
     def __init__(self, firsts: list[str], seconds: list[str]):
         self.seconds, self.blocks = sorted(set(seconds)), []
@@ -140,7 +158,7 @@ class Pairs(Sequence):
 
 
 def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str]] | None:
-    """n -> the sentences of the first n words of the essays; None, and a note, where there are none."""
+    """n -> the sentences of the essays' first n words; None, and a note, where there are none."""
     path = folder and folder / "PaulGrahamEssays.json"
     if not path or not path.is_file():
         notes.append("noise haystack")
@@ -178,11 +196,12 @@ def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str
     return first
 
 
-# A question: its text, the answers, the numbers of its own documents and of those of the same article.
+# A question: its text, the answers, the numbers of its own documents and of its article's others.
 Question = tuple[str, list[str], list[int], list[int]]
 
 
 def squad(path: Path) -> tuple[list[Question], list[str]]:
+    """(questions, documents) of SQuAD v2's dev set. ValueError naming the row that is malformed."""
     rows, related, where = [], [], "the file"
     try:
         for a, article in enumerate(_json(path)["data"]):
@@ -210,6 +229,7 @@ def squad(path: Path) -> tuple[list[Question], list[str]]:
 
 
 def hotpotqa(path: Path) -> tuple[list[Question], list[str]]:
+    """(questions, documents) of HotpotQA's distractor set. ValueError naming a malformed row."""
     rows, where = [], "the file"
     try:
         for i, row in enumerate(_json(path)):

@@ -1,7 +1,8 @@
-"""How a RULER question is drawn: haystack, needles and answers, and the search for the haystack's size.
+"""How a RULER question is drawn: haystack, needles, answers, and the search for the right size.
 
-What.  A recipe of every kind of task (RECIPES; fwe, which has no haystack, is `coded_words`): given a
-number of haystack units (lines, essay words, listed words, documents) it draws a prompt and its answers.
+What.  A recipe of every kind of task (RECIPES; fwe, which has no haystack, is `coded_words`): given
+a number of haystack units (lines, essay words, listed words, documents) it draws a prompt and its
+answers.
 
 How it is computed.  As NVIDIA's scripts do, from a Random(seed) and a RandomState(seed) that are
 drawn from in the same order. A binary search over fresh draws finds the most units with
@@ -13,7 +14,8 @@ are added, and on overflow taken away, a 32nd of the length at a time.)
 
 Limits.  A draw that must not change is any: the golden digests of tests/test_ruler.py hold each.
 
-Source.  github.com/NVIDIA/RULER at c3f5e3b, scripts/data/synthetic; the passkey test: ruler_tasks.py.
+Source.  github.com/NVIDIA/RULER at c3f5e3b, scripts/data/synthetic; the passkey test:
+ruler_tasks.py.
 """
 
 import itertools
@@ -45,7 +47,7 @@ Drawn = tuple[str, str, list[str], float | None]
 
 @dataclass
 class World:
-    """What every recipe draws from: private random states, and what has been said about the data."""
+    """What every recipe draws from: private random states, and notes about the data."""
 
     length: int
     samples: int
@@ -85,7 +87,10 @@ class TooLittle(Exception):
 
 
 def sized(recipe: Recipe, count: Callable, length: int, samples: int, budget: int) -> list[tuple]:
-    """[(tokens, prompt, prefix, references, depth)]: search for the haystack size, then draw, shrunk on overflow."""
+    """[(tokens, prompt, prefix, references, depth)] of every sample.
+
+    The haystack's size is searched for; then each sample is drawn, with fewer units on overflow.
+    """
     size = _largest(recipe, count, length, budget)
     made = []
     for index in range(samples):
@@ -106,7 +111,7 @@ def sized(recipe: Recipe, count: Callable, length: int, samples: int, budget: in
 
 
 def _largest(recipe: Recipe, count: Callable, length: int, budget: int) -> int:
-    """The most units that fit by binary search; the fewest where none do. Draws in RULER's order."""
+    """The most units that fit, by binary search; the fewest where none do."""
 
     def tokens(units: int) -> int:
         prompt, prefix, *_ = recipe.make(units, None)
@@ -244,7 +249,7 @@ def _cwe(row: Task, world: World, common: int = 10) -> Recipe:
     lists = words_of(world.folder, world.notes, "nounlist.txt", "adjectivelist.txt", "verblist.txt")
     words = world.shuffled(sorted({word for one in lists for word in one}))
     english = cache(lambda: english_of(world.folder, world.notes, lists, world.length))
-    # (listed words, times a common word is listed, times another): of the worked example, of the question
+    # (words, times a common one is listed, times another): of the worked example, of the question
     shown, asked = ((20, 3, 1), (6, 1)) if world.short else ((40, 10, 3), (30, 3))
 
     def listed(units: int, often: int, seldom: int) -> tuple[str, list[str]]:

@@ -1,22 +1,24 @@
-"""RULER's thirteen tasks and the passkey test: their prompts, word for word, and how an answer is scored.
+"""RULER's thirteen tasks and the passkey test: their prompts, word for word, and their scores.
 
-What.  A task is one row of TASKS: which recipe of ruler.py draws it, what hides in which haystack, the template of the
-prompt, the first words of the answer, and the rule of the score:
+What.  A task is one row of TASKS: which recipe of ruler.py draws it, what hides in which haystack,
+the template of the prompt, the first words of the answer, and the rule of the score:
 
-    all      100 mean over samples of the share of references that the prediction contains      niah vt cwe fwe
-    any      100 mean over samples of [it contains any reference]                               qa
-    number   100 mean over samples of [its first number is the key]                             passkey
+    all      100 mean over samples of the share of references that the prediction contains
+    any      100 mean over samples of [it contains any reference]                         (qa)
+    number   100 mean over samples of [its first number is the key]                  (passkey)
 
-letter case ignored, control characters read as newlines, rounded to two decimals. RULER's own figure is the mean of
-the 13 scores, each of 500 samples at seed 42.
+letter case ignored, control characters read as newlines, rounded to two decimals. RULER's own
+figure is the mean of the 13 scores, each of 500 samples at seed 42.
 
 Two known variants of RULER; `Task.version` names the one used.
-    vt   until 4a216f4 (2025-05-13) the answer prefix said "assgined"; figures published before, and lm-eval's, have
-         the typo. Task `vt` has today's spelling, task `vt_typo` the old one.
-    qa   lm-eval's string_match_part gives the fraction of a sample's references that were found, not "any": lower.
+    vt   until 4a216f4 (2025-05-13) the answer prefix said "assgined"; figures published before,
+         and lm-eval's, have the typo. Task `vt` has today's spelling, task `vt_typo` the old one.
+    qa   lm-eval's string_match_part gives the fraction of a sample's references that were found,
+         not "any": lower.
 
-Source.  RULER, arXiv 2404.06654, github.com/NVIDIA/RULER at c3f5e3b (its templates: Apache-2.0). Passkey: Landmark
-attention, arXiv 2305.16300, as in PI, arXiv 2306.15595 (a length is reached at 20 % success); keys and scoring of YaRN.
+Source.  RULER, arXiv 2404.06654, github.com/NVIDIA/RULER at c3f5e3b (its templates: Apache-2.0).
+Passkey: Landmark attention, arXiv 2305.16300, as in PI, arXiv 2306.15595 (a length is reached at 20
+% success); keys and scoring of YaRN.
 """
 
 import re
@@ -46,26 +48,29 @@ class Task:
 NIAH = Task(
     "niah",
     128,
-    "Some special magic {type_needle_v} are hidden within the following text. Make sure to memorize it. I will quiz "
-    "you about the {type_needle_v} afterwards.\n{context}\nWhat are all the special magic {type_needle_v} for {query} "
-    "mentioned in the provided text?",
+    "Some special magic {type_needle_v} are hidden within the following text. Make "
+    "sure to memorize it. I will quiz you about the {type_needle_v} afterwards.\n"
+    "{context}\nWhat are all the special magic {type_needle_v} for {query} mentioned "
+    "in the provided text?",
     " The special magic {type_needle_v} for {query} mentioned in the provided text are",
 )
 VT = Task(
     "vt",
     30,
-    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find "
-    "all variables that are assigned the value {query} in the text above.",
-    " Answer: According to the chain(s) of variable assignment in the text above, {num_v} variables are assigned the "
-    "value {query}, they are: ",
+    "Memorize and track the chain(s) of variable assignment hidden in the following "
+    "text.\n\n{context}\nQuestion: Find all variables that are assigned the value "
+    "{query} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, "
+    "{num_v} variables are assigned the value {query}, they are: ",
     version="RULER c3f5e3b, 'assigned' (since 4a216f4)",
 )
 QA = Task(
     "qa",
     32,
-    "Answer the question based on the given documents. Only give me the answer and do not output any other "
-    "words.\n\nThe following are given documents.\n\n{context}\n\nAnswer the question based on the given documents. "
-    "Only give me the answer and do not output any other words.\n\nQuestion: {query}",
+    "Answer the question based on the given documents. Only give me the answer and "
+    "do not output any other words.\n\nThe following are given documents.\n\n"
+    "{context}\n\nAnswer the question based on the given documents. Only give me the "
+    "answer and do not output any other words.\n\nQuestion: {query}",
     " Answer:",
     metric="any",
     version="RULER c3f5e3b, any reference (lm-eval: fraction)",
@@ -83,16 +88,18 @@ TASKS = {
     "cwe": Task(
         "cwe",
         120,
-        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-        "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+        "Below is a numbered list of words. In these words, some appear more often "
+        "than others. Memorize the ones that appear most often.\n{context}\n"
+        "Question: What are the 10 most common words in the above list?",
         " Answer: The top 10 words that appear most often in the list are:",
     ),
     "fwe": Task(
         "fwe",
         50,
-        "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-        "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
-        "What are the three most frequently appeared words in the above coded text?",
+        "Read the following coded text and track the frequency of each coded word. "
+        "Find the three most frequently appeared coded words. {context}\nQuestion: "
+        "Do not provide any explanation. Please ignore the dots '....'. What are the "
+        "three most frequently appeared words in the above coded text?",
         " Answer: According to the coded text above, the three most frequently appeared words are:",
     ),
     "qa_1": replace(QA, haystack="squad.json"),
@@ -107,9 +114,10 @@ TASKS["vt_typo"] = replace(
 TASKS["passkey"] = Task(
     "passkey",
     10,
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you "
-    "about the important information there.\n{before}\nThe pass key is {key}. Remember it. {key} is the pass "
-    "key.\n{after}\nWhat is the pass key?",
+    "There is an important info hidden inside a lot of irrelevant text. Find it and "
+    "memorize them. I will quiz you about the important information there.\n"
+    "{before}\nThe pass key is {key}. Remember it. {key} is the pass key.\n{after}\n"
+    "What is the pass key?",
     " The pass key is",
     metric="number",
     version="passkey (Landmark, PI), key 1..50000",
@@ -126,9 +134,8 @@ def score(task: str, predictions: Sequence[str], references: Sequence[Sequence[s
     """0..100 by the task's rule (module docstring). references: each sample's `outputs`."""
     metric = named(task).metric
     if not predictions or len(predictions) != len(references):
-        raise ValueError(
-            f"{task}: {len(predictions)} predictions for {len(references)} samples; one each is needed"
-        )
+        counts = f"{len(predictions)} predictions for {len(references)} samples"
+        raise ValueError(f"{task}: {counts}; one each is needed")
     if not all(references):
         raise ValueError(
             f"{task}: sample {[bool(r) for r in references].index(False)} has no references"

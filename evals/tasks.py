@@ -26,6 +26,7 @@ from evals.formats import LAYOUTS, Item, listed, number, text
 
 ACC, NORMED, PERPLEXITY = "accuracy", "accuracy normed", "perplexity"
 ENDS = (".jsonl", ".jsonl.gz")
+UTF8 = "utf-8-sig"  # with or without the mark that some editors put first
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Task:
     items: list[Item]
     metrics: tuple[str, ...]
     version: str  # whose prompts these are
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """Every item's requests, one after another."""
+        return [request for item in self.items for request in item.requests]
 
 
 @dataclass(frozen=True)
@@ -106,12 +112,13 @@ def find(words: list[str], folder: Path | None, limit: int | None) -> tuple[list
                 except ValueError as e:
                     lacking.append(f"{name}: {e}")
     if lacking and not found:
-        raise ValueError(f"none of the --tasks can be used: {'; '.join(lacking)}")
+        more = f", and {len(lacking) - 1} more likewise" if len(lacking) > 1 else ""
+        raise ValueError(f"none of the --tasks can be used: {lacking[0]}{more}")
     return list(found.values()), lacking
 
 
 def _places(word: str, folder: Path | None) -> Iterator[tuple[str, list[Path]]]:
-    """(name, the files that may hold it) of a word; the name is the word where it means one file."""
+    """(name, files that may hold it) of a word; the name is the word where it means one file."""
     path = Path(word)
     if path.is_file():
         yield word, [path]
@@ -165,9 +172,9 @@ def _layout(file: Path, line: int, row: dict) -> str:
 
 
 def rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row). Raises ValueError naming the line that is no JSON object, or the damage."""
+    """(line number, row). Raises ValueError naming the line that is no JSON object, or damage."""
     zipped = file.suffix == ".gz"
-    opened = gzip.open(file, "rt", encoding="utf-8") if zipped else file.open(encoding="utf-8")
+    opened = gzip.open(file, "rt", encoding=UTF8) if zipped else file.open(encoding=UTF8)
     with opened as f:
         try:
             for line_no, line in enumerate(f, 1):

@@ -80,6 +80,8 @@ def own(path: Path, name: str) -> Path:
 
 
 def parse_json(data: bytes, name: str) -> dict:
+    """A JSON object from bytes. Raises ValueError in one sentence that begins with `name`."""
+
     def once(pairs: list) -> dict:  # json would silently keep the last of two equal keys
         out = dict(pairs)
         if len(out) != len(pairs):

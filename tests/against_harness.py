@@ -1,24 +1,20 @@
-"""Compares our task scores with lm-evaluation-harness itself, example by example, on local files in the hub's layout.
+"""Compares our task scores with lm-evaluation-harness itself, item by item, on local files.
 
-    pip install lm_eval==0.4.13                     in an environment of its own, with our requirements
+    pip install lm_eval==0.4.13               in an environment of its own, with our requirements
     python tests/against_harness.py --model demo/teacher --task-dir FOLDER --limit 200
 
-FOLDER holds NAME.jsonl for some of the names below, with the rows that the data set has on the hub. Both sides score
-the same model in float32 on the CPU; an item agrees when prompts, prediction, acc and acc_norm are all equal. Not
-collected by pytest: the harness is no requirement of the project. mmlu, whose shots come from a second file, is left
-out.
+FOLDER holds NAME.jsonl for some of the names below, with the rows that the data set has on the hub.
+Both sides score the same model in float32 on the CPU; an item agrees when prompts, prediction, acc
+and acc_norm are all equal. Not collected by pytest: the harness is no requirement of the project.
+mmlu, whose shots come from a second file, is left out.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-import lm_eval
 import numpy as np
 import torch
-from lm_eval.api.task import ConfigurableTask
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks._yaml_loader import load_yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evals import likelihood, tasks
@@ -43,8 +39,12 @@ YAML = {
 }
 
 
-def harness_task(name: str, file: Path, limit: int | None) -> ConfigurableTask:
+def harness_task(name: str, file: Path, limit: int | None):
     """The harness's own task, with its data replaced by a local file."""
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.tasks._yaml_loader import load_yaml
+
     config = load_yaml(str(Path(lm_eval.__file__).parent / "tasks" / YAML[name]))
     split = config.get("test_split") or config["validation_split"]
     for key in ("training_split", "validation_split", "test_split"):
@@ -63,7 +63,7 @@ def harness_task(name: str, file: Path, limit: int | None) -> ConfigurableTask:
 
 
 def compare(
-    name: str, file: Path, limit: int | None, model: Llama, tokenizer, harness: HFLM
+    name: str, file: Path, limit: int | None, model: Llama, tokenizer, harness
 ) -> tuple[int, int, float]:
     """(items that agree, items, largest difference of a log-probability)."""
     task, groups = harness_task(name, file, limit), {}
@@ -71,7 +71,7 @@ def compare(
         groups.setdefault(request.doc_id, []).append(request)
     groups = [sorted(groups[k], key=lambda r: r.idx) for k in sorted(groups)]
     mine = tasks.load(file, limit)
-    got = likelihood.score(model, tokenizer, mine, torch.float32)
+    got = likelihood.score(model, likelihood.encode(tokenizer, mine.pairs), mine, torch.float32)
     answers = iter(harness.loglikelihood([r for g in groups for r in g], disable_tqdm=True))
     agree, worst = 0, 0.0
     for i, (group, item) in enumerate(zip(groups, mine.items, strict=True)):
@@ -95,6 +95,9 @@ def main() -> None:
     p.add_argument("--task-dir", type=Path, required=True)
     p.add_argument("--limit", type=int)
     args = p.parse_args()
+    import lm_eval  # here: --help is for those who have not installed it yet
+    from lm_eval.models.huggingface import HFLM
+
     model, tokenizer = (
         Llama.from_pretrained(args.model, dtype=torch.float32),
         load_tokenizer(args.model),

@@ -1,22 +1,28 @@
-"""Evaluation: intervals against a plain bootstrap, long text against its definition, the whole run twice."""
+"""Evaluation: intervals against a plain bootstrap, long text by its definition, the run twice."""
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import random_model, write_model
+from conftest import ROOT, random_model, write_model
 
 import eval as evaluation
 import train
+from engine import data, folder
+from engine.lookups import Lookups
 from evals import layers as diagnose
 from evals import longtext, pictures, prompts, report
 from evals.retention import retention
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
-from model import Llama, compute_dtype, make_student, next_token_loss
+from model import Llama, make_student, next_token_loss
 
 # Retention
 
@@ -131,6 +137,105 @@ def test_write_keeps_its_keys(tmp_path):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_share_of_a_loss_that_was_not_lost_is_not_given(tmp_path):
+    """A student worse than both made "190.9 %" where the untrained one beat the teacher."""
+    columns = {
+        "teacher": {"loss at 1x": 3.0},
+        "untrained": {"loss at 1x": 2.9},
+        "student": {"loss at 1x": 3.1},
+    }
+    assert report.recovered(columns, "loss at 1x") == {}
+    text = report.write(Into(tmp_path), columns, {}, {})
+    assert "Nothing was measurably lost at 1x (teacher 3.000, untrained 2.900 nats)" in text
+    columns["untrained"]["loss at 1x"] = 3.005
+    assert report.recovered(columns, "loss at 1x") == {}
+    columns["untrained"]["loss at 1x"] = 4.0
+    assert report.recovered(columns, "loss at 1x") == {"student": pytest.approx(0.9)}
+    columns["untrained"]["loss at 1x"] = float("nan")
+    assert report.recovered(columns, "loss at 1x") == {}
+
+
+def test_the_json_is_flat_for_pandas_and_strict_for_others(tmp_path):
+    scores = report.Scores({"teacher": {}, "student": {}}, command="x")
+    scores.add(
+        "teacher", "loss at 1x", 2.0, error=0.1, items=9, version="text", seed=None, blocks=3
+    )
+    scores.add("student", "loss at 1x", float("inf"), items=9, version="text", seed=None, blocks=3)
+    text = report.render(Into(tmp_path), scores, {}, {})
+
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    body = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    known = {
+        "figure": "loss at 1x",
+        "items": 9,
+        "version": "text",
+        "seed": None,
+        "dtype": "float32",
+    }
+    assert body["schema"] == report.SCHEMA and body["figures"] == [
+        {"model": "teacher", "value": 2.0, "error": 0.1, **known},
+        {"model": "student", "value": None, "error": None, **known},
+    ]
+    for row in body["figures"]:
+        assert all(value is None or isinstance(value, int | float | str) for value in row.values())
+    assert "not finite" in text
+    for key in body:  # the docstring lists every key
+        assert f"\n    {key}  " in report.__doc__, key
+
+
+def test_an_empty_bar_still_has_its_number():
+    """0 % and "not measured" look different: a figure at the end of every bar, and none beside."""
+    from matplotlib.figure import Figure
+
+    axis, columns = Figure().subplots(), {"a": {"x": 0.0, "y": 0.5}, "b": {"y": 0.25}}
+    pictures._bars(axis, columns, ["x", "y"], 100.0)
+    assert [text.get_text() for text in axis.texts] == ["0", "50", "", "25"]
+
+
+# The headline
+
+
+def test_one_x_reads_every_word_once_at_scales_that_are_no_whole_number(
+    tiny_dir, text_dir, tmp_path
+):
+    """At 1.5 x, "1x" once read 64 of every 96 tokens."""
+    tokenizer, model = load_tokenizer(tiny_dir), Llama.from_pretrained(tiny_dir)
+    corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
+    held_out = evaluation.HeldOut(corpus, tokenizer, 64, 1.5, 3)
+    blocks = corpus.held_out_blocks(96, 3)
+    found = held_out.figures(model)
+    losses = []
+    for block in blocks:
+        first, last = block[None, :65], block[None, 32:]  # the second is whole; 32 of it are new
+        for ids, new in ((first, 64), (last, 32)):
+            h = model.hidden(ids[:, :-1])[:, -new:]
+            losses.append(next_token_loss(model, h, ids[:, -new:], reduction="none").flatten())
+    assert found["loss at 1x"][0] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-5)
+    assert found["loss at 1x"][2] == found["loss at 1.5x"][2] == 3 * 96
+    by_block = torch.cat(losses).view(3, 96).mean(1).double().numpy()
+    error = np.std(by_block, ddof=1) / 3**0.5
+    assert found["loss at 1x"][1] == pytest.approx(error, rel=1e-3)
+
+
+def test_held_out_figures_are_the_mean_loss_and_the_greedy_share(tiny_dir, text_dir, tmp_path):
+    tokenizer, model = load_tokenizer(tiny_dir), Llama.from_pretrained(tiny_dir)
+    corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
+    found = evaluation.HeldOut(corpus, tokenizer, 64, 2.0, 2).measure(model)
+    blocks = corpus.held_out_blocks(128, 2)
+    whole = next_token_loss(model, model.hidden(blocks[:, :-1]), blocks[:, 1:])
+    assert found["loss at 2x"] == pytest.approx(whole.item(), abs=1e-5)
+    cut = torch.cat([blocks[:, :65], blocks[:, 64:]])
+    logits = model(cut[:, :-1])
+    assert found["loss at 1x"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), cut[:, 1:].flatten()).item(),
+        abs=1e-5,
+    )
+    right = (logits.argmax(-1) == cut[:, 1:]).double().mean()
+    assert found["next-token accuracy"] == pytest.approx(right.item())
+
+
 # Long text
 
 
@@ -210,7 +315,8 @@ def oracle(monkeypatch, tiny_dir):
 
 def test_passkey_map(oracle, tmp_path):
     scores = report.Scores({"model": {}})
-    grid = prompts.passkey_scores(scores, {"model": random_model()}, oracle, [1024, 2048], 20, 42)
+    able = [(1024, "passkey"), (1024, "vt"), (2048, "passkey")]
+    grid = prompts.passkey_scores(scores, {"model": random_model()}, oracle, able, 20, 42)
     assert (
         grid["lengths"] == [1024, 2048]
         and len(grid["depths"]) == 20
@@ -312,15 +418,16 @@ def pair(tmp_path_factory):
 
 
 def run(pair: Path, text_dir: Path, out: Path, *more: str) -> dict:
-    given = f"--model {pair / 'student'} --against {pair / 'teacher'} --data {text_dir} --cache {pair / 'cache'}"
-    evaluation.main([*given.split(), "--device", "cpu", "--blocks", "2", "--out", str(out), *more])
+    given = f"--model {pair / 'student'} --against {pair / 'teacher'} --data {text_dir} "
+    given += f"--cache {pair / 'cache'} --device cpu --blocks 2 --dtype float32 --out {out}"
+    evaluation.main([*given.split(), *more])
     return json.loads((out / "report.json").read_text())
 
 
 def test_same_seed_same_report_and_every_figure_says_what_it_is(pair, text_dir, tmp_path, capsys):
     wanted = (
-        f"--tasks openbookqa lambada_openai boolq --task-dir {pair} --lengths 512 --ppl --positions "
-        "--passkey --layers --ruler niah_single_1 --samples 2"
+        f"--tasks openbookqa lambada_openai boolq --task-dir {pair} --lengths 512 --ppl "
+        "--positions --passkey --layers --ruler niah_single_1 --samples 2"
     ).split()
     bodies, tables = [], []
     for _ in range(2):
@@ -353,7 +460,7 @@ def test_same_seed_same_report_and_every_figure_says_what_it_is(pair, text_dir, 
             facts["version"]
             and facts["items"] > 0
             and "seed" in facts
-            and facts["dtype"] == str(compute_dtype(torch.device("cpu")))[6:]
+            and facts["dtype"] == "float32"
         ), row
         assert facts["command"].startswith("python eval.py --model ") and set(
             facts["stderr"]
@@ -377,8 +484,8 @@ def test_same_seed_same_report_and_every_figure_says_what_it_is(pair, text_dir, 
 
 def test_one_model_alone(pair, tmp_path):
     evaluation.main(
-        f"--model {pair / 'student'} --no-text --tasks {pair / 'openbookqa.jsonl'} --limit 4 --device cpu "
-        f"--out {tmp_path}".split()
+        f"--model {pair / 'student'} --no-text --tasks {pair / 'openbookqa.jsonl'} --limit 4 "
+        f"--device cpu --out {tmp_path}".split()
     )
     body = json.loads((tmp_path / "report.json").read_text())
     assert body["columns"] == ["model"] and body["recovered"] == {} and "retention" not in body
@@ -413,6 +520,10 @@ def test_a_window_shorter_than_the_stride_is_refused_at_once(pair):
         ("--ruler-seed 4294967296 --passkey", "4294967296 is not a whole number from 0 up to 2"),
         ("--seed -1", "argument --seed: -1 is not a whole number from 0 up"),
         ("--device meta", "--device meta: this program computes on cpu or cuda"),
+        ("--ruler vt --ruler-data no/where", "--ruler-data no/where is not a folder"),
+        ("--tasks all --task-dir no/where", "--task-dir no/where is not a folder"),
+        ("--passkey --lengths 512 281474976710655", "--lengths goes up to 16,777,216"),
+        ("--passkey --samples 281474976710655", "--samples goes up to 100,000"),
         ("--limit 3", "--limit changes nothing by itself: add --tasks"),
         ("--samples 3", "--samples changes nothing by itself: add --ruler or --passkey"),
         ("--predictions", "--predictions changes nothing by itself: add --out"),
@@ -430,7 +541,7 @@ def test_wrong_arguments_are_one_sentence(arguments, sentence, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ("boolq", r"none of the --tasks can be used: boolq: expected as boolq\.jsonl \(or \.gz\); made"),
+        ("boolq", r"none of the --tasks can be used: boolq: expected as boolq\.jsonl \(or \.gz\)"),
         ("nowhere", "--tasks nowhere is neither a file, a folder, 'all'"),
     ],
 )  # fmt: skip
@@ -438,3 +549,96 @@ def test_tasks_that_are_not_there_are_refused_before_a_weight_is_read(pair, argu
     with pytest.raises(ValueError, match=sentence):
         model = str(pair / "student")
         evaluation.main(["--model", model, "--no-text", "--tasks", arguments, "--device", "cpu"])
+
+
+def test_recall_is_the_likeliest_token_at_each_question(text_dir, tmp_path):
+    """The demo's teacher, which answers most: read in batches as it is read one by one."""
+    teacher = ROOT / "demo" / "teacher"
+    model, tokenizer = Llama.from_pretrained(teacher, dtype=torch.float32), load_tokenizer(teacher)
+    corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
+    lookups = Lookups(tokenizer, corpus.train)
+    found, rng, expected = (
+        evaluation.recall(model, lookups, 512, 3),
+        np.random.default_rng([3, 512]),
+        [],
+    )
+    for _ in range(evaluation.DOCUMENTS):
+        ids, where = lookups.document(rng, 512, "far")
+        with torch.no_grad():
+            best = model(torch.from_numpy(ids[None, :-1]))[0].argmax(-1).numpy()
+        expected += (best[where] == ids[where + 1]).tolist()
+    assert found.tolist() == expected and sum(expected) > len(expected) / 2
+
+
+# What is promised of a user's files
+
+
+def tree(path: Path) -> dict[str, bytes | None]:
+    return {str(p): p.read_bytes() if p.is_file() else None for p in sorted(path.rglob("*"))}
+
+
+def test_a_folder_that_is_not_the_evaluations_is_refused_unchanged(pair, tmp_path):
+    """It once overwrote a foreign report.md."""
+    asked = f"--model {pair / 'student'} --no-text --tasks {pair / 'lambada.jsonl'} --device cpu"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "report.md").write_text("a year's work")
+    before = tree(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"--out .*own holds report\.md, which this program did not"
+    ):
+        evaluation.main([*asked.split(), "--out", str(tmp_path / "own")])
+    assert tree(tmp_path) == before
+    out = tmp_path / "new"
+    for _ in range(2):  # what it wrote itself, it may replace
+        evaluation.main([*asked.split(), "--out", str(out), "--predictions"])
+    assert json.loads((out / folder.MARK).read_text())["program"] == "eval.py"
+    (out / "notes.txt").write_text("mine")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match=r"new holds notes\.txt, which this program did not write"):
+        evaluation.main([*asked.split(), "--out", str(out)])
+    assert tree(tmp_path) == before
+    with pytest.raises(ValueError, match=r"holds --model .*student; name a folder apart"):
+        evaluation.main([*asked.split(), "--out", str(pair)])
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (
+            "--native 100000000",
+            r"the held-out text has \d+ tokens, less than one block of 100000000",
+        ),
+        ("--scale 1000000", r"the held-out text has \d+ tokens, less than one block of"),
+        ("--positions --lengths 5000000", "less than one block of 5000000; add --data"),
+        ("--ppl --lengths 512 --documents no/where", "--documents no/where does not exist"),
+        ("--ppl --lengths 512 128", "--ppl needs windows of at least its stride, 256 tokens"),
+    ],
+)
+def test_what_the_text_cannot_give_is_refused_and_nothing_is_written(
+    pair, text_dir, tmp_path, more, sentence
+):
+    given = f"--model {pair / 'student'} --data {text_dir} --device cpu --out {tmp_path / 'new'}"
+    with pytest.raises(ValueError, match=sentence):
+        evaluation.main([*given.split(), *more.split()])
+    assert tree(tmp_path) == {}
+
+
+def test_without_a_cache_nothing_stays_behind(pair, text_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(f"--model {pair / 'student'} --data {text_dir} --device cpu --blocks 1".split())
+    assert tree(tmp_path) == {}
+
+
+def test_ctrl_c_is_one_line_and_code_3(pair, text_dir, tmp_path):
+    command = [sys.executable, str(ROOT / "eval.py"), "--model", str(pair / "student")]
+    command += ["--data", str(text_dir), "--device", "cpu", "--out", str(tmp_path / "new")]
+    for seconds in (0.6, 2.5):  # while torch is imported; later
+        run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        time.sleep(seconds)
+        run.send_signal(signal.SIGINT)
+        _, said = run.communicate()
+        if run.returncode == 0:
+            continue  # it was faster
+        lines = [line for line in said.splitlines() if "it/s" not in line and line.strip()]
+        assert run.returncode == 3 and len(lines) == 1 and lines[0].startswith("eval.py: stopped")
+        assert "Traceback" not in said and tree(tmp_path) == {}

@@ -91,6 +91,45 @@ def test_student_equal_to_teacher_costs_exactly_nothing(causal):
     assert (kl == 0).all() and (dx == 0).all()
 
 
+on_hopper = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+    reason="needs compute capability 9.0",
+)
+
+
+@on_hopper
+@pytest.mark.parametrize("layout", ["BHTD", "BTHD", "qkv"])
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_agrees_with_the_definition(D, layout):
+    from kernel_hopper import relation_kl_hopper
+
+    for B, H, T in ((1, 1, 1), (2, 3, 63), (1, 3, 192), (2, 2, 257), (3, 2, 1000), (1, 5, 2048)):
+        x, y, w = inputs(B, H, T, D, bf16, layout, "cuda")
+        first = agree(x, y, w, teacher_scale=0.2, kernel=relation_kl_hopper)
+        assert equal(
+            first, agree(x, y, w, teacher_scale=0.2, kernel=relation_kl_hopper)
+        )  # bit for bit
+        assert layout == "qkv" or first[1].stride() == x.stride()
+
+
+@on_hopper
+@pytest.mark.parametrize("H, T, D", [(9, 4096, 64), (4, 8192, 128), (1, 32768, 128)])
+def test_hopper_long_and_repeatable(H, T, D):
+    from kernel_hopper import relation_kl_hopper
+
+    x, y, w = inputs(1, H, T, D, bf16, device="cuda")
+    first = agree(x, y, w, impl="tiled", kernel=relation_kl_hopper)
+    for _ in range(10):
+        assert equal(first, both(lambda x, y: relation_kl(x, y, impl="hopper"), x, y, w))
+
+
+@on_hopper
+def test_hopper_costs_nothing_where_student_is_teacher():
+    x, _, w = inputs(1, 2, 700, 128, bf16, device="cuda")
+    kl, dx = both(lambda x, y: relation_kl(x, y, impl="hopper"), x, x.clone(), w)
+    assert (kl == 0).all() and (dx == 0).all()
+
+
 def test_teacher_scale_layouts_and_padding():
     for layout in ("BHTD", "BTHD", "qkv"):
         x, y, w = inputs(2, 3, 300, 96, bf16, layout, "cuda")
@@ -136,8 +175,12 @@ def loss(x, y):
     return relation_kl(2 * x, y)  # "auto": also that the choice is the kernel
 
 
-def test_auto_is_triton():
-    assert choose(torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16))[0] == "triton"
+def test_auto_is_a_kernel():
+    hopper = torch.cuda.get_device_capability() == (9, 0)
+    assert choose(torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16))[0] == (
+        "hopper" if hopper else "triton"
+    )
+    assert choose(torch.empty(1, 1, 1, 80, device="cuda", dtype=bf16))[0] == "triton"
 
 
 def test_under_compile_without_a_graph_break():
@@ -187,9 +230,10 @@ def test_in_a_cuda_graph():
         assert equal(recorded, step())
 
 
-def test_no_host_sync():
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_no_host_sync(device):
     x, y, w = inputs(2, 2, 200, 64, fp16, device="cuda")
-    lengths = torch.tensor([150, 200], device="cuda")
+    lengths = torch.tensor([150, 200], device=device)
     call = lambda: both(lambda x, y: relation_kl(x, y, lengths=lengths, impl="triton"), x, y, w)  # noqa: E731
     call()
     torch.cuda.set_sync_debug_mode("error")
@@ -205,6 +249,16 @@ def test_extra_memory_is_the_gradient_and_a_few_numbers_a_row():
     x, y, w = inputs(1, H, T, D, bf16, device="cuda")
     x.requires_grad_()
     peak = bench.peak_bytes(lambda x, y: relation_kl(x, y, impl="triton"), x, y)
+    assert peak <= 2 * H * T * D + 6 * 4 * H * T + 2**20
+
+
+@on_hopper
+def test_hopper_extra_memory_is_the_gradient_and_a_few_numbers_a_row():
+    torch.use_deterministic_algorithms(False)
+    H, T, D = 8, 8192, 128
+    x, y, w = inputs(1, H, T, D, bf16, device="cuda")
+    x.requires_grad_()
+    peak = bench.peak_bytes(lambda x, y: relation_kl(x, y, impl="hopper"), x, y)
     assert peak <= 2 * H * T * D + 6 * 4 * H * T + 2**20
 
 
@@ -239,6 +293,10 @@ for D, causal in ((64, True), (80, False)):
     x, y = (torch.randn(2, 2, 200, D, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     lengths = torch.tensor([77, 200], device="cuda")
     relation_kl(x.requires_grad_(), y, causal=causal, lengths=lengths, impl="triton").sum().backward()
+if torch.cuda.get_device_capability() == (9, 0):
+    for D in (64, 128):
+        x, y = (torch.randn(1, 300, 2, D, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(2))
+        relation_kl(x.requires_grad_(), y, impl="hopper").sum().backward()
 torch.cuda.synchronize()
 """
 

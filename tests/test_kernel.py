@@ -9,10 +9,12 @@ The rule for an error: no more than twice the error of the same formulas in plai
 against the float64 definition, plus what rounding the scores to float32 may cost (`agree`).
 """
 
+import functools
 import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ triton = pytest.importorskip("triton")
 
 import kernel_triton  # noqa: E402
 from kernel_triton import Tile, relation_kl_triton, tile, unsupported  # noqa: E402
-from relation_kl import relation_kl  # noqa: E402
+from relation_kl import keep_losses, relation_kl  # noqa: E402
 
 interpreted = pytest.mark.skipif(
     not kernel_triton.INTERPRETED, reason="runs in test_under_the_interpreter"
@@ -45,8 +47,8 @@ def eager(x, y, scale, teacher_scale, causal, lengths):
     seen = visible(x.shape[2], causal, lengths, x.device)
     hidden = torch.finfo(x.dtype).min
     log_p = (x @ x.mT * scale).masked_fill(~seen, hidden).log_softmax(-1)
-    log_q = (y @ y.mT * teacher_scale).masked_fill(~seen, hidden).log_softmax(-1)
-    return (log_q.exp() * (log_q - log_p)).masked_fill(~seen, 0).sum(-1)
+    log_r = (y @ y.mT * teacher_scale).masked_fill(~seen, hidden).log_softmax(-1)
+    return (log_r.exp() * (log_r - log_p)).masked_fill(~seen, 0).sum(-1)
 
 
 def both(f, x, y, w):
@@ -56,12 +58,14 @@ def both(f, x, y, w):
     return kl.detach(), torch.autograd.grad(kl, x, w.to(kl.dtype))[0]
 
 
-def agree(x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None, impl="dense"):
+def agree(
+    x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None, impl="dense", kernel=None
+):
     """Asserts the file's rule for loss and gradient, `impl` in float64 being right; returns the kernel's."""
     scale = x.shape[-1] ** -0.5 if scale is None else scale
     teacher_scale = scale if teacher_scale is None else teacher_scale
     arguments = (scale, teacher_scale, causal, lengths)
-    kl, dx = both(lambda x, y: relation_kl_triton(x, y, *arguments), x, y, w)
+    kl, dx = both(lambda x, y: (kernel or relation_kl_triton)(x, y, *arguments), x, y, w)
     plain = both(lambda x, y: eager(x, y, *arguments), x, y, w)
     true = both(
         lambda x, y: relation_kl(
@@ -79,7 +83,7 @@ def agree(x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None,
     )
     assert kl.dtype == torch.float32 and dx.dtype == x.dtype and dx.shape == x.shape
     # A score S, rounded to float32, is off by |S| 2^-24, and so are its row's lse and the exponent of P: 3 roundings of
-    # S and 3 of U reach the loss, and P, Q of relative error that size reach the gradient, times a w x, twice (3).
+    # S and 3 of U reach the loss, and P, R of relative error that size reach the gradient, times a w x, twice (3).
     top = max(
         abs(s) * z.double().square().sum(-1).max().item()
         for s, z in ((scale, x), (teacher_scale, y))
@@ -319,10 +323,72 @@ def test_under_compile_checkpoint_and_autocast():
         return torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=False)
 
     kl, dx = both(loss, x, y, w)
-    for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), checkpointed):
+
+    def loss_kept(x, y):
+        contexts = functools.partial(
+            torch.utils.checkpoint.create_selective_checkpoint_contexts, keep_losses
+        )
+        return torch.utils.checkpoint.checkpoint(
+            loss, x, y, use_reentrant=False, context_fn=contexts
+        )
+
+    for f in (torch.compile(loss, fullgraph=True, backend="aot_eager"), checkpointed, loss_kept):
         assert all(torch.equal(a, b) for a, b in zip(both(f, x, y, w), (kl, dx), strict=True))
     with torch.autocast("cpu", dtype=bf16):
         assert all(torch.equal(a, b) for a, b in zip(both(loss, x, y, w), (kl, dx), strict=True))
+
+
+@interpreted
+def test_eager_calls_bypass_the_operator_and_watched_ones_do_not(monkeypatch):
+    """The operator costs Python three times what an autograd.Function does; torch.compile and policies need it."""
+    x, y, w = inputs(1, 2, 20, 16, fp32)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    with Watch():
+        watched = both(lambda x, y: relation_kl(x, y, impl="triton"), x, y, w)
+    assert {"linear_ard.relation_kl.default", "linear_ard.relation_kl_backward.default"} <= set(
+        seen
+    )
+    monkeypatch.setattr(kernel_triton.LOSS, "operator", None)
+    eager = both(lambda x, y: relation_kl(x, y, impl="triton"), x, y, w)
+    assert all(torch.equal(a, b) for a, b in zip(watched, eager, strict=True))
+
+
+@interpreted
+def test_a_policy_keeps_the_loss_in_a_checkpoint(monkeypatch):
+    """Its forward runs once, and not again in the backward."""
+    x, y, w = inputs(1, 2, 20, 16, fp32)
+    calls = []
+    kernel = kernel_triton._forward_kernel
+    monkeypatch.setattr(kernel_triton, "_forward_kernel", Recorded(kernel, calls))
+    contexts = functools.partial(
+        torch.utils.checkpoint.create_selective_checkpoint_contexts, keep_losses
+    )
+    for options, runs in (({}, 2), ({"context_fn": contexts}, 1)):
+        calls.clear()
+        both(
+            lambda x, y, o=options: torch.utils.checkpoint.checkpoint(
+                lambda x, y: relation_kl(2 * x, y, impl="triton"), x, y, use_reentrant=False, **o
+            ),
+            x, y, w,
+        )  # fmt: skip
+        assert len(calls) == runs
+
+
+class Recorded:
+    """A kernel whose launches are counted."""
+
+    def __init__(self, kernel, calls):
+        self.kernel, self.calls = kernel, calls
+
+    def __getitem__(self, grid):
+        self.calls.append(grid)
+        return self.kernel[grid]
 
 
 @interpreted
@@ -402,17 +468,13 @@ def test_tiles_fall_back_in_order():
 def compile_kernel(direction, D, dtype, causal, chip):
     """Compiles one shipped choice for sm_{chip} as a launch would: 16-byte aligned pointers and strides, no lengths."""
     kernel = getattr(kernel_triton, f"_{direction}_kernel")
-    BT, BS, num_warps, num_stages = tile(direction, D, dtype, divmod(chip, 10), SHARED[chip])
-    constants = {
-        "D": D,
-        "BD": triton.next_power_of_2(D),
-        "BT": BT,
-        "BS": BS,
-        "CAUSAL": causal,
-        "PRECISION": "ieee",
-    }
+    x = torch.empty(1, 1, 1, D, dtype=dtype)
+    constants = kernel_triton._constants(direction, x, x, dtype, causal)
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
     constants["lengths"] = None
-    if direction == "backward" and dtype != fp16:
+    if direction == "forward":
+        constants |= {"S_NEGATIVE": False, "T_NEGATIVE": False}
+    elif dtype != fp16:
         constants["w_max"] = None
     signature = {}
     for name in kernel.arg_names:
@@ -431,20 +493,61 @@ def compile_kernel(direction, D, dtype, causal, chip):
         kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
     )
     target = triton.backends.compiler.GPUTarget("cuda", chip, 32)
-    return triton.compile(
-        source, target=target, options={"num_warps": num_warps, "num_stages": num_stages}
-    )
+    return triton.compile(source, target=target, options=options)
+
+
+def program(name, *arguments):
+    """What one of the tools that Triton brings says."""
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    ran = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return ran.stdout + ran.stderr
 
 
 def resources(cubin, path):
-    """Registers and bytes of stack of a thread, by the cuobjdump that Triton brings."""
+    """Registers and bytes of stack of a thread."""
     path.write_bytes(cubin)
-    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    said = subprocess.run(
-        [program, "--dump-resource-usage", path], capture_output=True, text=True, check=True
-    ).stdout
+    said = program("cuobjdump", "--dump-resource-usage", path)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
     return int(registers), int(stack)
+
+
+def loops(cubin, path):
+    """The machine code's innermost loops that hold tensor-core instructions: {name of instruction: how often} of each."""
+    path.write_bytes(cubin)
+    names, labels, spans = [], {}, []
+    for line in program("nvdisasm", "-c", path).splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        elif code := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?(\S+)(.*);", line):
+            names.append(code[1])
+            back = re.search(r"`\((\.L_x_\d+)\)", code[2]) if code[1].startswith("BRA") else None
+            if back and back[1] in labels:
+                spans.append(range(labels[back[1]], len(names)))
+    inner = [
+        s
+        for s in spans
+        if not any(o.start >= s.start and o.stop <= s.stop and o != s for o in spans)
+    ]
+    counts = (
+        [names[i].split(".")[0] if "DEPBAR" not in names[i] else names[i] for i in s] for s in inner
+    )
+    return [Counter(c) for c in counts if "HGMMA" in c]
+
+
+def assert_runs_at_full_rate(kernel, waits, folder):
+    """No serialised tensor-core instructions (ptxas C75xx), no spills in a loop, at most `waits` waits a tile."""
+    (folder / "kernel.ptx").write_text(kernel.asm["ptx"])
+    said = program(
+        "ptxas", "-v", "-arch=sm_90a", folder / "kernel.ptx", "-o", folder / "again.cubin"
+    )
+    assert "C75" not in said, said
+    found = loops(kernel.asm["cubin"], folder / "kernel.cubin")
+    assert found
+    for loop in found:
+        assert not loop["LDL"] and not loop["STL"], f"spills in a loop: {loop}"
+        assert loop["WARPGROUP.DEPBAR.LE"] <= waits, (
+            f"{loop['WARPGROUP.DEPBAR.LE']} waits in a loop: {loop}"
+        )
 
 
 CHOICES = [
@@ -457,8 +560,9 @@ CHOICES += [
     (128, bf16, True, 89),
     (256, bf16, True, 89),
     (80, fp16, True, 90),
-    (128, bf16, False, 90),
+    (128, fp16, True, 90),
 ]
+CHOICES += [(D, bf16, False, 90) for D in (64, 128, 256)]
 
 
 @compiled
@@ -470,7 +574,8 @@ CHOICES += [
         for c in CHOICES
     ],
 )
-def test_every_shipped_tile_compiles(direction, D, dtype, causal, chip, tmp_path):
+def test_every_shipped_tile_compiles(direction, D, dtype, causal, chip, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_triton, "_chip", lambda device: (divmod(chip, 10), SHARED[chip]))
     kernel = compile_kernel(direction, D, dtype, causal, chip)
     registers, stack = resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
     choice = tile(direction, D, dtype, divmod(chip, 10), SHARED[chip])
@@ -482,5 +587,6 @@ def test_every_shipped_tile_compiles(direction, D, dtype, causal, chip, tmp_path
     assert stack <= SPILLED
     if chip == 90 and dtype in (bf16, fp16):
         assert "wgmma.mma_async" in kernel.asm["ptx"]
+        assert_runs_at_full_rate(kernel, 2, tmp_path)  # for S and U together, and for dL/dx
     if chip == 100 and dtype == bf16:
         assert "tcgen05.mma" in kernel.asm["ptx"]

@@ -171,6 +171,20 @@ def test_ids_without_a_token_are_never_chosen():
     assert max(free) >= below > max(kept)
 
 
+def test_a_vocabulary_larger_than_the_tokenizers_is_no_error(tmp_path, capsys):
+    """Ids beyond the tokenizer's once ended in "KeyError: Invalid token for decoding"."""
+    path = write_model(tmp_path / "padded", seed=1, vocab_size=9000, tie_word_embeddings=True)
+    model, tokenizer = Llama.from_pretrained(path), load_tokenizer(path)
+    ids = tokenizer.encode("import os")
+    assert max(generate.generate(model, [ids], 40, torch.float32)[0]) >= tokenizer.size
+    out, _ = say(capsys, "--model", path, "--prompt", "import os", "--new-tokens", "40")
+    assert out.strip()
+    _, err = say(
+        capsys, "--model", path, "--no-text", "--passkey", "--lengths", "512", "--samples", "2"
+    )
+    assert "Traceback" not in err
+
+
 def test_dynamic_positions_are_those_of_the_length_at_hand_as_in_transformers(tmp_path):
     scaled = {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
     path = write_model(tmp_path / "dynamic", max_position_embeddings=16, **scaled)

@@ -1,4 +1,7 @@
-"""One process and two give the same run: losses, weights and states to rounding, under gloo on the CPU."""
+"""One process and two give the same run:
+
+losses, weights and states to rounding, under gloo on the CPU.
+"""
 
 import json
 import os
@@ -90,9 +93,12 @@ def rows(out: Path) -> list[dict]:
 
 
 def same_to_rounding(a: Path, b: Path) -> None:
-    """Sums of two halves round otherwise than one sum. Losses keep that near float32's last bits. A weight whose
-    gradient nearly cancels may differ more, as Adam divides by the gradient's size: so weights are held to a thousandth
-    of the way that training moved them, in norm, tensor by tensor; frozen ones to no difference at all.
+    """Sums of two halves round otherwise than one sum. Losses keep that near float32's last bits. A
+    weight whose gradient nearly cancels may differ more, as Adam divides by the gradient's size: so
+    weights are held to 2e-4 of the way that training moved them, in norm, tensor by tensor; frozen
+    ones to no difference at all. Why 2e-4: a step moves a weight by lr m / sqrt(v), and rounding
+    moves m and v by about 2^-22 of the largest term in them; where the terms cancel to a
+    thousandth, that is 2e-4 of a step. The worst seen in any run was 8.7e-5.
     """
     assert [(r["stage"], r["step"], r["lr"]) for r in rows(a)] == [
         (r["stage"], r["step"], r["lr"]) for r in rows(b)
@@ -109,7 +115,7 @@ def same_to_rounding(a: Path, b: Path) -> None:
     )
     for name, w in one.items():
         moved, apart = (w - begun[name]).norm(), (w - two[name]).norm()
-        assert apart <= 1e-3 * moved, f"{name}: {apart} apart after moving {moved}"
+        assert apart <= 2e-4 * moved, f"{name}: {apart} apart after moving {moved}"
     reports = [json.loads((p / "report.json").read_text())["rows"]["loss at 1x"] for p in (a, b)]
     assert reports[0] == pytest.approx(reports[1], rel=1e-5)
 
@@ -142,7 +148,9 @@ def test_sharded_adapters(one, small, text_dir, tmp_path):
 
 @pytest.mark.parametrize("first, then", [((2, "--shard"), (1,)), ((1,), (2, "--shard"))])
 def test_resuming_with_another_world(full, small, text_dir, tmp_path, first, then):
-    """SIGTERM to torchrun, which passes it on; then the other number of processes goes on from the state."""
+    """SIGTERM to torchrun, which passes it on; then the other number of processes goes on from the
+    state.
+    """
     out = tmp_path / "out"
     run = start(first[0], small, text_dir, out, *first[1:])
     log = out / "metrics.jsonl"
@@ -162,7 +170,8 @@ def test_sharded_with_recomputation(full, small, text_dir, tmp_path):
     """As if memory were short, so that every layer is computed again in the backward."""
     script = tmp_path / "short.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom engine import plan\nplan.needs_checkpointing = lambda *_: True\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom engine import "
+        "plan\nplan.needs_checkpointing = lambda *_: True\n"
         "import train\ntrain.main()\n"
     )
     finish(start(2, small, text_dir, tmp_path / "two", "--shard", script=script))

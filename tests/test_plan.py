@@ -1,4 +1,6 @@
-"""The plan's memory against the bytes that autograd keeps, and its flops against those that torch counts."""
+"""The plan's memory against the bytes that autograd keeps, and its flops against those that torch
+counts.
+"""
 
 import argparse
 import json
@@ -98,7 +100,9 @@ def test_activations_are_what_autograd_keeps(shape, kind, rank, dtype):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, monkeypatch):
-    """Kept: what each recomputed layer is called with. At work: the largest layer, counted as it is computed again."""
+    """Kept: what each recomputed layer is called with. At work: the largest layer, counted as it is
+    computed again.
+    """
     teacher, student = pair(shape, rank)
     stage = stage_of(kind)
     weights = [*teacher.parameters(), *student.parameters()]
@@ -143,7 +147,9 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
-    """All but attention and relations, which torch counts by other rules: both are replaced by something free."""
+    """All but attention and relations, which torch counts by other rules: both are replaced by
+    something free.
+    """
     teacher, student = pair("grouped", rank)
     stage = stage_of(kind)
     c = student.config

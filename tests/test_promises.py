@@ -1,4 +1,7 @@
-"""What is promised of a user's files: nothing foreign is touched, refused means unchanged, resume finds what is best."""
+"""What is promised of a user's files:
+
+nothing foreign is touched, refused means unchanged, resume finds what is best.
+"""
 
 import json
 import os
@@ -129,8 +132,10 @@ def test_two_runs_in_one_folder(teacher, text_dir, tmp_path):
 
 
 def test_the_lock_goes_with_the_process(tmp_path):
-    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom engine import folder\n"
-    script += f"f = folder.Folder(Path({str(tmp_path / 'out')!r}), 'train.py').__enter__()\nprint('held', flush=True)\n"
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
+    script += "from engine import folder\n"
+    script += f"f = folder.Folder(Path({str(tmp_path / 'out')!r}), 'train.py').__enter__()\n"
+    script += "print('held', flush=True)\n"
     run = subprocess.Popen(
         [sys.executable, "-c", script + "import time; time.sleep(60)"], stdout=subprocess.PIPE
     )

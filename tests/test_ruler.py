@@ -1,7 +1,8 @@
-"""RULER: prompts equal to NVIDIA's byte for byte, lengths filled, needles where they are said to be, scores, errors.
+"""RULER: prompts equal to NVIDIA's byte for byte, lengths filled, needles in place, errors.
 
-The oracle is NVIDIA/RULER at c3f5e3b: its scripts were run unmodified on the files that `inputs` writes, with the
-tokenizer `tokens`, nltk 3.10.4 (punkt_tab, english) and numpy 2.4; GOLDEN holds the SHA-256 of what they wrote.
+The oracle is NVIDIA/RULER at c3f5e3b: its scripts were run unmodified on the files that `inputs`
+writes, with the tokenizer `tokens`, nltk 3.10.4 (punkt_tab, english) and numpy 2.4; GOLDEN holds
+the SHA-256 of what they wrote.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ def tokens(text: str) -> int:
 
 
 def inputs(folder):
-    """Small stand-ins, in the original's file formats, for the word lists, the essays and the QA sets."""
+    """Small stand-ins, in the originals' formats, for word lists, essays and QA sets."""
     rng = random.Random(0)
 
     def word(low=3, high=9) -> str:
@@ -133,7 +134,10 @@ def test_prompts_equal_nvidias(data, task, length, seed):
 @pytest.mark.parametrize("length", [2048, 4096])
 @pytest.mark.parametrize("task", ruler_tasks.TASKS)
 def test_length_is_filled(data, task, length):
-    """Never over; under by one shrink (`step` units) and one unit at most. `unit` bounds the tokens of one."""
+    """Never over; under by one shrink (`step` units) and one unit at most.
+
+    `unit` bounds the tokens of one.
+    """
     kind = ruler_tasks.TASKS[task].kind
     essay = ruler_tasks.TASKS[task].haystack == "essay"
     unit = {"qa": 110, "fwe": 5, "cwe": 9 * (3 if length == 4096 else 1)}.get(

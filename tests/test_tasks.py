@@ -1,6 +1,7 @@
-"""Tasks: requests as lm-evaluation-harness makes them, scores as transformers gives them one at a time, errors by line.
+"""Tasks: requests as the harness makes them, scores as transformers gives them, errors by line.
 
-REQUESTS holds what the harness (0.4.13, its own yaml files) makes of the rows; it was compared by running both.
+REQUESTS holds what the harness (0.4.13, its own yaml files) makes of the rows; it was compared by
+running both.
 """
 
 import gzip
@@ -146,8 +147,8 @@ REQUESTS = {
     "wsc": (
         [
             (
-                "Passage: Mark told Pete (a friend) many lies, which *he* didn't believe.\nQuestion: "
-                'In the passage above, does the pronoun "*he*" refer to "*Mark*"?\nAnswer:',
+                "Passage: Mark told Pete (a friend) many lies, which *he* didn't believe.\n"
+                'Question: In the passage above, does the pronoun "*he*" refer to "*Mark*"?\nAnswer:',
                 answer,
             )
             for answer in (" no", " yes")
@@ -291,7 +292,7 @@ def folder(model_copy, request):
 
 
 def one_at_a_time(model, encode, context, continuation):
-    """The harness' rule in its plainest form, with transformers' model and the tokenizers library."""
+    """The harness' rule at its plainest, with transformers' model and the tokenizers library."""
     spaces = len(context) - len(context.rstrip())
     if spaces:
         context, continuation = context[:-spaces], context[-spaces:] + continuation
@@ -310,7 +311,8 @@ def test_scores_equal_transformers_one_at_a_time(folder, tmp_path):
     model, tokenizer = Llama.from_pretrained(folder), load_tokenizer(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     encode = Fast.from_file(str(folder / "tokenizer.json")).encode
-    result = likelihood.score(model, tokenizer, task, torch.float32)
+    requests = likelihood.encode(tokenizer, task.pairs)
+    result = likelihood.score(model, requests, task, torch.float32)
     for item, logps, greedy, chosen in zip(
         task.items, result.logps, result.greedy, result.predictions, strict=True
     ):
@@ -345,9 +347,9 @@ def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
         if len(rows) >= 6:
             break
     assert rows
-    result = likelihood.score(
-        model, tokenizer, tasks.load(write(tmp_path / "lambada.jsonl", rows)), torch.float32
-    )
+    task = tasks.load(write(tmp_path / "lambada.jsonl", rows))
+    requests = likelihood.encode(tokenizer, task.pairs)
+    result = likelihood.score(model, requests, task, torch.float32)
     assert result.values["lambada_openai, accuracy"].tolist() == [1.0, 0.0] * (len(rows) // 2)
     found = report.summary(result.values)
     logps = [float(s[0]) for s in result.logps]
@@ -393,6 +395,12 @@ def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_di
         ("piqa", ROWS["piqa"] | {"goal": 3}, r"line 2: not a task row \(PIQA\): goal is 3, not text"),
         ("piqa", ROWS["piqa"] | {"label": -1}, r"line 2: .*label is -1, not an answer; take the split that has"),
         ("piqa", ROWS["piqa"] | {"label": 2}, r"line 2: .*the answer is number 2 of 2 choices"),
+        ("piqa", ROWS["piqa"] | {"goal": "a \ud83d"}, r"line 2: .*goal holds half a character"),
+        ("piqa", '{"goal": ' + "9" * 5000 + "}", r"line 2: not a task row, Exceeds the limit"),
+        ("piqa", "[" * 100_000, r"line 2: not a task row, it is nested too deeply"),
+        ("copa", ROWS["copa"] | {"question": "why"}, r"line 2: .*neither 'cause' nor 'effect'"),
+        ("commonsense_qa", ROWS["commonsense_qa"] | {"answerKey": "F"}, r"line 2: not a task row"),
+        ("wsc273", ROWS["wsc273"] | {"label": 2}, r"line 2: .*number 2 of 2 contexts"),
         ("hellaswag", ROWS["hellaswag"] | {"label": ""}, r"line 2: .*label is '', not an answer"),
         ("arc_easy", ROWS["arc_easy"] | {"answerKey": "E"}, r"line 2: .*answerKey is 'E', not one of \['A', 'B'\]"),
         ("arc_easy", ROWS["arc_easy"] | {"choices": {"text": ["a"]}}, r"line 2: .*it lacks 'label'"),
@@ -432,6 +440,15 @@ def test_files_that_cannot_be_used(tmp_path):
         ValueError, match=r"line 1: .*the dev file has 4 rows of subject 'high_school_physics'; 5"
     ):
         tasks.load(tmp_path / "mmlu.jsonl")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    file = tmp_path / "piqa.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS["piqa"]).encode())
+    assert (
+        tasks.load(file).items
+        == tasks.load(write(tmp_path / "piqa.jsonl.gz", [ROWS["piqa"]])).items
+    )
 
 
 def test_limit_reads_no_further(tmp_path):

@@ -1,4 +1,7 @@
-"""The whole run at a tiny size: both stages, export, table; repeatable and resumable to the bit; bad input refused."""
+"""The whole run at a tiny size:
+
+both stages, export, table; repeatable and resumable to the bit; bad input refused.
+"""
 
 import importlib.util
 import json
@@ -157,7 +160,9 @@ def test_stop_and_resume_gives_the_same_bits(whole, small, text_dir, tmp_path):
 
 
 def test_killed_at_random_moments_and_resumed(whole, small, text_dir, tmp_path):
-    """SIGKILL at ten random moments, with the state written after every step, so that some hit the writing itself."""
+    """SIGKILL at ten random moments, with the state written after every step, so that some hit the
+    writing itself.
+    """
     out, rng = tmp_path / "killed", random.Random(0)
     for _ in range(10):
         begun = ["--resume"] if (out / ".linear-ard.json").exists() else []
@@ -235,7 +240,9 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path):
-    """A limit on the size of a file stands for the full disk: the log still fits, the next state does not."""
+    """A limit on the size of a file stands for the full disk: the log still fits, the next state
+    does not.
+    """
     out = tmp_path / "out"
     stopped = shell([*arguments(small, text_dir, out), "--save-minutes", "0"])
     while not (out / "state").exists() or resume.latest(out / "state") is None:
@@ -258,7 +265,8 @@ def test_a_second_ctrl_c_leaves_at_once(small, text_dir, tmp_path):
     """The first one is asked for while a state is being written, which a pause makes long."""
     script = tmp_path / "slow.py"
     script.write_text(
-        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom engine import resume\nwrite = resume.write\n"
+        f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom engine import "
+        "resume\nwrite = resume.write\n"
         "def slow(*a):\n    print('writing', flush=True)\n    time.sleep(60)\n    write(*a)\n"
         "resume.write = slow\ntrain.main()\n"
     )

@@ -1,0 +1,125 @@
+"""The demo: the paper's student and YaRN's, trained side by side, in one table and one picture.
+
+    python demo/demo.py [--out out/demo] [more flags of train.py]        what `make demo` runs
+
+What.  Two runs of train.py on the embedded teacher, `--rope linear` (position interpolation, the
+paper's) and `--rope yarn`, each through both stages, in OUT/linear and OUT/yarn; then OUT/demo.md
+and OUT/demo.png put their reports side by side. An earlier demo's folders are replaced, and nothing
+else.
+
+How it is read.  Recovered is (untrained linear - student) / (untrained linear - teacher) at 1x for
+all columns: the share of what position interpolation loses.
+
+Limits.  A model of 5.7M parameters and minutes of two CPU cores: what it shows of a real model is
+the shape of the curves, not their height.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from engine import exits, folder  # noqa: E402
+
+KINDS = ("linear", "yarn")
+COLOURS = {"teacher": "0.35", "linear": "#c44e52", "yarn": "#4c72b0"}
+
+
+def main() -> None:
+    flags = sys.argv[1:]
+    out = Path(flags[flags.index("--out") + 1]) if "--out" in flags else Path("out/demo")
+    rest = [f for i, f in enumerate(flags) if f != "--out" and (i == 0 or flags[i - 1] != "--out")]
+    began = time.time()
+    for kind in KINDS:
+        folder.clear(out / kind)
+    for kind in KINDS:
+        command = [sys.executable, str(ROOT / "train.py"), "--rope", kind, "--out", str(out / kind)]
+        print(f"\n$ python train.py --rope {kind} --out {out / kind}", flush=True)
+        done = subprocess.run([*command, "--cache", str(out / "cache"), *rest], check=False)
+        if done.returncode:
+            sys.exit(done.returncode)
+    table = side_by_side(out)
+    (out / "demo.md").write_text(table + "\n")
+    picture(out)
+    print(
+        f"\n{table}\n\n{time.time() - began:.0f} seconds in all; the picture is {out / 'demo.png'}"
+    )
+
+
+def columns(out: Path) -> dict[str, dict[str, float]]:
+    """{column: {row: figure}} of both reports; the teacher once."""
+    found = {}
+    for kind in KINDS:
+        report = json.loads((out / kind / "report.json").read_text())
+        for name in report["columns"]:
+            label = name if name == "teacher" else f"{kind} {name}"
+            found[label] = {row: values[name] for row, values in report["rows"].items()}
+    return found
+
+
+def recovered(found: dict, label: str) -> float:
+    """The share of what position interpolation loses at 1x."""
+    lost = found["linear untrained"]["loss at 1x"]
+    return (lost - found[label]["loss at 1x"]) / (lost - found["teacher"]["loss at 1x"])
+
+
+def side_by_side(out: Path) -> str:
+    """Markdown: a row for each model."""
+    found = columns(out)
+    rows = list(found["teacher"])
+    shown = [r for r in rows if r.startswith(("loss at", "recall at"))]
+    lines = ["| | " + " | ".join([*shown, "lost loss recovered"]) + " |"]
+    lines.append("|---|" + "---:|" * (len(shown) + 1))
+    for label, figures in found.items():
+        cells = [f"{figures[r]:.3f}" if "loss" in r else f"{100 * figures[r]:.0f} %" for r in shown]
+        share = (
+            ""
+            if label in ("teacher", "linear untrained")
+            else f"{100 * recovered(found, label):.1f} %"
+        )
+        lines.append("| " + " | ".join([label, *cells, share]) + " |")
+    return "\n".join(lines)
+
+
+def picture(out: Path) -> None:
+    """Two panels: loss at 1x and at 8x, and look-ups by length, for every model."""
+    from matplotlib.figure import Figure
+
+    found = columns(out)
+    lengths = [r for r in found["teacher"] if r.startswith("recall at")]
+    near, far = (r for r in found["teacher"] if r.startswith("loss at"))
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+    for i, (label, figures) in enumerate(found.items()):
+        colour = COLOURS[label.split()[0]]
+        dark = {"untrained": 0.35, "stage1": 0.65}.get(label.split()[-1], 1.0)
+        left.bar(i - 0.2, figures[near], 0.38, color=colour, alpha=dark)
+        left.bar(
+            i + 0.2, figures[far], 0.38, color=colour, alpha=dark, hatch="//", edgecolor="white"
+        )
+        if label == "teacher" or "untrained" in label or "stage2" in label:
+            style = {"untrained": ":", "stage2": "-"}.get(label.split()[-1], "--")
+            values = [100 * figures[r] for r in lengths]
+            right.plot(
+                range(len(lengths)), values, style, color=colour, lw=2, marker="o", label=label
+            )
+    left.axhline(found["teacher"][near], color="0.35", lw=1, ls="--")
+    left.set_xticks(range(len(found)), [label.replace(" ", "\n") for label in found], fontsize=8)
+    left.set_ylabel("held-out loss (nats per token)")
+    unit = far.split()[-1]
+    left.set_title(f"loss at 1x (plain) and at {unit} (hatched)", loc="left", fontsize=10)
+    right.set_xticks(range(len(lengths)), [r.split()[-1] for r in lengths])
+    right.set_ylim(-3, 103)
+    right.set_xlabel("times the native length")
+    right.set_title("look-ups answered right (%)", loc="left", fontsize=10)
+    right.legend(frameon=False, fontsize=8)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out / "demo.png", dpi=120)
+
+
+if __name__ == "__main__":
+    exits.run(main, "demo.py")

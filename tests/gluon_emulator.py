@@ -1,0 +1,403 @@
+"""Runs a Gluon kernel's own source on a CPU, one program after another, with asynchrony made as unkind as it may be.
+
+Gluon has no interpreter. Here the functions marked `@gluon.jit` run as Python on torch tensors, their `gl`, `tma`,
+`mbarrier` and `warpgroup_mma` replaced by the classes below:
+
+    copies of the copy engine   land at once, or only when their barrier is waited for: the buffer holds NaN till then
+    products                    read their operands when issued, or only when they are waited for
+    warp_specialize             every partition is a thread, one of which runs at a time; they change places at each
+                                barrier operation, in an order drawn from a seed
+
+So a read before its data, a buffer refilled too early, a wrong phase or count (which would hang: here an error), a wrong
+byte count or a missing fence shows as an error or a wrong result, for any of the seeds. Not seen: barriers between the
+warps of one partition, the copy engine's real encoding, layouts, the launch.
+"""
+
+import ast
+import random
+import threading
+import types
+from pathlib import Path
+
+import torch
+
+
+class World:
+    """What the running program shares: set anew by `run`."""
+
+    pid, programs = 0, 1
+    late_copy = late_product = False
+    chance = random.Random(0)
+    barriers: dict = {}
+    partition = (
+        threading.local()
+    )  # .queue: products in flight; .dirty: stores without a fence; .turns: its scheduler
+
+
+class Smem:
+    def __init__(self, data, key):
+        self.data, self.key, self.dtype, self.layout = data, key, data.dtype, None
+        self.shape = list(data.shape)
+
+    def index(self, i):
+        assert 0 <= int(i) < self.data.shape[0]
+        return Smem(self.data[int(i)], (*self.key, int(i)))
+
+    def permute(self, order):
+        return Smem(self.data.permute(order), self.key)
+
+    def store(self, value):
+        self.data.copy_(value)
+        World.partition.dirty.add(self.key)
+
+    def load(self, layout):
+        return self.data.clone()
+
+
+class Ptr:
+    def __init__(self, storage, offset=0):
+        self.storage, self.offset, self.dtype = (
+            storage,
+            offset,
+            types.SimpleNamespace(element_ty=storage.dtype),
+        )
+
+    def __add__(self, o):
+        return Ptr(self.storage, self.offset + o)
+
+    def indices(self, mask):
+        o = self.offset if mask is None else torch.where(mask, self.offset, 0)
+        assert ((o >= 0) & (o < self.storage.numel())).all(), "out of bounds"
+        return o
+
+
+class Descriptor:
+    """What the copy engine is told: a matrix, and the block it brings. Beyond the matrix it brings zeros."""
+
+    def __init__(self, matrix, block):
+        self.matrix, self.block, self.dtype, self.layout = matrix, block, matrix.dtype, None
+        self.block_type = types.SimpleNamespace(
+            nbytes=torch.Size(block).numel() * matrix.element_size()
+        )
+
+    def read(self, at):
+        out = torch.zeros(self.block, dtype=self.dtype)
+        source = self.matrix[
+            tuple(slice(int(a), int(a) + b) for a, b in zip(at, self.block, strict=True))
+        ]
+        out[tuple(slice(0, s) for s in source.shape)] = source
+        return out
+
+
+# ---- products
+
+
+class Product:
+    def __init__(self, a, b, acc, use):
+        self.a, self.b, self.acc, self.use, self.value = a, b, acc, use, None
+        for z in (a, b):
+            assert not isinstance(z, Smem) or z.key not in World.partition.dirty, (
+                "no fence between store and product"
+            )
+
+    def run(self):
+        if self.value is None:
+            a, b = (z.data.float() if isinstance(z, Smem) else z.float() for z in (self.a, self.b))
+            self.value = a @ b + (self.acc if self.use else 0)
+        return self
+
+
+def warpgroup_mma(a, b, acc, use_acc=True, is_async=False):
+    assert is_async
+    product = Product(a, b, acc, use_acc)
+    World.partition.queue.append(product)
+    if not World.late_product:
+        product.run()
+    return product
+
+
+def warpgroup_mma_wait(n, deps):
+    queue = World.partition.queue
+    while len(queue) > n:
+        queue.pop(0).run()
+    assert all(d not in queue for d in deps), "waited for too little"
+    values = tuple(d.value for d in deps)
+    return values[0] if len(values) == 1 else values
+
+
+def fence_async_shared():
+    World.partition.dirty.clear()
+
+
+# ---- barriers and copies
+
+
+class mbarrier:
+    @staticmethod
+    def MBarrierLayout():
+        return None
+
+    @staticmethod
+    def init(b, count):
+        World.barriers[b.key] = types.SimpleNamespace(
+            count=count, left=count, phase=0, bytes=0, pending=[]
+        )
+
+    @staticmethod
+    def _arrive(s):
+        assert s.left > 0, "one arrival more than the barrier counts"
+        s.left -= 1
+        mbarrier._complete(s)
+
+    @staticmethod
+    def _complete(s):
+        assert s.left > 0 or s.bytes >= 0 or s.pending, "more bytes than were announced"
+        if s.left == 0 and s.bytes == 0:
+            s.left, s.phase = s.count, s.phase + 1
+
+    @staticmethod
+    def arrive(b, count=1):
+        turn()
+        mbarrier._arrive(World.barriers[b.key])
+        turn()
+
+    @staticmethod
+    def expect(b, n, pred=True):
+        if pred:
+            s = World.barriers[b.key]
+            s.bytes += int(n)
+            mbarrier._arrive(s)
+
+    @staticmethod
+    def wait(b, parity):
+        s = World.barriers[b.key]
+        parity = int(parity)
+        turn()
+        turn(lambda: mbarrier._land(s) & 1 != parity)
+
+    @staticmethod
+    def _land(s):
+        for destination, block, n in s.pending:
+            destination.data.copy_(block)
+            s.bytes -= n
+        if s.pending:
+            s.pending.clear()
+            mbarrier._complete(s)
+        return s.phase
+
+
+class tma:
+    @staticmethod
+    def async_copy_global_to_shared(desc, at, b, destination, pred=True):
+        if not pred:
+            return
+        s = World.barriers[b.key]
+        block, n = desc.read(at), desc.block_type.nbytes
+        assert list(block.shape) == destination.shape
+        if World.late_copy:
+            destination.data.fill_(float("nan"))
+            s.pending.append((destination, block, n))
+        else:
+            destination.data.copy_(block)
+            s.bytes -= n
+            mbarrier._complete(s)
+
+
+# ---- partitions
+
+
+class Turns:
+    """Threads of which one runs at a time."""
+
+    def __init__(self, functions):
+        self.lock, self.running, self.waits, self.error = threading.Condition(), None, {}, None
+        self.threads = [
+            threading.Thread(target=self._body, args=(n, f, a))
+            for n, (f, a) in enumerate(functions)
+        ]
+
+    def _body(self, n, function, arguments):
+        World.partition.queue, World.partition.dirty = [], set()
+        World.partition.turns = (self, n)
+        try:
+            with self.lock:
+                self.lock.wait_for(lambda: self.running == n or self.error)
+            if not self.error:
+                function(*arguments)
+                assert not World.partition.queue, "products left in flight"
+        except BaseException as e:
+            self.error = self.error or e
+        finally:
+            del self.waits[n]
+            self._next()
+
+    def _next(self):
+        ready = [
+            n for n, condition in sorted(self.waits.items()) if condition is None or condition()
+        ]
+        if self.waits and not ready:
+            self.error = self.error or AssertionError("every partition waits: it would hang")
+        with self.lock:
+            self.running = World.chance.choice(ready) if ready else None
+            self.lock.notify_all()
+
+    def pause(self, n, condition):
+        self.waits[n] = condition
+        self._next()
+        with self.lock:
+            self.lock.wait_for(lambda: self.running == n or self.error)
+        if self.error:
+            raise AssertionError("another partition failed")
+        self.waits[n] = None
+
+    def run(self):
+        self.waits = dict.fromkeys(range(len(self.threads)))
+        for t in self.threads:
+            t.start()
+        self._next()
+        for t in self.threads:
+            t.join()
+        if self.error:
+            raise self.error
+
+
+def turn(condition=None):
+    """Lets another partition run; returns when `condition` holds."""
+    turns = getattr(World.partition, "turns", None)
+    if turns is None:
+        assert condition is None or condition(), "would hang"
+    else:
+        turns[0].pause(turns[1], condition)
+
+
+# ---- the language
+
+
+class _GL:
+    float32, int64, bfloat16, float16 = torch.float32, torch.int64, torch.bfloat16, torch.float16
+    static_range = range
+
+    def __getattr__(self, name):  # exp2, log2
+        return getattr(torch, name)
+
+    def constexpr(self, x):
+        return x
+
+    def layout(self, *a, **k):
+        return None
+
+    NVMMADistributedLayout = SliceLayout = NVMMASharedLayout = DotOperandLayout = layout
+    BlockedLayout = SwizzledSharedLayout = layout
+
+    def barrier(self):
+        pass
+
+    thread_barrier = barrier
+
+    def convert_layout(self, x, layout):
+        return x
+
+    def warp_specialize(self, functions, worker_num_warps, worker_num_regs):
+        assert len(functions) - 1 == len(worker_num_warps) == len(worker_num_regs)
+        Turns(functions).run()
+
+    def cdiv(self, a, b):
+        return (a + b - 1) // b
+
+    def program_id(self, _):
+        return torch.tensor(World.pid)
+
+    def num_programs(self, _):
+        return World.programs
+
+    def minimum(self, a, b):
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+
+    def maximum(self, a, b):
+        return torch.maximum(torch.as_tensor(a), torch.as_tensor(b))
+
+    def arange(self, a, b, layout=None):
+        return torch.arange(a, b)
+
+    def full(self, shape, v, dtype, layout=None):
+        return torch.full(shape, v, dtype=dtype)
+
+    def zeros(self, shape, dtype, layout=None):
+        return torch.zeros(shape, dtype=dtype)
+
+    def max(self, x, axis):
+        return x.amax(axis)
+
+    def sum(self, x, axis):
+        return x.sum(axis)
+
+    def where(self, m, a, b):
+        return torch.where(m, a, b)
+
+    def load(self, p, mask=None, other=0.0):
+        return (
+            p.storage[p.indices(None)]
+            if mask is None
+            else torch.where(mask, p.storage[p.indices(mask)], other)
+        )
+
+    def store(self, p, value, mask=None):
+        mask = torch.tensor(True) if mask is None else mask
+        o, value, mask = torch.broadcast_tensors(p.indices(mask), value, mask)
+        p.storage[o[mask]] = value[mask]
+
+    def allocate_shared_memory(self, dtype, shape, layout):
+        data = (
+            torch.zeros(shape, dtype=dtype)
+            if dtype == torch.int64
+            else torch.full(shape, float("nan"), dtype=dtype)
+        )
+        return Smem(data, (next(self.names),))
+
+    names = iter(range(10**9))
+
+
+class _NotInPlace(ast.NodeTransformer):
+    """a += b as a = a + b: in the language a value is never changed, and a tensor here may have two names."""
+
+    def visit_AugAssign(self, node):
+        read = ast.Name(node.target.id, ast.Load())
+        return ast.Assign([node.target], ast.BinOp(read, node.op, node.value))
+
+
+def kernels(path: Path, changes: tuple[tuple[str, str], ...] = (), **names) -> dict:
+    """The file's jitted functions as plain Python. `changes` are made in its text first: planted faults."""
+    text = path.read_text()
+    for old, new in changes:
+        assert old in text, f"{path.name} holds no {old!r}"
+        text = text.replace(old, new)
+    tree = ast.parse(text)
+    jitted = [
+        f
+        for f in tree.body
+        if isinstance(f, ast.FunctionDef) and "gluon" in ast.dump(ast.List(f.decorator_list))
+    ]
+    for f in jitted:
+        f.decorator_list = []
+    tree = ast.fix_missing_locations(_NotInPlace().visit(ast.Module(jitted, [])))
+    language = _GL()
+    space = {
+        "gl": language, "tma": tma, "mbarrier": mbarrier, "warpgroup_mma": warpgroup_mma, "barrier": language.barrier,
+        "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence_async_shared, **names,
+    }  # fmt: skip
+    exec(compile(tree, str(path), "exec"), space)
+    return space
+
+
+def run(
+    kernel, programs: int, *arguments, late_copy=False, late_product=False, seed=0, **constants
+):
+    World.late_copy, World.late_product, World.programs = late_copy, late_product, programs
+    World.chance = random.Random(seed)
+    for World.pid in range(programs):
+        World.partition.queue, World.partition.dirty, World.barriers = [], set(), {}
+        kernel(*arguments, **constants)
+        assert not World.partition.queue, "products left in flight"
+        assert not any(s.pending or s.bytes for s in World.barriers.values()), (
+            "copies left in flight"
+        )

@@ -1,0 +1,215 @@
+"""kernel_hopper.py without a GPU: its source on a CPU with unkind asynchrony, its machine code from the compiler.
+
+gluon_emulator.py says what the emulation sees and what it does not. tests/test_gpu.py runs the kernels themselves.
+"""
+
+import math
+from pathlib import Path
+
+import gluon_emulator
+import pytest
+import torch
+from test_kernel import SHARED, assert_runs_at_full_rate, compiled, resources
+
+triton = pytest.importorskip("triton")
+gluon = pytest.importorskip("triton.experimental.gluon")
+
+from triton.experimental.gluon import language as gl  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
+
+import kernel_hopper  # noqa: E402
+from relation_kl import choose, relation_kl  # noqa: E402
+
+SOURCE = Path(kernel_hopper.__file__)
+LOG2E = math.log2(math.e)
+bf16 = torch.bfloat16
+
+
+def emulate(D, H, T, bthd, changes=(), **unkindness):
+    """Errors of loss (the largest) and gradient (relative norm) of the emulated kernels against float64."""
+    g = torch.Generator().manual_seed(T)
+    shape = (1, T, H, D) if bthd else (1, H, T, D)
+    x = torch.randn(shape, generator=g).bfloat16()
+    y = (x + 0.5 * torch.randn(shape, generator=g)).bfloat16()
+    w = torch.randn(1, H, T, generator=g)
+    if bthd:
+        x, y = x.transpose(1, 2), y.transpose(1, 2)
+    wide = x.double().requires_grad_()
+    kl = relation_kl(wide, y.double(), impl="dense")
+    (dx,) = torch.autograd.grad(kl, wide, w.double())
+    a = D**-0.5
+    names = {"LN2": math.log(2), "NOTHING": -1e30, "BS": 64, "LANES": None}
+    space = gluon_emulator.kernels(SOURCE, tuple(changes), **names)
+    matrices = [gluon_emulator.Descriptor(kernel_hopper._matrix(z)[0], [64, D]) for z in (x, y)]
+    heads = (T, H, max(1, H - 1))  # a last group of fewer heads
+    numbers = [torch.full((H * T,), float("nan")) for _ in range(3)]
+    pointers = [gluon_emulator.Ptr(z) for z in (*numbers, w.view(-1))]
+    common = {"D": D, "BTHD": bthd, "REGISTERS": 0, "num_warps": 4, **unkindness}
+
+    def launch(name, table, *arguments):
+        workers, stages, _ = table[D]
+        programs = -(-T // (64 * workers)) * H
+        gluon_emulator.run(
+            space[name],
+            programs,
+            *matrices,
+            *arguments,
+            *heads,
+            WORKERS=workers,
+            STAGES=stages,
+            **common,
+        )
+
+    launch("_forward_kernel", kernel_hopper.FORWARD, *pointers[:3], a * LOG2E, a * LOG2E)
+    loss = (numbers[0].view(1, H, T) - kl).abs().max().item()
+    out = torch.full((H * T * D,), float("nan"), dtype=bf16)
+    strides = (0, D, H * D) if bthd else (0, T * D, D)
+    scales = (a * LOG2E, a * LOG2E, a)
+    launch(
+        "_backward_kernel",
+        kernel_hopper.BACKWARD,
+        *pointers[1:],
+        gluon_emulator.Ptr(out),
+        *scales,
+        *strides,
+    )
+    out = out.view(1, T, H, D).transpose(1, 2) if bthd else out.view(1, H, T, D)
+    return loss, ((out.double() - dx).norm() / dx.norm()).item()
+
+
+CASES = (
+    (64, 2, 400, False),
+    (64, 3, 256, True),
+    (128, 1, 513, False),
+    (64, 1, 63, False),
+    (64, 2, 130, True),
+)
+
+
+@compiled
+@pytest.mark.parametrize("late", ["", "copies", "products", "copies products"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_agrees_with_the_definition_however_late(case, late):
+    for seed in range(2):
+        loss, gradient = emulate(
+            *case, late_copy="copies" in late, late_product="products" in late, seed=seed
+        )
+        assert loss <= 1e-5 and gradient <= 4e-3
+
+
+FAULTS = {
+    "a tile freed before its product is done": (
+        "    b_u = warpgroup_mma_wait(0, deps=(u,))\n    _release(free, k, STAGES)\n    if MASK",
+        "    _release(free, k, STAGES)\n    b_u = warpgroup_mma_wait(0, deps=(u,))\n    if MASK",
+    ),
+    "a tile of others freed before it came": (
+        "        mbarrier.wait(ready.index(k % STAGES), (k // STAGES) & 1)\n        _release",
+        "        _release",
+    ),
+    "the other phase": ("((k // STAGES) & 1) ^ 1)", "(k // STAGES) & 1)"),
+    "a phase that never comes": ("mbarrier.wait(ready.index(slot), (k // STAGES) & 1)", "mbarrier.wait(ready.index(slot), 1)"),
+    "own rows not waited for": ("    mbarrier.wait(ready.index(STAGES), 0)\n    for k in range(0, diagonal)", "    for k in range(0, diagonal)"),
+    "S not waited for": ("b_s = warpgroup_mma_wait(1, deps=(s,))  # U", "b_s = warpgroup_mma_wait(2, deps=(s,))  # U"),
+    "one byte count for two tiles": ("mbarrier.expect(ready.index(slot), 2 *", "mbarrier.expect(ready.index(slot), 1 *"),
+    "the columns' numbers of one tile on": ("return b_stats.index(3 * (k % STAGES) + n)", "return b_stats.index(3 * ((k + 1) % STAGES) + n)"),
+    "a tile never freed": ("    _release(free, k, STAGES)\n    return b_dx", "    return b_dx"),
+}  # fmt: skip
+
+
+@compiled
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_emulation_catches_planted_faults(fault):
+    caught = False
+    for seed in range(4):
+        try:
+            unkind = {"late_copy": seed % 2 == 0, "late_product": True}
+            loss, gradient = emulate(64, 2, 700, False, [FAULTS[fault]], seed=seed, **unkind)
+            caught |= not (loss <= 1e-5 and gradient <= 4e-3)
+        except AssertionError:
+            caught = True
+    assert caught
+
+
+@compiled
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_compiles_for_hopper(direction, D, tmp_path):
+    kernel = getattr(kernel_hopper, f"_{direction}_kernel")
+    workers, stages, registers = getattr(kernel_hopper, direction.upper())[D]
+    constants = {
+        "D": D,
+        "BTHD": True,
+        "WORKERS": workers,
+        "STAGES": stages,
+        "REGISTERS": registers,
+        "num_warps": 4,
+    }
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in ("x", "y"):
+            signature[name] = f"tensordesc<bf16[64, {D}],{kernel_hopper._layout(D)!r}>"
+        elif name in ("kl", "s_lse", "t_lse", "w", "dx"):
+            signature[name] = "*bf16" if name == "dx" else "*fp32"
+        else:
+            signature[name] = "fp32" if name.endswith("scale") else "i32"
+    aligned = [
+        i for i, (name, type) in enumerate(signature.items()) if type[0] == "*" or "stride" in name
+    ]
+    source = GluonASTSource(
+        kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned}
+    )
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    made = triton.compile(source, target=target, options={"num_warps": 4})
+    registers, stack = resources(made.asm["cubin"], tmp_path / "kernel.cubin")
+    print(
+        f"{direction:8} D {D:3} {stack:3} bytes spilled, {made.metadata.shared / 1024:5.1f} KiB shared"
+    )
+    assert made.metadata.shared <= SHARED[90]
+    assert_runs_at_full_rate(
+        made, 2 if direction == "forward" else 3, tmp_path
+    )  # for S, for U, for dL/dx
+
+
+# ---- what it takes
+
+
+def test_matrices_of_the_copy_engine():
+    """[B, H, T, D] and a transpose of [B, T, H, D] are read in place, slices of a fused projection are not."""
+    x = torch.randn(2, 3, 40, 64, dtype=bf16)
+    m, side_by_side = kernel_hopper._matrix(x)
+    assert torch.equal(m.view_as(x), x) and not side_by_side
+    z = torch.randn(2, 40, 3, 64, dtype=bf16)
+    m, side_by_side = kernel_hopper._matrix(z.transpose(1, 2))
+    assert torch.equal(m.view_as(z), z) and side_by_side
+    assert (
+        kernel_hopper._matrix(torch.zeros(2, 40, 3, 2, 64, dtype=bf16)[:, :, :, 0].transpose(1, 2))
+        is None
+    )
+    assert kernel_hopper._matrix(torch.zeros(1, 1, 40, 65, dtype=bf16)[..., 1:]) is None
+    y = torch.randn(2, 40, 3, 64, dtype=bf16).transpose(1, 2)
+    same = kernel_hopper._laid_out(x, y)
+    assert same[0] is x and torch.equal(same[1], y) and same[1].stride() == x.stride()
+
+
+def test_refuses_in_a_sentence():
+    x = torch.zeros(1, 1, 4, 64, dtype=bf16)
+    with pytest.raises(
+        ValueError, match=r"needs compute capability 9\.0, and the tensors are on cpu"
+    ):
+        relation_kl(x, x, impl="hopper")
+    assert choose(x)[0] == "tiled"
+
+
+def test_says_what_it_does_not_take(monkeypatch):
+    monkeypatch.setattr(kernel_hopper, "_chip_reason", lambda device: None)
+    x = torch.zeros(1, 1, 4, 64, dtype=bf16)
+    assert kernel_hopper.unsupported(x, True, None, (1.0, 1.0)) is None
+    assert "not torch.float16" in kernel_hopper.unsupported(x.half(), True, None, (1.0, 1.0))
+    assert "and 80" in kernel_hopper.unsupported(
+        torch.zeros(1, 1, 4, 80, dtype=bf16), True, None, (1.0, 1.0)
+    )
+    assert "causal" in kernel_hopper.unsupported(x, False, None, (1.0, 1.0))
+    assert "lengths" in kernel_hopper.unsupported(x, True, torch.tensor([4]), (1.0, 1.0))
+    assert "positive" in kernel_hopper.unsupported(x, True, None, (1.0, -1.0))
