@@ -51,8 +51,8 @@ import eval as evaluation
 from engine import cost, data, flags, folder, graph, lora, parallel, plan, resume, watch
 from engine.lookups import Lookups
 from evals import report
-from hub import checkpoint, files
-from hub.card import model_card
+from hub import checkpoint, download, files
+from hub.card import licence_of, model_card
 from hub.tokenizer import load_tokenizer
 from model import (
     TRAINED,
@@ -398,7 +398,7 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
             with out.directory("adapter") as work:
                 lora.write_adapter(student, work, str(args.teacher), TRAINED)
         card = model_card(
-            args.teacher.name,
+            download.model_name(args.teacher),
             before=str(native.rope),
             after=str(longer.rope),
             kind=longer.rope.kind,
@@ -406,6 +406,8 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
             stages=[dataclasses.asdict(stage) for stage in stages],
             scores=text,
             arguments=about["arguments"],
+            base_model=download.repository_of(args.teacher),
+            licence=licence_of(args.teacher),
         )
         with out.directory("student") as work:
             checkpoint.write_pretrained(

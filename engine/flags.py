@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hub import files
+from hub import download
 from relation_kl import IMPLEMENTATIONS
 from rope import STUDENT_KINDS
 
@@ -158,8 +158,8 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     if args.tensorboard:
         require("tensorboard", "--tensorboard")
     check_device(args.device)
-    teacher = files.resolve(args.teacher) if args.teacher else HERE / "demo" / "teacher"
-    name = f"{teacher.resolve().name}-x{args.scale:g}" if args.teacher else "demo"
+    teacher = download.resolve(args.teacher) if args.teacher else HERE / "demo" / "teacher"
+    name = f"{download.model_name(teacher)}-x{args.scale:g}" if args.teacher else "demo"
     args.teacher, args.out = teacher, args.out or Path("out") / name
     args.cache = args.cache or args.out / "cache"
     return args

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hub import download
 from hub.card import adapter_card
 from hub.checkpoint import set_parameter
 from model import Linear, Llama
@@ -104,10 +105,11 @@ def write_adapter(student: Llama, work: Path, base: str, trained: tuple[str, ...
             tensors[f"base_model.model.{name}.lora_B.weight"] = m.lora_B.detach().cpu().contiguous()
     assert last is not None, "write_adapter needs a student with adapters"
     rank = last.lora_A.shape[0]
+    repository = download.repository_of(Path(base))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": repository or base,  # PEFT fetches by the Hub's name
         "r": rank,
         "lora_alpha": last.scale * rank,
         "lora_dropout": last.dropout,
@@ -115,7 +117,8 @@ def write_adapter(student: Llama, work: Path, base: str, trained: tuple[str, ...
         "bias": "none",
         "inference_mode": True,
     }
-    readme = adapter_card(base, student.config.rope.to_hf())
+    name = download.model_name(Path(base))
+    readme = adapter_card(name, student.config.rope.to_hf(), repository)
     save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
     (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (work / "README.md").write_text(readme)

@@ -18,7 +18,7 @@ import torch
 from engine.flags import check_device, count, folder, one_sentence, positive, seed
 from evals.longtext import STRIDE
 from evals.ruler_tasks import TASKS
-from hub import files
+from hub import download
 
 SAMPLES, NEW_TOKENS = 32, 100
 # The most that is taken for what somebody means: prompts are made before a model is asked
@@ -50,8 +50,8 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     args = p.parse_args(argv)
     _check(args)
     args.command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
-    args.model = files.resolve(args.model)
-    args.against = files.resolve(args.against) if args.against else None
+    args.model = download.resolve(args.model)
+    args.against = download.resolve(args.against) if args.against else None
     defaults = {"samples": SAMPLES, "new_tokens": NEW_TOKENS, "blocks": 8, "ruler_seed": 42}
     for key, value in defaults.items():
         setattr(args, key, value if getattr(args, key) is None else getattr(args, key))

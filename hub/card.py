@@ -19,6 +19,9 @@ Source.  The Hub's model card metadata; the commands of the programs named.
 import html
 import json
 import re
+from pathlib import Path
+
+from hub.files import own
 
 # What a stage of engine/plan.py does, by its objective
 _OBJECTIVES = {
@@ -89,8 +92,13 @@ def adapter_card(name: str, positions: dict, base_model: str | None = None) -> s
     )
 
 
-def licence_of(readme: str) -> dict[str, str]:
-    """license, license_name and license_link from a model card's front matter; {} if it has none."""
+def licence_of(path: Path) -> dict[str, str]:
+    """license, license_name and license_link from the front matter of a directory's README.md.
+
+    {} where there is no card, or none with a licence.
+    """
+    file = own(path, "README.md")
+    readme = file.read_text(errors="replace") if file.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme, re.DOTALL)
     found = {}
     for line in front[1].splitlines() if front else ():

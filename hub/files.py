@@ -119,11 +119,6 @@ def atomic_directory(path: Path):
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def resolve(name: str) -> Path:
-    """The directory that --teacher or --model names."""
-    return Path(name)
-
-
 def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

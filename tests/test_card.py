@@ -104,8 +104,10 @@ def test_dynamic_positions_are_served_by_transformers_alone_and_the_card_says_so
         ("", {}),
     ],
 )
-def test_the_licence_is_read_from_the_teachers_card(readme, found):
-    assert licence_of(readme) == found
+def test_the_licence_is_read_from_the_teachers_card(readme, found, tmp_path):
+    assert licence_of(tmp_path) == {}
+    (tmp_path / "README.md").write_text(readme)
+    assert licence_of(tmp_path) == found
 
 
 def test_the_adapters_readme_says_which_positions_to_set():
