@@ -8,9 +8,9 @@ waits for a product where it is written, and cannot say otherwise. Gluon, Triton
     WORKERS groups      of four warps, 64 rows each, every one by itself: wait for a tile, start its two products,
                         take exponentials, free the tile
 
-While one group takes exponentials another one's products run; no group waits for another. Within a group, too, the
-exponentials of S begin while the tensor cores are still at U. More groups hide more and leave each fewer registers: 4
-forward, 3 backward (whose dL/dx stays in registers), 12 or 16 warps on a multiprocessor.
+While one group takes exponentials another one's products run; no group waits for another. Backward, a group's own
+exponentials of S begin while the tensor cores are still at U (forward that took longer). More groups hide more and leave
+each fewer registers: 4 forward, 3 backward (whose dL/dx stays in registers).
 
 How they meet.  The copy engine (TMA) brings a tile without any thread's help and then flips a barrier in shared memory.
 `ready` flips when a tile's bytes are there, `free` when all groups are done with it; slot k % STAGES is used again and
@@ -19,13 +19,13 @@ rows end earlier) still waits for each tile and frees it: freeing a tile that ha
 before. A product reads shared memory on its own too: the group waits for it before it frees the tile.
 
 Forward.  (1) as in kernel_triton.py: two running maxima and sums. Here the maximum is of the raw products, and scale and
-maximum enter in one multiply-add. Sums stay apart for each of the four threads that share a row, until the end.
+maximum enter in one multiply-add.
 
 Backward.  (2) and (3) over all columns: G_ij left of the diagonal (row i sees column j), G_ji right of it (row j sees
 column i, with the statistics of the columns, which the first warp brings), both across it. Left of the diagonal all of a
 row shares one weight w_i, which is therefore applied once, to the sum. Each group keeps its rows' dL/dx in registers and
 writes it once, so the same inputs give the same bits. A walk over the triangle would need 6 half-products instead of 8,
-but must add to rows of other programs: measured (LOG.md), those additions took longer than the products they saved.
+but must add to rows of other programs: as it was tried here (LOG.md), the additions cost more than the products saved.
 
 Limits.  Compute capability 9.0, bfloat16, causal, no `lengths`, D 64 or 128, positive scales, first derivatives. Layout:
 [B, H, T, D] contiguous, or a transpose of [B, T, H, D]; any other is copied to the first.
@@ -56,12 +56,6 @@ NOTHING = gl.constexpr(
     -1e30
 )  # product of an unseen pair: exp2 gives 0, and differences stay finite
 BS = gl.constexpr(64)  # rows of a group, and columns of a tile
-# The four threads of a row hold its columns 8 m + {0, 1}, {2, 3}, {4, 5}, {6, 7}: one partial sum each, [BS, 4]
-LANES = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
-    )
-)
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6's name
 # D -> groups, tiles ahead, registers of a thread. What other choices took: LOG.md.
 FORWARD = {64: (4, 4, 112), 128: (4, 3, 112)}
@@ -140,43 +134,30 @@ def _release(free, k, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _lanes(b):
-    """[BS, BS] -> [BS, 4]: every thread adds what it holds itself."""
-    return gl.convert_layout(gl.sum(gl.sum(b.reshape([BS, BS // 8, 4, 2]), 3), 1), LANES)
-
-
-@gluon.jit
-def _wide(b):
-    """[BS] -> [BS, 1] that multiplies a [BS, 4]."""
-    return gl.convert_layout(b, gl.SliceLayout(1, LANES))[:, None]
-
-
-@gluon.jit
 def _fold(
     s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, k,
     LAYOUT: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Takes tile k, whose products are under way, into the five numbers of a row, and frees it."""
-    b_s = warpgroup_mma_wait(1, deps=(s,))  # U may still be under way
-    if MASK:
-        o_j = k * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
-        b_s = gl.where(o_j[None, :] <= o_i[:, None], b_s, NOTHING)
-    s_new = gl.maximum(s_max, gl.max(b_s, 1))
-    b_s = b_s * s_scale - (s_new * s_scale)[:, None]
-    s_moved = (s_new - s_max) * s_scale
-    s_sum = _wide(gl.exp2(-s_moved)) * s_sum + _lanes(gl.exp2(b_s))
-    b_u = warpgroup_mma_wait(0, deps=(u,))
+    b_s, b_u = warpgroup_mma_wait(0, deps=(s, u))
     _release(free, k, STAGES)
     if MASK:
-        b_u = gl.where(o_j[None, :] <= o_i[:, None], b_u, NOTHING)
-    t_new = gl.maximum(t_max, gl.max(b_u, 1))
-    b_u = b_u * t_scale - (t_new * t_scale)[:, None]
-    t_moved = (t_new - t_max) * t_scale
+        o_j = k * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
+        m_ij = o_j[None, :] <= o_i[:, None]
+        b_s = gl.where(m_ij, b_s, NOTHING)
+        b_u = gl.where(m_ij, b_u, NOTHING)
+    s_new = gl.maximum(s_max, gl.max(b_s, 1) * s_scale)
+    t_new = gl.maximum(t_max, gl.max(b_u, 1) * t_scale)
+    b_s = b_s * s_scale - s_new[:, None]
+    b_u = b_u * t_scale - t_new[:, None]
+    s_moved = s_new - s_max
+    t_moved = t_new - t_max
     b_r = gl.exp2(b_u)
+    shrink = gl.exp2(-t_moved)
     # The sum in (1), of unnormalised R. Its old terms were relative to the old pivots: kernel_triton.py
-    shrink = _wide(gl.exp2(-t_moved))
-    b_kl = shrink * (b_kl + t_sum * _wide(s_moved - t_moved)) + _lanes(b_r * (b_u - b_s))
-    t_sum = shrink * t_sum + _lanes(b_r)
+    b_kl = shrink * (b_kl + t_sum * (s_moved - t_moved)) + gl.sum(b_r * (b_u - b_s), 1)
+    t_sum = shrink * t_sum + gl.sum(b_r, 1)
+    s_sum = gl.exp2(-s_moved) * s_sum + gl.sum(gl.exp2(b_s), 1)
     return s_new, t_new, s_sum, t_sum, b_kl
 
 
@@ -192,12 +173,12 @@ def _rows_forward(
     o_i = diagonal * BS + gl.arange(0, BS, layout=ROW)
     b_xi = b_xi.index(g)
     b_yi = b_yi.index(g)
-    # the five numbers of a row; sums as four parts
+    # the five numbers of a row
     s_max = gl.full([BS], NOTHING, gl.float32, ROW)
     t_max = gl.full([BS], NOTHING, gl.float32, ROW)
-    s_sum = gl.zeros([BS, 4], gl.float32, LANES)
-    t_sum = gl.zeros([BS, 4], gl.float32, LANES)
-    b_kl = gl.zeros([BS, 4], gl.float32, LANES)
+    s_sum = gl.zeros([BS], gl.float32, ROW)
+    t_sum = gl.zeros([BS], gl.float32, ROW)
+    b_kl = gl.zeros([BS], gl.float32, ROW)
     mbarrier.wait(ready.index(STAGES), 0)
     for k in range(0, diagonal):
         s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
@@ -239,14 +220,11 @@ def _rows_forward(
     for k in range(diagonal + 1, end):  # tiles that only other groups need
         mbarrier.wait(ready.index(k % STAGES), (k // STAGES) & 1)
         _release(free, k, STAGES)
-    s_sum = gl.convert_layout(gl.sum(s_sum, 1), ROW)
-    t_sum = gl.convert_layout(gl.sum(t_sum, 1), ROW)
-    b_kl = gl.convert_layout(gl.sum(b_kl, 1), ROW)
     s_log = gl.log2(s_sum)
     t_log = gl.log2(t_sum)
     gl.store(kl + o_i, (b_kl / t_sum + s_log - t_log) * LN2, mask=o_i < T)
-    gl.store(s_lse + o_i, s_max * s_scale + s_log, mask=o_i < T)
-    gl.store(t_lse + o_i, t_max * t_scale + t_log, mask=o_i < T)
+    gl.store(s_lse + o_i, s_max + s_log, mask=o_i < T)
+    gl.store(t_lse + o_i, t_max + t_log, mask=o_i < T)
 
 
 @gluon.jit(do_not_specialize=["T", "H", "HEADS"])

@@ -163,7 +163,7 @@ def _forward_kernel(
     # [BT, BD]
     b_xi = _load(x + _start(i_0, s_stride_n, True), o_n, o_d, s_stride_n, n - i_0, D, True)
     b_yi = _load(y + _start(i_0, t_stride_n, True), o_n, o_d, t_stride_n, n - i_0, D, True)
-    # [BT], the five numbers of a row; the maxima are of products, without their scale
+    # [BT], the five numbers of a row
     s_max = tl.full([BT], NOTHING, tl.float32)
     t_max = tl.full([BT], NOTHING, tl.float32)
     s_sum = tl.zeros([BT], tl.float32)
@@ -190,13 +190,14 @@ def _forward_kernel(
                     m_ij = m_ij & (o_j[None, :] <= o_i[:, None])
                 b_s = tl.where(m_ij, b_s, NOTHING)
                 b_u = tl.where(m_ij, b_u, NOTHING)
-            s_new = tl.maximum(s_max, tl.max(b_s, 1))
-            t_new = tl.maximum(t_max, tl.max(b_u, 1))
+            s_new = tl.maximum(s_max, tl.max(b_s, 1) * s_scale)
+            t_new = tl.maximum(t_max, tl.max(b_u, 1) * t_scale)
             # scale and pivot in one multiply-add
-            b_s = b_s * s_scale - (s_new * s_scale)[:, None]
-            b_u = b_u * t_scale - (t_new * t_scale)[:, None]
-            s_moved = (s_new - s_max) * s_scale
-            t_moved = (t_new - t_max) * t_scale
+            b_s = b_s * s_scale - s_new[:, None]
+            b_u = b_u * t_scale - t_new[:, None]
+            # No product may stand here: fused with one of the subtractions, s_moved - t_moved would miss 0 where S = U.
+            s_moved = s_new - s_max
+            t_moved = t_new - t_max
             b_r = tl.exp2(b_u)
             shrink = tl.exp2(-t_moved)
             # The sum in (1), of unnormalised R. Its old terms were relative to the old pivots: each changes by one
@@ -212,8 +213,8 @@ def _forward_kernel(
     t_log = tl.log2(tl.where(m_i, t_sum, 1.0))
     b_kl = (b_kl / tl.where(m_i, t_sum, 1.0) + s_log - t_log) * LN2
     tl.store(kl + o_bh + o_i, tl.where(m_i, b_kl, 0.0), mask=o_i < T)
-    tl.store(s_lse + o_bh + o_i, tl.where(m_i, s_max * s_scale + s_log, float("inf")), mask=o_i < T)
-    tl.store(t_lse + o_bh + o_i, tl.where(m_i, t_max * t_scale + t_log, float("inf")), mask=o_i < T)
+    tl.store(s_lse + o_bh + o_i, tl.where(m_i, s_max + s_log, float("inf")), mask=o_i < T)
+    tl.store(t_lse + o_bh + o_i, tl.where(m_i, t_max + t_log, float("inf")), mask=o_i < T)
 
 
 @triton.jit
