@@ -1,37 +1,45 @@
-"""The loss of relation_kl.py for one chip, NVIDIA's Hopper: products and exponentials at the same time.
+"""The loss of relation_kl.py for one chip, NVIDIA's Hopper: products and exponentials at the same
+time.
 
-Why.  kernel_triton.py takes turns: the tensor cores multiply, then the ordinary cores take exponentials. Both need
-about the same time here (two products and two exponentials a pair of tokens), so each idles half of it. Plain Triton
-waits for a product where it is written, and cannot say otherwise. Gluon, Triton's lower language, says who does what:
+Why.  kernel_triton.py takes turns: the tensor cores multiply, then the ordinary cores take
+exponentials. Both need about the same time here (two products and two exponentials a pair of
+tokens), so each idles half of it. Plain Triton waits for a product where it is written, and cannot
+say otherwise. Gluon, Triton's lower language, says who does what:
 
     one warp            asks the copy engine for the next tiles of columns, STAGES tiles ahead, and does nothing else
     WORKERS groups      of four warps, 64 rows each, every one by itself: wait for a tile, start its two products,
                         take exponentials, free the tile
 
-While one group takes exponentials another one's products run; no group waits for another. Backward, a group's own
-exponentials of S begin while the tensor cores are still at U (forward that took longer). More groups hide more and leave
-each fewer registers: 4 forward, 3 backward (whose dL/dx stays in registers).
+While one group takes exponentials another one's products run; no group waits for another. Backward,
+a group's own exponentials of S begin while the tensor cores are still at U (forward that took
+longer). More groups hide more and leave each fewer registers: 4 forward, 3 backward (whose dL/dx
+stays in registers).
 
-How they meet.  The copy engine (TMA) brings a tile without any thread's help and then flips a barrier in shared memory.
-`ready` flips when a tile's bytes are there, `free` when all groups are done with it; slot k % STAGES is used again and
-again, and the parity of k // STAGES says which time is meant. A group that needs fewer columns than the others (its
-rows end earlier) still waits for each tile and frees it: freeing a tile that has not come yet would count for the one
-before. A product reads shared memory on its own too: the group waits for it before it frees the tile.
+How they meet.  The copy engine (TMA) brings a tile without any thread's help and then flips a
+barrier in shared memory. `ready` flips when a tile's bytes are there, `free` when all groups are
+done with it; slot k % STAGES is used again and again, and the parity of k // STAGES says which time
+is meant. A group that needs fewer columns than the others (its rows end earlier) still waits for
+each tile and frees it: freeing a tile that has not come yet would count for the one before. A
+product reads shared memory on its own too: the group waits for it before it frees the tile.
 
-Forward.  (1) as in kernel_triton.py: two running maxima and sums. Here the maximum is of the raw products, and scale and
-maximum enter in one multiply-add.
+Forward.  (1) as in kernel_triton.py: two running maxima and sums. Here the maximum is of the raw
+products, and scale and maximum enter in one multiply-add.
 
-Backward.  (2) and (3) over all columns: G_ij left of the diagonal (row i sees column j), G_ji right of it (row j sees
-column i, with the statistics of the columns, which the first warp brings), both across it. Left of the diagonal all of a
-row shares one weight w_i, which is therefore applied once, to the sum. Each group keeps its rows' dL/dx in registers and
-writes it once, so the same inputs give the same bits. A walk over the triangle would need 6 half-products instead of 8,
-but must add to rows of other programs: as it was tried here (LOG.md), the additions cost more than the products saved.
+Backward.  (2) and (3) over all columns: G_ij left of the diagonal (row i sees column j), G_ji right
+of it (row j sees column i, with the statistics of the columns, which the first warp brings), both
+across it. Left of the diagonal all of a row shares one weight w_i, which is therefore applied once,
+to the sum. Each group keeps its rows' dL/dx in registers and writes it once, so the same inputs
+give the same bits. A walk over the triangle would need 6 half-products instead of 8, but must add
+to rows of other programs: as it was tried here (LOG.md), the additions cost more than the products
+saved.
 
-Limits.  Compute capability 9.0, bfloat16, causal, no `lengths`, D 64 or 128, positive scales, first derivatives. Layout:
-[B, H, T, D] contiguous, or a transpose of [B, T, H, D]; any other is copied to the first.
+Limits.  Compute capability 9.0, bfloat16, causal, no `lengths`, D 64 or 128, positive scales, first
+derivatives. Layout: [B, H, T, D] contiguous, or a transpose of [B, T, H, D]; any other is copied to
+the first.
 
-Sources.  kernel_triton.py; overlap by warpgroups: FlashAttention-3 (arXiv 2407.08608). tests/test_hopper.py runs this
-source on a CPU with copies and products as late as they may be; tests/test_gpu.py runs it for real.
+Sources.  kernel_triton.py; overlap by warpgroups: FlashAttention-3 (arXiv 2407.08608).
+tests/test_hopper.py runs this source on a CPU with copies and products as late as they may be;
+tests/test_gpu.py runs it for real.
 """
 
 import functools
@@ -64,7 +72,8 @@ BACKWARD = {64: (3, 4, 160), 128: (3, 3, 160)}
 
 @gluon.jit
 def _place(T, H, HEADS, BT: gl.constexpr, D: gl.constexpr, BTHD: gl.constexpr):
-    """Which head this program owns, its first row, and where the head begins in the descriptors' [rows, columns].
+    """Which head this program owns, its first row, and where the head begins in the descriptors'
+    [rows, columns].
 
     Within a group of HEADS heads the last rows come first: forward they see the most columns.
     """
@@ -82,7 +91,10 @@ def _fetch(
     x, y, s_lse, t_lse, w, row, column, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_stats, ready, free,
     WORKERS: gl.constexpr, STAGES: gl.constexpr, STATS: gl.constexpr,
 ):  # fmt: skip
-    """The first warp: the groups' own rows, then tile after tile as slots come free. STATS: and the columns' numbers."""
+    """The first warp: the groups' own rows, then tile after tile as slots come free.
+
+    STATS: and the columns' numbers.
+    """
     mbarrier.expect(ready.index(STAGES), 2 * WORKERS * x.block_type.nbytes)
     for g in gl.static_range(WORKERS):
         tma.async_copy_global_to_shared(
@@ -154,7 +166,8 @@ def _fold(
     t_moved = t_new - t_max
     b_r = gl.exp2(b_u)
     shrink = gl.exp2(-t_moved)
-    # The sum in (1), of unnormalised R. Its old terms were relative to the old pivots: kernel_triton.py
+    # The sum in (1), of unnormalised R. Its old terms were relative to the old pivots:
+    # kernel_triton.py
     b_kl = shrink * (b_kl + t_sum * (s_moved - t_moved)) + gl.sum(b_r * (b_u - b_s), 1)
     t_sum = shrink * t_sum + gl.sum(b_r, 1)
     s_sum = gl.exp2(-s_moved) * s_sum + gl.sum(gl.exp2(b_s), 1)
@@ -233,7 +246,10 @@ def _forward_kernel(
     D: gl.constexpr, BTHD: gl.constexpr, WORKERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """64 WORKERS rows of one head, forward. x, y: descriptors [64, D]; kl, s_lse, t_lse: [B, H, T] float32."""
+    """64 WORKERS rows of one head, forward.
+
+    x, y: descriptors [64, D]; kl, s_lse, t_lse: [B, H, T] float32.
+    """
     i_bh, i_0, row, column = _place(T, H, HEADS, BS * WORKERS, D, BTHD)
     kl += i_bh.to(gl.int64) * T
     s_lse += i_bh.to(gl.int64) * T
@@ -341,7 +357,10 @@ def _backward_kernel(
     D: gl.constexpr, BTHD: gl.constexpr, WORKERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    """64 WORKERS rows of one head's dL/dx. x, y: descriptors [64, D]; s_lse, t_lse, w: [B, H, T]; dx: [B, H, T, D]."""
+    """64 WORKERS rows of one head's dL/dx.
+
+    x, y: descriptors [64, D]; s_lse, t_lse, w: [B, H, T]; dx: [B, H, T, D].
+    """
     i_bh, i_0, row, column = _place(T, H, HEADS, BS * WORKERS, D, BTHD)
     s_lse += i_bh.to(gl.int64) * T
     t_lse += i_bh.to(gl.int64) * T
@@ -409,7 +428,9 @@ def unsupported(
 
 
 def _matrix(x: Tensor) -> tuple[Tensor, bool] | None:
-    """x as rows and columns for the copy engine, and whether its heads are side by side; None where it is no matrix."""
+    """x as rows and columns for the copy engine, and whether its heads are side by side; None where
+    it is no matrix.
+    """
     B, H, T, D = x.shape
     b, h, n, d = x.stride()
     if d != 1 or n % 8 or x.data_ptr() % 16:
@@ -427,7 +448,10 @@ def _layout(D: int) -> gl.NVMMASharedLayout:
 
 
 def _launch(kernel, table: dict, x: Tensor, y: Tensor, *arguments) -> None:
-    """One program for the rows of WORKERS groups of each head. x, y: of one layout, a matrix for the copy engine."""
+    """One program for the rows of WORKERS groups of each head.
+
+    x, y: of one layout, a matrix for the copy engine.
+    """
     B, H, T, D = x.shape
     workers, stages, registers = table[D]
     (mx, bthd), (my, _) = _matrix(x), _matrix(y)
@@ -450,7 +474,10 @@ def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward(x, y, s_scale, t_scale, causal, lengths):
-    """KL in nats, lse(S) and lse(U) in base 2: three [B, H, T] float32. Nothing here waits for the GPU."""
+    """KL in nats, lse(S) and lse(U) in base 2: three [B, H, T] float32.
+
+    Nothing here waits for the GPU.
+    """
     kl, s_lse, t_lse = (
         torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3)
     )
@@ -488,7 +515,9 @@ def relation_kl_hopper(
     causal: bool,
     lengths: Tensor | None,
 ) -> Tensor:
-    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks. [B, H, T] float32."""
+    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks.
+    [B, H, T] float32.
+    """
     if reason := unsupported(student, causal, lengths, (scale, teacher_scale)):
         raise ValueError(reason)
     return LOSS(student, teacher, scale, teacher_scale, causal, lengths)

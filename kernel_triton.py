@@ -1,45 +1,54 @@
 """The loss of relation_kl.py as two Triton kernels: exact, and linear in memory.
 
-What.  relation_kl.py derives the formulas; its numbers (1), (2) and (3) are used below. In one line each:
+What.  relation_kl.py derives the formulas; its numbers (1), (2) and (3) are used below. In one line
+each:
 
     KL_i    = sum_j R_ij (U_ij - S_ij) - lse_i(U) + lse_i(S)                                            (1)
     G_ij    = w_i (P_ij - R_ij),  P_ij = exp(S_ij - lse_i(S)),  R_ij = exp(U_ij - lse_i(U))             (2)
     dL/dx_i = a sum_j (G_ij + G_ji) x_j                                                                 (3)
 
-with S_ij = a x_i.x_j of the student and U_ij = b y_i.y_j of the teacher.  Names: prefix s_ student, t_ teacher; suffix
-_i rows, _j columns, _n tokens; o_ offsets of a block, b_ a block, m_ a mask, i_0 a program's first row.
+with S_ij = a x_i.x_j of the student and U_ij = b y_i.y_j of the teacher.  Names: prefix s_ student,
+t_ teacher; suffix _i rows, _j columns, _n tokens; o_ offsets of a block, b_ a block, m_ a mask, i_0
+a program's first row.
 
-Forward.  One program owns BT rows and visits the columns up to its diagonal, BS at a time. It never holds more than two
-[BT, BS] score tiles, which it folds into five numbers a row: pivot and sum of exponentials, for S and for U, and the
-sum of (1) (an online softmax, done twice at once). It leaves KL and both lse; the backward needs no more.
+Forward.  One program owns BT rows and visits the columns up to its diagonal, BS at a time. It never
+holds more than two [BT, BS] score tiles, which it folds into five numbers a row: pivot and sum of
+exponentials, for S and for U, and the sum of (1) (an online softmax, done twice at once). It leaves
+KL and both lse; the backward needs no more.
 
-Backward.  S is symmetric, S_ij = S_ji, and so is U. One recomputed tile of row block i and column block j therefore
-gives both halves of (3): G_ij with the statistics of row i, and G_ji, the element on the other side of the diagonal,
-with the statistics of row j:
+Backward.  S is symmetric, S_ij = S_ji, and so is U. One recomputed tile of row block i and column
+block j therefore gives both halves of (3): G_ij with the statistics of row i, and G_ji, the element
+on the other side of the diagonal, with the statistics of row j:
 
     columns left of the diagonal block     row i sees column j          G_ij   (row statistics)
     columns right of it                    row j sees column i          G_ji   (column statistics)
     the diagonal block; not causal: all    both, each under its mask    G_ij + G_ji
 
-A program walks all columns, keeps its own dL/dx_i in registers and writes it once: no atomics, so two runs give the
-same bits. The price is 3 products over T^2 pairs where a walk over the triangle would need 4 over T^2 / 2.
-kernel_hopper.py does the same with products and exponentials at the same time, on the one chip it is for.
+A program walks all columns, keeps its own dL/dx_i in registers and writes it once: no atomics, so
+two runs give the same bits. The price is 3 products over T^2 pairs where a walk over the triangle
+would need 4 over T^2 / 2. kernel_hopper.py does the same with products and exponentials at the same
+time, on the one chip it is for.
 
-Numerics.  Products accumulate in float32. Exponentials are base 2: scores carry a factor log2(e). Scores enter (1)
-relative to their rows' pivots, so that large logits cancel before they are summed. The pivot starts at NOTHING, a
-finite number: -inf minus -inf never arises. A row that sees nothing has lse = +inf: its P, R and G are 0.
+Numerics.  Products accumulate in float32. Exponentials are base 2: scores carry a factor log2(e).
+Scores enter (1) relative to their rows' pivots, so that large logits cancel before they are summed.
+The pivot starts at NOTHING, a finite number: -inf minus -inf never arises. A row that sees nothing
+has lse = +inf: its P, R and G are 0.
 
-The host.  On a small model what Python does before a launch takes longer than the GPU. Called eagerly the loss is an
-autograd.Function; where someone watches operators (torch.compile, a dispatch mode such as selective checkpointing) it
-is a registered operator, which costs three times as much and which they can see (`Loss`).
+The host.  On a small model what Python does before a launch takes longer than the GPU. Called
+eagerly the loss is an autograd.Function; where someone watches operators (torch.compile, a dispatch
+mode such as selective checkpointing) it is a registered operator, which costs three times as much
+and which they can see (`Loss`).
 
-Run.  `python kernel_triton.py` checks the kernels against the dense definition on the machine at hand: on its GPU, or
-under Triton's interpreter without one. tests/test_kernel.py needs no GPU; tests/test_gpu.py needs one.
+Run.  `python kernel_triton.py` checks the kernels against the dense definition on the machine at
+hand: on its GPU, or under Triton's interpreter without one. tests/test_kernel.py needs no GPU;
+tests/test_gpu.py needs one.
 
-Limits.  First derivatives, no teacher gradient. float16, bfloat16, float32; D from 16 to 256; NVIDIA GPUs from compute
-capability 8.0. Other tensors are refused in a sentence. A D that is not a power of two costs as much as the next one.
+Limits.  First derivatives, no teacher gradient. float16, bfloat16, float32; D from 16 to 256;
+NVIDIA GPUs from compute capability 8.0. Other tensors are refused in a sentence. A D that is not a
+power of two costs as much as the next one.
 
-Sources.  LinearARD (arXiv 2604.00004); online softmax: arXiv 1805.02867; tiles: FlashAttention (arXiv 2205.14135).
+Sources.  LinearARD (arXiv 2604.00004); online softmax: arXiv 1805.02867; tiles: FlashAttention
+(arXiv 2205.14135).
 """
 
 import contextlib
@@ -66,7 +75,8 @@ LN2: tl.constexpr = tl.constexpr(math.log(2))
 NOTHING: tl.constexpr = tl.constexpr(
     -1e30
 )  # score of an unseen pair: exp2 gives 0, and differences stay finite
-# Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200 has 50 MB), not timed.
+# Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200
+# has 50 MB), not timed.
 GROUP_BYTES = 32 * 2**20
 
 
@@ -81,10 +91,11 @@ class Tile(NamedTuple):
 
 @triton.jit
 def _place(T, H, HEADS, lengths, BT: tl.constexpr):
-    """Which (batch, head) and first row this program owns, and how many tokens of that sequence are real.
+    """Which (batch, head) and first row this program owns, and how many tokens of that sequence are
+    real.
 
-    Within a group of HEADS heads the programs start with the lowest rows, which see the most columns: the last ones
-    to start are the short ones, and the multiprocessors finish together.
+    Within a group of HEADS heads the programs start with the lowest rows, which see the most
+    columns: the last ones to start are the short ones, and the multiprocessors finish together.
     """
     NT = tl.cdiv(T, BT)
     i_group = tl.program_id(0) // (HEADS * NT)
@@ -121,8 +132,9 @@ def _load(p_x, o_n, o_d, stride_n, n, D: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _start(i, stride_n, WIDE: tl.constexpr):
-    """Offset of row i. In 64 bits only where it must be: those in front of a loop's loads make the compiler wait after
-    every single tensor-core instruction (ptxas says C7515)."""
+    """Offset of row i. In 64 bits only where it must be: those in front of a loop's loads make the
+    compiler wait after every single tensor-core instruction (ptxas says C7515).
+    """
     return i * (tl.cast(stride_n, tl.int64) if WIDE else stride_n)
 
 
@@ -131,7 +143,9 @@ def _products(
     c, x, y, b_xi, b_yi, s_stride_n, t_stride_n, n,
     D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, MASK: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S and U of the program's rows against columns c .. c + BS, but for their scales, and those columns' x."""
+    """S and U of the program's rows against columns c .. c + BS, but for their scales, and those
+    columns' x.
+    """
     o_s = tl.arange(0, BS)
     o_d = tl.arange(0, BD)
     # [BS, BD]
@@ -152,7 +166,8 @@ def _forward_kernel(
 ):  # fmt: skip
     """Rows i_0 .. i_0 + BT of one head: KL (1) in nats, lse(S) and lse(U) in base 2.
 
-    x, y: [B, H, T, D]; kl, s_lse, t_lse: [B, H, T] float32; lengths: [B] integers or None; scales: above 0, times log2(e).
+    x, y: [B, H, T, D]; kl, s_lse, t_lse: [B, H, T] float32; lengths: [B] integers or None; scales:
+    above 0, times log2(e).
     """
     i_b, i_h, o_bh, i_0, n = _place(T, H, HEADS, lengths, BT)
     x += i_b * s_stride_b + i_h * s_stride_h
@@ -169,7 +184,8 @@ def _forward_kernel(
     s_sum = tl.zeros([BT], tl.float32)
     t_sum = tl.zeros([BT], tl.float32)
     b_kl = tl.zeros([BT], tl.float32)
-    # Columns [0, full) are seen by every row and need no mask; [full, end) by some. A tile of padding sees none.
+    # Columns [0, full) are seen by every row and need no mask; [full, end) by some. A tile of
+    # padding sees none.
     end = tl.minimum(i_0 + BT, n) if CAUSAL else n
     end = tl.where(i_0 < n, end, 0)
     full = (tl.minimum(i_0, end) if CAUSAL else end) // BS * BS
@@ -195,13 +211,15 @@ def _forward_kernel(
             # scale and pivot in one multiply-add
             b_s = b_s * s_scale - s_new[:, None]
             b_u = b_u * t_scale - t_new[:, None]
-            # No product may stand here: fused with one of the subtractions, s_moved - t_moved would miss 0 where S = U.
+            # No product may stand here: fused with one of the subtractions, s_moved - t_moved would
+            # miss 0 where S = U.
             s_moved = s_new - s_max
             t_moved = t_new - t_max
             b_r = tl.exp2(b_u)
             shrink = tl.exp2(-t_moved)
-            # The sum in (1), of unnormalised R. Its old terms were relative to the old pivots: each changes by one
-            # number, in total by that number times their weight t_sum. (At first 0 times a finite number.)
+            # The sum in (1), of unnormalised R. Its old terms were relative to the old pivots: each
+            # changes by one number, in total by that number times their weight t_sum. (At first 0
+            # times a finite number.)
             b_kl = shrink * (b_kl + t_sum * (s_moved - t_moved)) + tl.sum(b_r * (b_u - b_s), 1)
             t_sum = shrink * t_sum + tl.sum(b_r, 1)
             s_sum = tl.exp2(-s_moved) * s_sum + tl.sum(tl.exp2(b_s), 1)
@@ -232,7 +250,8 @@ def _backward_kernel(
 ):  # fmt: skip
     """Rows i_0 .. i_0 + BT of one head's dL/dx (3), from all columns.
 
-    x, y, dx: [B, H, T, D]; s_lse, t_lse, w: [B, H, T] float32, base 2; w_max: [] or None; lengths: [B] integers or None.
+    x, y, dx: [B, H, T, D]; s_lse, t_lse, w: [B, H, T] float32, base 2; w_max: [] or None; lengths:
+    [B] integers or None.
     """
     i_b, i_h, o_bh, i_0, n = _place(T, H, HEADS, lengths, BT)
     x += i_b * s_stride_b + i_h * s_stride_h
@@ -251,8 +270,8 @@ def _backward_kernel(
     t_lse_i = _row_number(t_lse, o_i, n, float("inf"), True)
     w_i = _row_number(w, o_i, n, 0.0, True)
     b_dx = tl.zeros([BT, BD], tl.float32)
-    # Ranges of columns, those of odd number under masks. Causal: 0 left of the diagonal, 1 across it, 2 right of it,
-    # 3 the last, ragged tile. Not causal: 0 whole tiles, 1 the ragged one.
+    # Ranges of columns, those of odd number under masks. Causal: 0 left of the diagonal, 1 across
+    # it, 2 right of it, 3 the last, ragged tile. Not causal: 0 whole tiles, 1 the ragged one.
     end = tl.where(i_0 < n, n, 0)
     left = (tl.minimum(i_0, end) if CAUSAL else end) // BS * BS
     right = tl.minimum(tl.cdiv(i_0 + BT, BS) * BS, end) if CAUSAL else end
@@ -316,15 +335,16 @@ def _backward_kernel(
     )
 
 
-# Chips by what a block may use, in the order they are tried: name, compute capability majors, bytes of shared memory.
+# Chips by what a block may use, in the order they are tried: name, compute capability majors, bytes
+# of shared memory.
 CHIPS = (
     ("h100", (9, 10), 232448),
     ("a100", (8, 9, 10, 11, 12), 166912),
     ("small", (8, 9, 10, 11, 12), 101376),
 )
-# (largest D, tile). The marked were measured on an H200, torch 2.11, Triton 3.6, bf16, causal (LOG.md has what others
-# took). The others were chosen by what the compiler reports (they fit, and spill nothing or a few bytes:
-# tests/test_kernel.py prints it); no one has timed them.
+# (largest D, tile). The marked were measured on an H200, torch 2.11, Triton 3.6, bf16, causal
+# (LOG.md has what others took). The others were chosen by what the compiler reports (they fit, and
+# spill nothing or a few bytes: tests/test_kernel.py prints it); no one has timed them.
 TILES = {
     ("h100", "forward"): (
         (64, Tile(64, 64, 4, 3)),
@@ -344,14 +364,17 @@ TILES = {
     ("small", "forward"): ((128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 4, 2))),
     ("small", "backward"): ((128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1))),
 }
-# IEEE float32 products run on the ordinary cores, with whole rows of the operands in registers: few results a thread.
+# IEEE float32 products run on the ordinary cores, with whole rows of the operands in registers: few
+# results a thread.
 FLOAT_TILES = ((64, Tile(64, 32, 8, 2)), (128, Tile(32, 32, 16, 1)), (256, Tile(16, 16, 8, 1)))
 
 
 def tile(
     direction: str, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
 ) -> Tile:
-    """The tile for "forward" or "backward" on a chip of this compute capability with `shared` bytes for a block."""
+    """The tile for "forward" or "backward" on a chip of this compute capability with `shared` bytes
+    for a block.
+    """
     chips = [name for name, majors, needed in CHIPS if capability[0] in majors and shared >= needed]
     if not chips:
         raise ValueError(
@@ -369,7 +392,9 @@ def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
 
 @torch.compiler.assume_constant_result
 def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and bytes of shared memory a block can have; the interpreter plays an H200."""
+    """Compute capability and bytes of shared memory a block can have; the interpreter plays an
+    H200.
+    """
     return _properties(device) if device.type == "cuda" else ((9, 0), 232448)
 
 
@@ -397,7 +422,10 @@ def on(device: torch.device):
 
 
 def _constants(direction: str, x: Tensor, y: Tensor, dtype: torch.dtype, causal: bool) -> dict:
-    """What the compiler must know, and the launch's warps and stages. x, y: as the kernel gets them."""
+    """What the compiler must know, and the launch's warps and stages.
+
+    x, y: as the kernel gets them.
+    """
     D = x.shape[-1]
     BT, BS, num_warps, num_stages = tile(direction, D, dtype, *_chip(x.device))
     if direction == "backward" and not causal:
@@ -426,12 +454,17 @@ def _grid(x: Tensor, BT: int) -> tuple[tuple[int], int, int, int]:
 
 
 def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584): float32 there."""
+    """Triton's interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584):
+    float32 there.
+    """
     return tuple(t.float() if INTERPRETED and t.dtype == torch.bfloat16 else t for t in tensors)
 
 
 def forward(x, y, s_scale, t_scale, causal, lengths):
-    """KL in nats, lse(S) and lse(U) in base 2: three [B, H, T] float32. Nothing here waits for the GPU."""
+    """KL in nats, lse(S) and lse(U) in base 2: three [B, H, T] float32.
+
+    Nothing here waits for the GPU.
+    """
     kl, s_lse, t_lse = (
         torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3)
     )
@@ -450,7 +483,8 @@ def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
     """dL/dx [B, H, T, D], in x's own layout where x is dense."""
     w_max = None
     if x.dtype == torch.float16:
-        # A mean over many rows makes w ~ 1e-6, and G would underflow float16: the kernel gets w / max |w|, and max |w|.
+        # A mean over many rows makes w ~ 1e-6, and G would underflow float16: the kernel gets w /
+        # max |w|, and max |w|.
         w = torch.where(s_lse.isfinite(), w, 0.0)
         w_max = w.abs().amax()
         w = w / torch.where(w_max > 0, w_max, 1.0)
@@ -469,9 +503,10 @@ def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
 class Loss:
     """A forward and a backward such as the two above as one differentiable loss, called two ways.
 
-    forward(x, y, s_scale, t_scale, causal, lengths) -> kl, lse(S), lse(U); backward(w, lse(S), lse(U), *the same) -> dL/dx.
-    loss(...) -> kl.  `operator` and `operator_backward` are linear_ard::{name} and linear_ard::{name}_backward: what a
-    checkpointing policy that keeps the loss's three numbers a row looks for (relation_kl.keep_losses).
+    forward(x, y, s_scale, t_scale, causal, lengths) -> kl, lse(S), lse(U); backward(w, lse(S),
+    lse(U), *the same) -> dL/dx. loss(...) -> kl.  `operator` and `operator_backward` are
+    linear_ard::{name} and linear_ard::{name}_backward: what a checkpointing policy that keeps the
+    loss's three numbers a row looks for (relation_kl.keep_losses).
     """
 
     SCHEMA = "Tensor x, Tensor y, float s_scale, float t_scale, bool causal, Tensor? lengths"
@@ -560,7 +595,8 @@ def relation_kl_triton(
     causal: bool,
     lengths: Tensor | None,
 ) -> Tensor:
-    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks. [B, H, T] float32.
+    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks.
+    [B, H, T] float32.
 
     Any strides are read in place as long as D is contiguous; otherwise a contiguous copy is made.
     """
@@ -578,8 +614,9 @@ def relation_kl_triton(
 
 # ---- the check of `python kernel_triton.py`
 
-# Relative error of the gradient that it allows. float32: scores of about 10, off by 2^-24 of themselves, grown by the
-# cancellation in P - R: 3e-5 under the interpreter. The others round G once and dL/dx once: 2.5e-3 in bfloat16.
+# Relative error of the gradient that it allows. float32: scores of about 10, off by 2^-24 of
+# themselves, grown by the cancellation in P - R: 3e-5 under the interpreter. The others round G
+# once and dL/dx once: 2.5e-3 in bfloat16.
 ALLOWED = {torch.float32: 1e-4, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
 
@@ -599,7 +636,9 @@ def _definition(x: Tensor, y: Tensor, causal: bool, lengths: Tensor | None) -> T
 def _check(
     dtype: torch.dtype, shape: tuple[int, ...], causal: bool, padded: bool, device: str
 ) -> bool:
-    """Prints the errors against the float64 definition and the time of one call; False if an error is too large."""
+    """Prints the errors against the float64 definition and the time of one call; False if an error
+    is too large.
+    """
     B, H, T, D = shape
     lengths = torch.arange(B, device=device) * T // B if padded else None
     x, y = (torch.randn(shape, device=device).to(dtype).requires_grad_(k == 0) for k in range(2))

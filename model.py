@@ -10,7 +10,8 @@ residual stream:
 With H query heads and Hkv key/value heads (grouped-query attention: H / Hkv queries share a key),
 queries and keys are turned by their positions (rope.py), and attention is torch's
 scaled_dot_product_attention. `Block.forward` returns q, k and v beside h: they are what stage 1
-compares (relation_kl.py). `Llama.walk` goes through the layers one by one, for whoever looks inside.
+compares (relation_kl.py). `Llama.walk` goes through the layers one by one, for whoever looks
+inside.
 
 The alphabet.  B batch, T tokens, H heads, Hkv key/value heads, D head dimension, C model width,
 L layers, V vocabulary.
@@ -25,8 +26,8 @@ The student.  `make_student` builds a second Llama around the teacher's own tens
 copied but the weights that learn.
 
 Families.  llama (1, 2, 3, 3.1, 3.2, TinyLlama, SmolLM), mistral, qwen2 (biases on q, k, v) and
-qwen3 (q and k norms before RoPE) differ by a few switches in LlamaConfig, which hub/config.py reads.
-Everything else that changes the mathematics is refused by name.
+qwen3 (q and k norms before RoPE) differ by a few switches in LlamaConfig, which hub/config.py
+reads. Everything else that changes the mathematics is refused by name.
 
 Limits.  No dropout, no MoE. A sliding window (Mistral v0.1) costs a [T, T] mask once T exceeds it.
 
@@ -95,7 +96,8 @@ class LlamaConfig:
         return replace(self, rope=self.rope.scaled(kind, factor), window=None)
 
 
-# ----------------------------------------------------------------------- what activations are kept in
+# ----------------------------------------------------------------------- what activations are kept
+# in
 
 
 def choose_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dtype, str]:
@@ -332,7 +334,8 @@ class Llama(nn.Module):
         return model.requires_grad_(False).eval()
 
 
-# ------------------------------------------------------------------- the student, and what it learns
+# ------------------------------------------------------------------- the student, and what it
+# learns
 
 
 def make_student(teacher: Llama, config: LlamaConfig, trained: tuple[str, ...] = TRAINED) -> Llama:

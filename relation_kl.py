@@ -14,14 +14,14 @@ i is KL(teacher || student), in nats:
     KL_i = sum_j R_ij (log R_ij - log P_ij) = sum_j R_ij (U_ij - S_ij) - lse_i(U) + lse_i(S)     (1)
 
 Its gradient.  Only S and lse(S) depend on the student. A log-sum-exp has the softmax as its
-derivative, d lse_i(S) / dS_ij = P_ij, and the sum over R gives -R_ij. With w_i the upstream gradient
-of row i:
+derivative, d lse_i(S) / dS_ij = P_ij, and the sum over R gives -R_ij. With w_i the upstream
+gradient of row i:
 
     G_ij := dL/dS_ij = w_i (P_ij - R_ij)                                                         (2)
         pytest tests/test_relation_kl.py::test_the_gradient_in_the_scores_is_P_minus_R
 
-S_ij = a x_i.x_j holds x twice: x_i stands in row i of S as the one who looks, and in column i as the
-one looked at. Token i collects both:
+S_ij = a x_i.x_j holds x twice: x_i stands in row i of S as the one who looks, and in column i as
+the one looked at. Token i collects both:
 
     dL/dx_i = a sum_j (G_ij + G_ji) x_j                                                          (3)
         pytest tests/test_relation_kl.py::test_a_token_collects_its_row_and_its_column
@@ -34,7 +34,8 @@ exp(old pivot - new pivot). At the end all three terms of (1) are there:
 
 What it does not see.  S depends on x_i.x_j alone, so one rotation of all queries, or of all keys,
 changes no relation. But attention reads q_i.k_j, which changes when the two turn differently: all
-three relations can be perfect and the model wrong. The KL of the next-token distributions (train.py,
+three relations can be perfect and the model wrong. The KL of the next-token distributions
+(train.py,
 --logit-weight) sees it:
         pytest tests/test_relation_kl.py::test_relations_do_not_see_a_rotation_that_attention_does
 
@@ -59,8 +60,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-# Forward + backward in float32 on one core of an Intel Xeon (AVX-512, 2 MiB of L2), torch 2.13, with
-# strips of 32, 64, 96, 128 rows: 216, 180, 176, 176 ms at 9 x 2048 x 64; 5.7, 4.9, 5.4, 5.2 at 3 x 512.
+# Forward + backward in float32 on one core of an Intel Xeon (AVX-512, 2 MiB of L2), torch 2.13,
+# with strips of 32, 64, 96, 128 rows: 216, 180, 176, 176 ms at 9 x 2048 x 64; 5.7, 4.9, 5.4, 5.2 at
+# 3 x 512.
 BT = 64
 CELLS = {"cpu": 2**17}  # scores in a strip, over all its heads: about what a core's cache holds
 MANY_CELLS = 2**24  # elsewhere: enough to fill a GPU; 64 MiB in float32
@@ -82,19 +84,19 @@ def relation_kl(
 ) -> Tensor:
     """KL(teacher || student) of every row of the self-relation softmax, equation (1), in nats.
 
-    student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require grad.
-    scale: a in the formulas, D**-0.5 if None; teacher_scale: the teacher's own a, `scale` if None.
-    causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding.
-    impl: "auto", "dense", "tiled", "triton" or "hopper". float32 products use tf32 only where torch's own
-    switch allows it.
-    Returns [B, H, T], float32 (float64 for float64 input), differentiable in `student`.
-    Raises ValueError for anything else, naming the value. Source: arXiv 2604.00004, section 3.
+    student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require
+    grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: the teacher's own a, `scale` if
+    None. causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before
+    padding. impl: "auto", "dense", "tiled", "triton" or "hopper". float32 products use tf32 only
+    where torch's own switch allows it. Returns [B, H, T], float32 (float64 for float64 input),
+    differentiable in `student`. Raises ValueError for anything else, naming the value. Source:
+    arXiv 2604.00004, section 3.
     """
     _check(student, teacher, lengths, impl)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
     teacher_scale = scale if teacher_scale is None else float(teacher_scale)
     if impl == "auto":
-        impl, _ = choose(student, causal=causal, lengths=lengths, scales=(scale, teacher_scale))
+        impl, _ = choose(student)
     if impl == "dense":
         return _dense(student, teacher, scale, teacher_scale, causal, lengths)
     if impl == "tiled":
@@ -111,16 +113,12 @@ def relation_kl(
     return kernel(student, teacher, scale, teacher_scale, causal, lengths)
 
 
-def choose(
-    x: Tensor,
-    *,
-    causal: bool = True,
-    lengths: Tensor | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
-) -> tuple[str, str]:
-    """What "auto" means for a loss of tensors like x [B, H, T, D], and why: the one place that decides.
+def choose(x: Tensor) -> tuple[str, str]:
+    """What "auto" means for a loss of tensors like x [B, H, T, D], and why: the one place that
+    decides.
 
-    Returns (implementation, reason): "tiled", "triton" or "hopper", and a phrase after "because".
+    Returns (implementation, reason): "tiled" or "triton", and a phrase after "because". "hopper" is
+    faster on its chip, and only chosen by name until its last edit has run on one (README).
     """
     if not x.is_cuda:
         return "tiled", f"the tensors are on {x.device.type}: the Triton kernel needs a GPU"
@@ -130,21 +128,12 @@ def choose(
         return "tiled", f"Triton cannot be imported ({e})"
     if reason := kernel_triton.unsupported(x):
         return "tiled", reason
-    supported = f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported"
-    try:
-        import kernel_hopper
-    except ImportError as e:  # Gluon is an experimental part of Triton
-        return "triton", f"{supported}; Triton's Gluon cannot be imported ({e})"
-    if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
-        return "triton", f"{supported}; {reason}"
-    return (
-        "hopper",
-        "on a Hopper GPU it takes 10 to 23 % less time (H200), with the same bits every run",
-    )
+    return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported"
 
 
 def keep_losses(ctx, op, *arguments, **options):
-    """A policy for selective checkpointing: a loss's three numbers per row are kept, not made again.
+    """A policy for selective checkpointing: a loss's three numbers per row are kept, not made
+    again.
 
     checkpoint(f, *args, use_reentrant=False, context_fn=lambda:
     create_selective_checkpoint_contexts(keep_losses)), both of torch.utils.checkpoint: the backward
@@ -166,7 +155,8 @@ def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) 
         )
     if not student.is_floating_point() or teacher.dtype != student.dtype:
         raise ValueError(
-            f"student is {student.dtype}, teacher {teacher.dtype}: both must have one floating dtype"
+            f"student is {student.dtype}, teacher {teacher.dtype}: both must have one floating "
+            "dtype"
         )
     if teacher.device != student.device:
         raise ValueError(
@@ -190,7 +180,7 @@ def _wide(x: Tensor) -> torch.dtype:
 def _dense(
     x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
 ) -> Tensor:
-    """The definition, as one writes it on a blackboard: [B, H, T, T] matrices and plain autograd."""
+    """The definition, as on a blackboard: [B, H, T, T] matrices and plain autograd."""
     T = x.shape[2]
     i, j = torch.arange(T, device=x.device)[:, None], torch.arange(T, device=x.device)
     seen = (j <= i) if causal else torch.ones(T, T, dtype=torch.bool, device=x.device)
@@ -289,7 +279,7 @@ def _strips(
 def _exp2(scores: Tensor, out: Tensor) -> Tensor:
     """2^scores into `out`; terms below 2^FLOOR of the row's largest become 0, which no sum notices.
 
-    Left in, they would be subnormal numbers, with which many CPUs compute 100 times more slowly: 6 %
-    of the V/V pairs of the demo's last layer are. (torch.exp is as slow wherever it underflows.)
+    Left in, they would be subnormal numbers, with which many CPUs compute 100 times more slowly: 6
+    % of the V/V pairs of the demo's last layer are. (torch.exp is as slow wherever it underflows.)
     """
     return torch.threshold(scores, FLOOR, HIDDEN, out=out).exp2_()

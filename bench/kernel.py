@@ -37,10 +37,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import kernel_hopper
 from relation_kl import choose, relation_kl
 
-# H, T, D at batch 1; t: transposed, as the model passes them. The first is short on purpose: it shows the cost of a launch. The third and
-# last are the goals'.
+# H, T, D at batch 1; t: transposed, as the model passes them. The first is short on purpose: it
+# shows the cost of a launch. The third and last are the goals'.
 GPU_SHAPES = (
     "32x512x128",
     "9x8192x64",
@@ -75,7 +76,7 @@ def ours(impl: str):
 
 
 def attention(backend: str):
-    """torch's own attention of x with itself: three gradients, and the two sums that make them one."""
+    """torch's own attention of x with itself: three gradients, and two sums to make them one."""
 
     def run(x, y):
         with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
@@ -108,7 +109,8 @@ def implementations(device: str, authors_path: Path | None) -> dict:
         )
         return {"dense": ours("dense"), "tiled": ours("tiled")}
     probe = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=device)
-    table = {"hopper": ours("hopper")} if choose(probe)[0] == "hopper" else {}
+    chip = kernel_hopper.unsupported(probe, True, None, (1.0, 1.0)) is None
+    table = {"hopper": ours("hopper")} if chip else {}
     table |= {
         "triton": ours("triton"),
         "eager": eager,
@@ -166,7 +168,7 @@ def both(f, x: Tensor, y: Tensor) -> Tensor:
 
 
 def graphed(f, x: Tensor, y: Tensor):
-    """Forward and backward recorded once: the returned call replays them, with one launch for all."""
+    """Forward and backward recorded once: the returned call replays them with one launch."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -259,10 +261,7 @@ def row(name: str, mode: str, f, shape: tuple[int, int, int], device: str) -> di
 
 
 def rows(name: str, f, shape: tuple[int, int, int], device: str):
-    """The rows of one implementation at one shape; {"does_not_fit":
-
-    True} where the GPU's memory ends.
-    """
+    """One implementation's rows at one shape; {"does_not_fit": True} where memory ends."""
     try:
         H, T, D, layout = shape
         x, y = inputs(H, T, D, device, layout)
@@ -335,7 +334,7 @@ def open_lines(out: Path, name: str):
 
 
 def bench_memory(arguments) -> None:
-    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and out/memory.png."""
+    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and a picture."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     fixed = conditions(device)
     table = implementations(device, arguments.authors)

@@ -16,7 +16,8 @@ up. The parts:
     relation             the three losses of one layer forward and backward, times L
     optimiser            norm, clipping and Adam
     backward             the rest of the step, so that the five add up to it; with checkpointing,
-                         what is computed again is in it, both models' forward and the relations' included
+                         what is computed again is in it, both models' forward and the relations'
+                         included
     as a CUDA graph      the step with forward and backward recorded (engine/graph.py); a GPU figure
     waiting              inside the others: the share of a step in which the GPU ran no kernel, from
                          the sum of kernel times in one profiled step; a GPU figure

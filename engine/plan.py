@@ -152,6 +152,11 @@ def relation_impl(args: argparse.Namespace, config: LlamaConfig, dtype, device) 
 
         if reason := kernel_triton.unsupported(head):
             raise ValueError(f"--impl triton: {reason}; leave it at auto")
+    if args.impl == "hopper":
+        import kernel_hopper
+
+        if reason := kernel_hopper.unsupported(head, True, None, (1.0, 1.0)):
+            raise ValueError(f"--impl hopper: {reason}; leave it at auto")
     return args.impl, "--impl says so"
 
 

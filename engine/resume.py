@@ -217,7 +217,7 @@ def file_digest(file: Path) -> str:
 
 
 def find(out: Path, depends: dict) -> Progress:
-    """What --resume goes on from: the newest good state, or the beginning where none was saved yet."""
+    """What --resume goes on from: the newest good state, or the beginning where none was saved."""
     state = latest(out / "state")
     if state is None:
         if _states(out / "state"):

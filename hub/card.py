@@ -55,7 +55,8 @@ def model_card(
     kept = "everything but the trained projections is the original's, bit for bit"
     law = "The original's licence applies."
     if licence:
-        law = f"The original's licence applies: {_plain(licence.get('license_name', licence['license']))}."
+        terms = licence.get("license_name", licence["license"])
+        law = f"The original's licence applies: {_plain(terms)}."
     given = {k: v for k, v in arguments.items() if v not in (None, [], "")}
     said = ", ".join(
         f"{k} {_plain(str(v))}" for k, v in given.items() if k not in ("teacher", "data")

@@ -58,7 +58,9 @@ TOKENIZER_FILES = (
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor name: (dtype, shape)} of one safetensors file, from its header alone, all of it checked."""
+    """{tensor name: (dtype, shape)} of one safetensors file, from its header alone, all of it
+    checked.
+    """
     with reading(path), path.open("rb") as f:
         size = path.stat().st_size
         length = int.from_bytes(f.read(8), "little")
@@ -83,7 +85,8 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             raise ValueError(f"{path}: tensor {name!r} has a malformed header entry") from None
         if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype][1]:
             raise ValueError(
-                f"{path}: tensor {name!r} has {end - start} bytes, but {dtype} {list(shape)} needs others"
+                f"{path}: tensor {name!r} has {end - start} bytes, but {dtype} {list(shape)} needs "
+                "others"
             )
         ranges.append((start, end, name))
         out[name] = (dtype, shape)
@@ -100,7 +103,9 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """{tensor name: (file, dtype, shape)} of a model directory, single-file or sharded; headers only."""
+    """{tensor name: (file, dtype, shape)} of a model directory, single-file or sharded; headers
+    only.
+    """
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -148,15 +153,21 @@ def _no_weights(path: Path) -> str:
     if any(path.glob("pytorch_model*.bin")):
         return (
             f"{path} has only pytorch_model.bin, a pickle, which can run code and is never opened; "
-            "download the model's safetensors, or convert it once with transformers' save_pretrained"
+            "download the model's safetensors, or convert it once with transformers' "
+            "save_pretrained"
         )
     if any(path.glob("consolidated*")):
-        return f"{path} is in Meta's own format; use the repository's Hugging Face version (its name ends in -hf)"
+        return (
+            f"{path} is in Meta's own format; use the repository's Hugging Face version (its name "
+            "ends in -hf)"
+        )
     return f"{path} holds no model.safetensors and no model.safetensors.index.json"
 
 
 def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
-    """{parameter: its file}, from headers alone; every missing, extra or mis-shaped tensor is named."""
+    """{parameter: its file}, from headers alone; every missing, extra or mis-shaped tensor is
+    named.
+    """
     found = find_tensors(path)
     wanted = {
         name: tuple(p.shape) for name, p in model.named_parameters()
@@ -225,7 +236,9 @@ def _some(names: list[str], most: int = 5) -> str:
 
 
 def save_pretrained(model, path: str | Path, **how) -> None:
-    """Writes a Hugging Face directory that appears whole or not at all; `how`: see write_pretrained."""
+    """Writes a Hugging Face directory that appears whole or not at all; `how`: see
+    write_pretrained.
+    """
     with atomic_directory(Path(path)) as work:
         write_pretrained(model, work, **how)
 
@@ -243,10 +256,10 @@ def write_pretrained(
 ) -> None:
     """Fills the folder `work`, reads it back and compares logits before it returns.
 
-    dtype None keeps each tensor's own; tokenizer_from: a directory whose tokenizer files are copied byte for byte.
-    frozen_from: a directory whose own bytes replace every tensor but those of the modules named in `trained`, as a
-    model that computes in bfloat16 may hold a rounded copy of them.
-    Raises RuntimeError if what is on disk does not give the same logits.
+    dtype None keeps each tensor's own; tokenizer_from: a directory whose tokenizer files are copied
+    byte for byte. frozen_from: a directory whose own bytes replace every tensor but those of the
+    modules named in `trained`, as a model that computes in bfloat16 may hold a rounded copy of
+    them. Raises RuntimeError if what is on disk does not give the same logits.
     """
     tensors = {
         n: p.detach().to("cpu", dtype or p.dtype).contiguous() for n, p in model.named_parameters()

@@ -1,4 +1,5 @@
-"""A model's name on the Hub in the place of a folder: `--teacher HuggingFaceTB/SmolLM2-135M-Instruct`.
+"""A model's name on the Hub in the place of a folder: `--teacher
+HuggingFaceTB/SmolLM2-135M-Instruct`.
 
 What.  A name that is no folder here, but has the form OWNER/MODEL or OWNER/MODEL@REVISION, is
 downloaded through `huggingface_hub`, which comes with tokenizers: into its cache, with its progress

@@ -8,8 +8,8 @@ in.
                                       package if it is installed
 
 The first that is there is used, a rank file before tokenizer.json where both are (it is faster). A
-family that starts texts with a beginning-of-sequence token gets it from `encode(..., bos=True)`; one
-that does not, gets none: the rule is read from the tokenizer's files, never guessed from the
+family that starts texts with a beginning-of-sequence token gets it from `encode(..., bos=True)`;
+one that does not, gets none: the rule is read from the tokenizer's files, never guessed from the
 family's name.
 
 Refused when it is loaded, in a sentence: a vocabulary with holes or one that is cut short (a rank
@@ -42,7 +42,8 @@ LLAMA3_WORDS = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LONG_RUN = re.compile(r"\S{25000}|\s{25000}")
-_PROBE = "The quick brown fox's\n\n\tdef f(x):\n    return x + 12345  # na\u00efve \u2603 \u6771\u4eac\r\n"
+_PROBE = "The quick brown fox's\n\n\tdef f(x):\n    return x + 12345  # na"
+_PROBE += "\u00efve \u2603 \u6771\u4eac\r\n"
 
 
 class Tokenizer:
@@ -103,7 +104,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if file.is_file():
         return _probed(_sentencepiece(file, config, settings), file, config)
     raise ValueError(
-        f"{path} has no tokenizer.json, tokenizer.model or tokenizer.tiktoken; copy the model's own "
+        f"{path} has no tokenizer.json, tokenizer.model or tokenizer.tiktoken; copy the model's "
+        "own "
         "there"
     )
 

@@ -28,7 +28,7 @@ class World:
     pid, programs = 0, 1
     late_copy = late_product = False
     chance = random.Random(0)
-    barriers: dict = {}
+    barriers = None
     partition = (
         threading.local()
     )  # .queue: products in flight; .dirty: stores without a fence; .turns: its scheduler

@@ -1,4 +1,6 @@
-"""Directories in and out: round trips, every kind of damage, and a fuzz over a few hundred mutations."""
+"""Directories in and out: round trips, every kind of damage, and a fuzz over a few hundred
+mutations.
+"""
 
 import json
 import random
@@ -247,7 +249,9 @@ def test_fuzz_no_traceback_no_hang_and_no_wrong_model(tiny_dir, tmp_path):
 
 
 def test_a_damaged_tokenizer_is_refused_or_read(tiny_dir, tmp_path):
-    """Bits flipped and pieces cut out anywhere in the file: a ValueError or a tokenizer, nothing else."""
+    """Bits flipped and pieces cut out anywhere in the file: a ValueError or a tokenizer, nothing
+    else.
+    """
     rng, refused = random.Random(1), 0
     (tmp_path / "config.json").write_text('{"eos_token_id": 4095}')
     for name in ("tokenizer.json", "tokenizer.tiktoken"):

@@ -1,4 +1,6 @@
-"""Text to blocks: sources, order, held-out text, tokenizers, look-up documents, and what bad input gets."""
+"""Text to blocks: sources, order, held-out text, tokenizers, look-up documents, and what bad input
+gets.
+"""
 
 import gzip
 import json

@@ -20,8 +20,8 @@ MODULES = sorted(
 MODULES = [p for p in MODULES if p.name != "__init__.py"]
 # Above the general budget of 400 lines, with the reason
 LARGER = {
-    "kernel_triton.py": 520,  # two kernels, and tile choices with their evidence
-    "kernel_hopper.py": 520,  # likewise
+    "kernel_triton.py": 690,  # two kernels, and tile choices with their evidence
+    "kernel_hopper.py": 540,  # likewise
     "train.py": 430,  # both stages in one reading
 }
 # Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and

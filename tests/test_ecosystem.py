@@ -1,4 +1,6 @@
-"""Our directories in other programs and theirs in ours: transformers 4.57 and 5, and real vocabularies."""
+"""Our directories in other programs and theirs in ours: transformers 4.57 and 5, and real
+vocabularies.
+"""
 
 import json
 import os
@@ -149,7 +151,8 @@ def test_the_exported_tokenizer_is_byte_for_byte_and_loads_in_transformers(expor
     assert theirs(text)["input_ids"] == load_tokenizer(TEACHER).encode(text)
 
 
-# -------------------------------------------------------------------------------- real vocabularies, from PyPI packages
+# -------------------------------------------------------------------------------- real
+# vocabularies, from PyPI packages
 TEXT = (
     "Hello, world! naïve ☃ 12345 and 678\n\n\tdef f(x):\n    return x  \r\n  I'm  here… 東京"
     + "z" * 1000
@@ -226,7 +229,9 @@ def test_bos_follows_the_tokenizers_files(tmp_path):
 
 
 def test_a_rank_file_takes_its_bos_from_the_tokenizer_json_beside_it(tmp_path):
-    """The hub's tokenizer_config.json of LLaMA-3 has no add_bos_token; its tokenizer.json's post-processor adds one."""
+    """The hub's tokenizer_config.json of LLaMA-3 has no add_bos_token; its tokenizer.json's
+    post-processor adds one.
+    """
     from tokenizers import Tokenizer, processors
 
     path = vocabulary(tmp_path, TEACHER / "tokenizer.tiktoken", "tokenizer.model", x=1)

@@ -643,6 +643,7 @@ def test_without_a_cache_nothing_stays_behind(pair, text_dir, tmp_path, monkeypa
 def test_ctrl_c_is_one_line_and_code_3(pair, text_dir, tmp_path):
     command = [sys.executable, str(ROOT / "eval.py"), "--model", str(pair / "student")]
     command += ["--data", str(text_dir), "--device", "cpu", "--out", str(tmp_path / "new")]
+    command += ["--passkey", "--samples", "2000", "--lengths", "512"]  # long enough to be stopped
     for seconds in (0.6, 2.5):  # while torch is imported; later
         run = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         time.sleep(seconds)

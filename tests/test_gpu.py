@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 
 from test_kernel import agree, bf16, both, fp16, fp32, inputs
 
-import bench
 import kernel_triton
+from bench import kernel as bench
 from relation_kl import choose, relation_kl
 
 pytestmark = [
@@ -176,10 +176,7 @@ def loss(x, y):
 
 
 def test_auto_is_a_kernel():
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert choose(torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16))[0] == (
-        "hopper" if hopper else "triton"
-    )
+    assert choose(torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16))[0] == "triton"
     assert choose(torch.empty(1, 1, 1, 80, device="cuda", dtype=bf16))[0] == "triton"
 
 
@@ -304,23 +301,16 @@ torch.cuda.synchronize()
 @pytest.mark.skipif(
     shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed"
 )
+@pytest.mark.parametrize("kernel", ["triton", "hopper"])
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer_finds_nothing(tool):
-    """racecheck without the Hopper kernel: there it reports 15 hazards on an H200, among them Triton's own hand-over to
-    its partitions. One thread flips a barrier in shared memory for its whole warp, which racecheck seems not to follow.
-    That no such race exists rests on the emulation (test_hopper.py) and on equal bits run after run, not on this tool."""
-    hopper = tool == "memcheck" and torch.cuda.get_device_capability() == (9, 0)
-    case = f"HOPPER = {hopper}\n{SMALL_CASE}"
-    command = [
-        "compute-sanitizer",
-        "--tool",
-        tool,
-        "--error-exitcode",
-        "9",
-        sys.executable,
-        "-c",
-        case,
-    ]
+def test_compute_sanitizer_finds_nothing(tool, kernel):
+    """On an H200, racecheck has reported 15 hazards in the Hopper kernel: unexplained, and a reason
+    why "auto" does not choose it. One thread flips a barrier in shared memory for its whole warp,
+    which the tool may not follow; the emulation and equal bits run after run speak against a race.
+    """
+    hopper = kernel == "hopper"
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    command += [sys.executable, "-c", f"HOPPER = {hopper}\n{SMALL_CASE}"]
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ran = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False

@@ -1,6 +1,8 @@
-"""kernel_hopper.py without a GPU: its source on a CPU with unkind asynchrony, its machine code from the compiler.
+"""kernel_hopper.py without a GPU: its source on a CPU with unkind asynchrony, its machine code from
+the compiler.
 
-gluon_emulator.py says what the emulation sees and what it does not. tests/test_gpu.py runs the kernels themselves.
+gluon_emulator.py says what the emulation sees and what it does not. tests/test_gpu.py runs the
+kernels themselves.
 """
 
 import math
@@ -25,7 +27,9 @@ bf16 = torch.bfloat16
 
 
 def emulate(D, H, T, bthd, changes=(), **unkindness):
-    """Errors of loss (the largest) and gradient (relative norm) of the emulated kernels against float64."""
+    """Errors of loss (the largest) and gradient (relative norm) of the emulated kernels against
+    float64.
+    """
     g = torch.Generator().manual_seed(T)
     shape = (1, T, H, D) if bthd else (1, H, T, D)
     x = torch.randn(shape, generator=g).bfloat16()
@@ -175,7 +179,9 @@ def test_compiles_for_hopper(direction, D, tmp_path):
 
 
 def test_matrices_of_the_copy_engine():
-    """[B, H, T, D] and a transpose of [B, T, H, D] are read in place, slices of a fused projection are not."""
+    """[B, H, T, D] and a transpose of [B, T, H, D] are read in place, slices of a fused projection
+    are not.
+    """
     x = torch.randn(2, 3, 40, 64, dtype=bf16)
     m, side_by_side = kernel_hopper._matrix(x)
     assert torch.equal(m.view_as(x), x) and not side_by_side

@@ -1,12 +1,15 @@
-"""The Triton kernels without a GPU: their arithmetic under Triton's interpreter, their machine code from the compiler.
+"""The Triton kernels without a GPU: their arithmetic under Triton's interpreter, their machine code
+from the compiler.
 
-The interpreter has to be chosen before Triton is imported, and compiling needs it off. So this file runs twice: by
-pytest as usual, where it compiles, and by its own test_under_the_interpreter in a second process, where the tests
-marked `interpreted` run. To see those alone:  TRITON_INTERPRET=1 python -m pytest tests/test_kernel.py
-To see registers, spills and shared memory of every tile:  python -m pytest tests/test_kernel.py -k compiles -rP
+The interpreter has to be chosen before Triton is imported, and compiling needs it off. So this file
+runs twice: by pytest as usual, where it compiles, and by its own test_under_the_interpreter in a
+second process, where the tests marked `interpreted` run. To see those alone:  TRITON_INTERPRET=1
+python -m pytest tests/test_kernel.py To see registers, spills and shared memory of every tile:
+python -m pytest tests/test_kernel.py -k compiles -rP
 
-The rule for an error: no more than twice the error of the same formulas in plain PyTorch in the same dtype, both
-against the float64 definition, plus what rounding the scores to float32 may cost (`agree`).
+The rule for an error: no more than twice the error of the same formulas in plain PyTorch in the
+same dtype, both against the float64 definition, plus what rounding the scores to float32 may cost
+(`agree`).
 """
 
 import functools
@@ -61,7 +64,9 @@ def both(f, x, y, w):
 def agree(
     x, y, w, *, scale=None, teacher_scale=None, causal=True, lengths=None, impl="dense", kernel=None
 ):
-    """Asserts the file's rule for loss and gradient, `impl` in float64 being right; returns the kernel's."""
+    """Asserts the file's rule for loss and gradient, `impl` in float64 being right; returns the
+    kernel's.
+    """
     scale = x.shape[-1] ** -0.5 if scale is None else scale
     teacher_scale = scale if teacher_scale is None else teacher_scale
     arguments = (scale, teacher_scale, causal, lengths)
@@ -82,8 +87,9 @@ def agree(
         w,
     )
     assert kl.dtype == torch.float32 and dx.dtype == x.dtype and dx.shape == x.shape
-    # A score S, rounded to float32, is off by |S| 2^-24, and so are its row's lse and the exponent of P: 3 roundings of
-    # S and 3 of U reach the loss, and P, R of relative error that size reach the gradient, times a w x, twice (3).
+    # A score S, rounded to float32, is off by |S| 2^-24, and so are its row's lse and the exponent
+    # of P: 3 roundings of S and 3 of U reach the loss, and P, R of relative error that size reach
+    # the gradient, times a w x, twice (3).
     top = max(
         abs(s) * z.double().square().sum(-1).max().item()
         for s, z in ((scale, x), (teacher_scale, y))
@@ -101,7 +107,10 @@ def agree(
 
 
 def inputs(B, H, T, D, dtype, layout="BHTD", device="cpu"):
-    """Student, teacher and upstream gradient. BTHD: as a projection gives it; qkv: a slice of a fused projection."""
+    """Student, teacher and upstream gradient.
+
+    BTHD: as a projection gives it; qkv: a slice of a fused projection.
+    """
     g = torch.Generator().manual_seed(0)
     shape = {"BHTD": (B, H, T, D), "BTHD": (B, T, H, D), "qkv": (B, T, 3, H, D)}[layout]
     x, y = (torch.randn(shape, generator=g).to(device, dtype) for _ in range(2))
@@ -212,7 +221,10 @@ def test_teacher_scale_and_negative_scale(poison, monkeypatch):
 @interpreted
 @pytest.mark.parametrize("dtype", [fp32, bf16])
 def test_huge_norms(dtype, poison, monkeypatch):
-    """Norms of 100: scores of 10^4 a. Two near twins make rows with two large scores, so the softmax is no mere 1."""
+    """Norms of 100: scores of 10^4 a.
+
+    Two near twins make rows with two large scores, so the softmax is no mere 1.
+    """
     monkeypatch.setattr(kernel_triton, "tile", lambda *_: SMALL)
     x, y, w = inputs(1, 1, 64, 64, fp32)
     x, y = (100 * z / z.norm(dim=-1, keepdim=True) for z in (x, y))
@@ -245,7 +257,9 @@ def test_padding_is_never_read(poison, monkeypatch):
 
 @interpreted
 def test_a_mean_over_many_rows_does_not_underflow_float16(monkeypatch):
-    """Upstream gradients of 2^-12 times the usual: only dL/dx itself, in float16, may lose bits to it, G must not."""
+    """Upstream gradients of 2^-12 times the usual: only dL/dx itself, in float16, may lose bits to
+    it, G must not.
+    """
     monkeypatch.setattr(kernel_triton, "tile", lambda *_: SMALL)
     x, y, w = inputs(1, 1, 40, 16, fp16)
     x = 30 * x
@@ -264,7 +278,8 @@ def test_a_mean_over_many_rows_does_not_underflow_float16(monkeypatch):
 @interpreted
 @pytest.mark.parametrize("T, head, token", [(40, 2**30 + 16, 16), (330, 16, 2**23 - 8)])
 def test_offsets_past_2_to_the_31(T, head, token, monkeypatch):
-    """Three heads 2^30 elements apart; 330 tokens 2^23 apart. Each stride fits 32 bits, and no offset does at the end.
+    """Three heads 2^30 elements apart; 330 tokens 2^23 apart. Each stride fits 32 bits, and no
+    offset does at the end.
 
     The gaps are never touched, so cost no memory.
     """
@@ -340,7 +355,9 @@ def test_under_compile_checkpoint_and_autocast():
 
 @interpreted
 def test_eager_calls_bypass_the_operator_and_watched_ones_do_not(monkeypatch):
-    """The operator costs Python three times what an autograd.Function does; torch.compile and policies need it."""
+    """The operator costs Python three times what an autograd.Function does; torch.compile and
+    policies need it.
+    """
     x, y, w = inputs(1, 2, 20, 16, fp32)
     seen = []
 
@@ -425,7 +442,9 @@ def test_refuses_the_cpu():
 
 @compiled
 def test_shapes_without_a_gpu():
-    """The fake implementations, which torch.compile and FakeTensorMode call, on a device that need not exist."""
+    """The fake implementations, which torch.compile and FakeTensorMode call, on a device that need
+    not exist.
+    """
     x = torch.empty(2, 7, 3, 64, device="meta", dtype=bf16).transpose(1, 2).requires_grad_()
     kl, s_lse, t_lse = kernel_triton._forward(x, x.detach(), 0.1, 0.1, True, None)
     assert all(z.shape == (2, 3, 7) and z.dtype == fp32 for z in (kl, s_lse, t_lse))
@@ -435,10 +454,12 @@ def test_shapes_without_a_gpu():
 
 # ---- the tile of each chip, compiled ahead of time
 
-# Compute capability to bytes of shared memory a block may use (CUDA C programming guide, "Technical Specifications")
+# Compute capability to bytes of shared memory a block may use (CUDA C programming guide, "Technical
+# Specifications")
 SHARED = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TYPES = {bf16: "bf16", fp16: "fp16", fp32: "fp32"}
-# Bytes of stack a thread may spill to: what the compiler bundled with Triton 3.7.1 reports for the worst shipped tile
+# Bytes of stack a thread may spill to: what the compiler bundled with Triton 3.7.1 reports for the
+# worst shipped tile
 SPILLED = 96
 
 
@@ -466,7 +487,9 @@ def test_tiles_fall_back_in_order():
 
 
 def compile_kernel(direction, D, dtype, causal, chip):
-    """Compiles one shipped choice for sm_{chip} as a launch would: 16-byte aligned pointers and strides, no lengths."""
+    """Compiles one shipped choice for sm_{chip} as a launch would: 16-byte aligned pointers and
+    strides, no lengths.
+    """
     kernel = getattr(kernel_triton, f"_{direction}_kernel")
     x = torch.empty(1, 1, 1, D, dtype=dtype)
     constants = kernel_triton._constants(direction, x, x, dtype, causal)
@@ -512,7 +535,9 @@ def resources(cubin, path):
 
 
 def loops(cubin, path):
-    """The machine code's innermost loops that hold tensor-core instructions: {name of instruction: how often} of each."""
+    """The machine code's innermost loops that hold tensor-core instructions: {name of instruction:
+    how often} of each.
+    """
     path.write_bytes(cubin)
     names, labels, spans = [], {}, []
     for line in program("nvdisasm", "-c", path).splitlines():
@@ -535,7 +560,9 @@ def loops(cubin, path):
 
 
 def assert_runs_at_full_rate(kernel, waits, folder):
-    """No serialised tensor-core instructions (ptxas C75xx), no spills in a loop, at most `waits` waits a tile."""
+    """No serialised tensor-core instructions (ptxas C75xx), no spills in a loop, at most `waits`
+    waits a tile.
+    """
     (folder / "kernel.ptx").write_text(kernel.asm["ptx"])
     said = program(
         "ptxas", "-v", "-arch=sm_90a", folder / "kernel.ptx", "-o", folder / "again.cubin"

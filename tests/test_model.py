@@ -62,7 +62,9 @@ def transformers_model(path, **options):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_logits_equal_those_of_transformers_reading_our_export(name, tmp_path):
-    """float32 rounding: no more than 1e-4 of the logits' spread, at positions inside and beyond the native window."""
+    """float32 rounding: no more than 1e-4 of the logits' spread, at positions inside and beyond the
+    native window.
+    """
     model = random_model(**NETWORKS[name])
     checkpoint.save_pretrained(model, tmp_path / "x")
     theirs = transformers_model(tmp_path / "x", attn_implementation="eager")

@@ -1,4 +1,6 @@
-"""The loss: dense against an independent float64 computation, tiled against dense, properties, memory."""
+"""The loss: dense against an independent float64 computation, tiled against dense, properties,
+memory.
+"""
 
 import math
 import subprocess
@@ -93,7 +95,9 @@ def test_no_subnormal_number_is_left_to_compute_with():
 
 
 def test_a_row_much_wider_than_exp_reaches_is_right():
-    """Logits of +-150 in float32: exp underflows in most pairs, of the student, the teacher or both."""
+    """Logits of +-150 in float32: exp underflows in most pairs, of the student, the teacher or
+    both.
+    """
     x, y = (4 * z for z in inputs(T=70, D=64, dtype=torch.float32))
     exact = value_and_grad(x.double(), y.double(), impl="dense")
     for ours, truth in zip(value_and_grad(x, y, impl="tiled"), exact, strict=True):
