@@ -1,0 +1,280 @@
+"""A seeded fuzzer: damaged checkpoints, text, states, folders and flags, each refused in a sentence or right.
+
+    python tests/fuzz.py --cases 20000 --seed 1        what tests/test_fuzz.py does with 1,200 cases
+
+What.  Each case damages one thing in a fresh copy and asks the part of the program that meets it
+first: the plan (config.json, headers, tokenizer, flags), the corpus, the newest state, the folder.
+The oracle: a ValueError of one sentence and a tree that is unchanged, byte for byte; or success. A
+checkpoint that is taken must give the logits that transformers gives, checked for one case in 25.
+
+How.  Everything runs in this process, on a model of 2 layers and width 32, as all refusals come
+before anything heavy. Case n of seed s is the same on every machine.
+
+Limits.  It finds what its mutators can say; a mutator for each kind of file, not for each format.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from conftest import write_model  # noqa: E402
+
+from engine import data, flags, folder, plan, resume  # noqa: E402
+from hub.tokenizer import load_tokenizer  # noqa: E402
+from model import Llama, LlamaConfig  # noqa: E402
+
+HOSTILE = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    0.5,
+    1e308,
+    -1e308,
+    10**30,
+    "",
+    "x",
+    "8",
+    [],
+    [1, "a"],
+    {},
+    {"a": 1},
+]
+FLAGS = ["tokens1", "length2", "batch1", "lr1", "lr2", "logit-weight", "native-blocks", "lookups", "lora-rank",
+         "lora-alpha", "lora-dropout", "micro", "seed", "eval-blocks", "save-minutes", "peak-tflops", "scale"]  # fmt: skip
+WORDS = [
+    "nan",
+    "inf",
+    "-inf",
+    "0",
+    "-1",
+    "1e400",
+    "9" * 400,
+    "",
+    " ",
+    "0x10",
+    "1e-320",
+    "true",
+    "٣",
+    "1_000",
+    "8",
+    "2",
+]
+
+
+class Wrong(AssertionError):
+    """The program broke its promise."""
+
+
+def damage_bytes(rng: random.Random, file: Path) -> None:
+    raw = bytearray(file.read_bytes())
+    kind = rng.randrange(5)
+    if kind == 0:
+        raw = raw[: rng.randrange(len(raw) + 1)]
+    elif kind == 1:
+        for _ in range(rng.randrange(1, 9)):
+            raw[rng.randrange(len(raw))] = rng.randrange(256)
+    elif kind == 2:
+        raw += bytes(rng.randrange(256) for _ in range(rng.randrange(1, 40)))
+    elif kind == 3:
+        start = rng.randrange(len(raw))
+        del raw[start : start + rng.randrange(1, 400)]
+    else:
+        raw = bytearray(rng.randbytes(rng.randrange(200)))
+    file.write_bytes(raw)
+
+
+def damage_json(rng: random.Random, file: Path) -> None:
+    value = json.loads(file.read_text())
+    place = value
+    for _ in range(rng.randrange(3)):
+        inner = [
+            v
+            for v in (place.values() if isinstance(place, dict) else place)
+            if isinstance(v, dict | list) and v
+        ]
+        place = rng.choice(inner) if inner else place
+    if isinstance(place, dict) and place:
+        key = rng.choice(sorted(place))
+        if rng.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = rng.choice(HOSTILE)
+    elif place:
+        place[rng.randrange(len(place))] = rng.choice(HOSTILE)
+    file.write_text(json.dumps(value))
+
+
+def checkpoint_case(rng: random.Random, work: Path, base: Path) -> None:
+    """A damaged model directory, read as a run's plan reads it; what is taken must load and compute."""
+    path = Path(shutil.copytree(base / "teacher", work / "teacher"))
+    file = path / rng.choice(["config.json"] * 4 + ["tokenizer.json", "tokenizer_config.json", "model.safetensors"] * 2
+                             + ["tokenizer.tiktoken"])  # fmt: skip
+    (damage_json if file.suffix == ".json" and rng.random() < 0.7 else damage_bytes)(rng, file)
+    args = flags.parse(["--teacher", str(path), "--device", "cpu"], "")
+    config = LlamaConfig.from_hf(json.loads((path / "config.json").read_text()))
+    student = config.extended(plan.rope_kind(config), 2)
+    tokenizer = load_tokenizer(path)
+    plan.check(args, config, student, plan.make_stages(args, config, student), tokenizer, 1)
+    ids = torch.arange(7)[None] % config.vocab_size
+    ours = Llama.from_pretrained(path, dtype=torch.float32)(ids)
+    if rng.random() < 0.04:
+        import transformers
+
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        with torch.no_grad():
+            expected = theirs(ids).logits
+        if not torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * expected.std().item()):
+            raise Wrong("other logits than transformers'")
+
+
+def data_case(rng: random.Random, work: Path, base: Path) -> None:
+    """Damaged text."""
+    text = work / "text"
+    text.mkdir()
+    name = rng.choice(["a.txt", "b.jsonl", "c.jsonl.gz", "d.npy", "e.md", "f.txt.gz"])
+    shutil.copy(base / "text" / name, text / name)
+    for _ in range(rng.randrange(1, 3)):
+        if (text / name).stat().st_size:
+            damage_bytes(rng, text / name)
+    tokenizer = load_tokenizer(base / "teacher")
+    corpus = data.load_corpus([text], tokenizer, work.parent / "cache", quiet=True)
+    if len(corpus.train) and not 0 <= int(corpus.train.max()) < tokenizer.size:
+        raise Wrong("ids outside the vocabulary")
+
+
+def state_case(rng: random.Random, work: Path, base: Path) -> None:
+    """A damaged newest state: the one before it is found, or none, and nothing else happens."""
+    out = Path(shutil.copytree(base / "states", work / "states"))
+    damage_bytes(
+        rng, out / "state" / "step-00000002" / rng.choice(["state.json", "state.safetensors"])
+    )
+    found = resume.latest(out / "state")
+    if found is None:
+        raise Wrong("the whole state before it was not found")
+    resume.load_info(found)
+
+
+def folder_case(rng: random.Random, work: Path, base: Path) -> None:
+    """Something foreign in --out, or a damaged mark: refused."""
+    out = Path(shutil.copytree(base / "states", work / "out"))
+    if rng.random() < 0.5:
+        name = rng.choice(["x", "student/x", "state/step-00000002/x", "state/.y", "a/b/c"])
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+        folder.check(out, "--out", "train.py", resume=True, apart={})
+        raise Wrong(f"{name} was overlooked")
+    damage_json(rng, out / folder.MARK)
+    folder.check(out, "--out", "train.py", resume=True, apart={})
+
+
+def flag_case(rng: random.Random, work: Path, base: Path) -> None:
+    """Flags with hostile values, as far as the plan."""
+    argv = ["--teacher", str(base / "teacher"), "--device", "cpu", "--out", str(work / "out")]
+    for _ in range(rng.randrange(1, 3)):
+        argv += [f"--{rng.choice(FLAGS)}", rng.choice(WORDS)]
+    args = flags.parse(argv, "")
+    config = LlamaConfig.from_hf(json.loads((args.teacher / "config.json").read_text()))
+    student = config.extended(args.rope or plan.rope_kind(config), args.scale)
+    stages = plan.make_stages(args, config, student)
+    plan.check(args, config, student, stages, load_tokenizer(args.teacher), 1)
+    for stage in stages:
+        needs = plan.settle(
+            config, stage, torch.float32, args.micro, args.lora_rank, 1, stage.batch, 1 << 34
+        )
+        plan.describe(config, student, [stage], [needs[2]], args.lora_rank)
+
+
+KINDS = {
+    "checkpoint": checkpoint_case,
+    "data": data_case,
+    "state": state_case,
+    "folder": folder_case,
+    "flag": flag_case,
+}
+
+
+def prepare(base: Path) -> None:
+    """The whole things that cases damage."""
+    import gzip
+
+    import numpy as np
+
+    write_model(base / "teacher")
+    text = base / "text"
+    text.mkdir()
+    words = "a few plain words, and then some more of them\n" * 60
+    lines = "".join(json.dumps({"text": words[: 40 * i]}) + "\n" for i in range(1, 9))
+    for name, content in (("a.txt", words), ("e.md", words), ("b.jsonl", lines)):
+        (text / name).write_text(content)
+    (text / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
+    (text / "f.txt.gz").write_bytes(gzip.compress(words.encode(), mtime=0))
+    np.save(text / "d.npy", np.arange(3000) % 4000)
+    weight = torch.nn.Parameter(torch.randn(8, 8))
+    with folder.Folder(base / "states", "train.py") as out:
+        for step in (1, 2):
+            adam = torch.optim.AdamW([weight])
+            weight.grad = torch.randn(8, 8)
+            adam.step()
+            at = resume.Progress(total=step, step=step)
+            resume.write(out, resume.gather({"w": weight}, adam), at, {"seed": 0})
+
+
+def tree(path: Path) -> dict:
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()
+    }
+
+
+def run(cases: int, seed: int) -> dict[str, list[int]]:
+    """{kind: [refused, taken]}. Raises Wrong naming the case that broke a promise."""
+    counts = {kind: [0, 0] for kind in KINDS}
+    with tempfile.TemporaryDirectory() as place:
+        base = Path(place)
+        prepare(base)
+        for n in range(cases):
+            rng = random.Random(seed * 1_000_003 + n)
+            kind = rng.choice(sorted(KINDS))
+            work = base / "work"
+            shutil.rmtree(work, ignore_errors=True)
+            work.mkdir()
+            before = tree(base / "states") | tree(base / "text")
+            try:
+                with (
+                    contextlib.redirect_stdout(io.StringIO()),
+                    contextlib.redirect_stderr(io.StringIO()),
+                ):
+                    KINDS[kind](rng, work, base)
+                counts[kind][1] += 1
+            except ValueError as e:
+                if not str(e).strip() or "\n" in str(e).strip() or len(str(e)) > 1500:
+                    raise Wrong(f"case {n} of seed {seed} ({kind}): not one sentence: {e!r}") from e
+                counts[kind][0] += 1
+            except Wrong as e:
+                raise Wrong(f"case {n} of seed {seed} ({kind}): {e}") from e
+            except Exception as e:  # whatever else it is, a user would have seen a traceback
+                raise Wrong(f"case {n} of seed {seed} ({kind}): {type(e).__name__}: {e}") from e
+            if tree(base / "states") | tree(base / "text") != before:
+                raise Wrong(f"case {n} of seed {seed} ({kind}): files changed")
+    return counts
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    for kind, (refused, taken) in run(options.cases, options.seed).items():
+        print(f"{kind:12}{refused:7} refused in a sentence {taken:7} taken")
