@@ -258,7 +258,7 @@ def main(argv: list[str] | None = None) -> None:
         def save() -> None:
             """All processes gather, the first one writes."""
             tensors = resume.gather(weights, optimiser, keep=world.main)
-            with files.disk_sentences(args.out / "state"):
+            with files.disk_sentences(args.out / "state", resume.kept(at)):
                 world.on_main(resume.write, out, tensors, at, depends)
 
         def measure(name: str, model: Llama) -> None:
@@ -391,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def export(out, args, student, native, longer, stages, columns, about) -> None:
     """The table, the adapter, and the Hugging Face directory."""
-    with files.disk_sentences(args.out):
+    with files.disk_sentences(args.out, ". The last saved state is kept: --resume goes on from it"):
         shares = report.recovered(columns, "loss at 1x") if columns else {}
         text = report.write(out, columns, shares, about) if columns else ""
         if args.lora_rank:

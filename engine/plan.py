@@ -29,7 +29,7 @@ import torch
 
 from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
 from engine.exits import OutOfMemory
-from hub import checkpoint
+from hub import checkpoint, files
 from hub.tokenizer import Tokenizer
 from model import TRAINED, Llama, LlamaConfig
 from relation_kl import choose
@@ -130,6 +130,9 @@ def check(
         )
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
+    for name in checkpoint.TOKENIZER_FILES:  # an export copies them: links that lead out, refused
+        if (args.teacher / name).is_symlink():
+            files.own(args.teacher, name)
 
 
 def check_text(corpus, stages: list[Stage], lookups) -> None:

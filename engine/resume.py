@@ -89,7 +89,7 @@ class Progress:
 
 def kept(at: Progress) -> str:
     """What a refusal may promise."""
-    return ". The last saved state is kept" if at.state else ""
+    return ". The last saved state is kept: --resume goes on from it" if at.state else ""
 
 
 def gather(

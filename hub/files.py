@@ -161,25 +161,23 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def disk_sentences(folder: Path):
-    """Turns a full, read-only or failing disk into a ValueError of one sentence."""
+def disk_sentences(folder: Path, promise: str = ""):
+    """A full, read-only or failing disk becomes a ValueError of one sentence, ending in `promise`."""
     try:
         yield
     except SafetensorError as e:
         code = re.search(r"os error (\d+)", str(e))  # how safetensors' writer says it
         if not code:
             raise
-        raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder)) from None
+        raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder) + promise) from None
     except OSError as e:
         if e.errno not in _DISK:
             raise
-        raise ValueError(disk_sentence(e, folder)) from None
+        raise ValueError(disk_sentence(e, folder) + promise) from None
 
 
 def disk_sentence(e: OSError, folder: Path) -> str:
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free / 2**20
-    return (
-        f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO)} ({free:.0f} MiB free); "
-        "earlier states are intact, --resume goes on from the last one"
-    )
+    why = os.strerror(e.errno or errno.EIO)
+    return f"cannot write to {folder}: {why} ({free:.0f} MiB free)"

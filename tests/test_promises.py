@@ -193,6 +193,25 @@ def test_weights_that_do_not_fit_are_refused_before_any_text_is_read(
     assert "missing: model.norm.weight" in refused(arguments(bad, text_dir, tmp_path / "out"))
 
 
+def test_a_tokenizer_file_that_leads_out_is_refused_before_any_text_is_read(
+    teacher, text_dir, tmp_path, monkeypatch
+):
+    """An export would copy what it leads to."""
+    bad = Path(shutil.copytree(teacher, tmp_path / "bad"))
+    (bad / "chat_template.jinja").symlink_to("/etc/hostname")
+    monkeypatch.setattr(data, "load_corpus", lambda *a, **k: pytest.fail("text was read"))
+    assert "is a link to" in refused(arguments(bad, text_dir, tmp_path / "out"))
+
+
+def test_a_full_disk_before_any_state_promises_no_resume(teacher, text_dir, tmp_path):
+    import resource
+
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
+    run = shell(arguments(teacher, text_dir, tmp_path / "out"), preexec_fn=limit)
+    _, errors = run.communicate()
+    assert run.returncode == 2 and "cannot write to" in errors and "--resume" not in errors
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 2.5, 3.2])
 def test_a_stop_at_any_moment_is_one_line(teacher, text_dir, tmp_path, number, seconds):
