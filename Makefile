@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-gpu lint bench clean
+.PHONY: demo test test-gpu test-clients lint bench clean
 
 demo: .venv/runtime  ## both students of the embedded teacher, about 5 minutes on two CPU cores; out/demo
 	$(RUN) demo/demo.py
@@ -12,6 +12,9 @@ test: .venv/dev  ## everything that needs no GPU
 
 test-gpu: .venv/dev  ## the kernel against its reference on the GPU at hand
 	$(RUN) -m pytest -m gpu
+
+test-clients: .venv/clients/done  ## exports in llama.cpp, which is built from source once: some ten minutes
+	$(RUN) -m pytest tests/test_clients.py
 
 lint: .venv/dev
 	$(RUN) -m ruff check .
@@ -33,4 +36,12 @@ clean:
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/transformers4 -r tests/requirements-v4.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/vocabularies -r tests/requirements-vocabularies.txt
+	touch $@
+
+.venv/clients/done: .venv/dev tests/requirements-clients.txt
+	rm -rf .venv/clients
+	$(RUN) -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python -r tests/requirements-clients.txt --dest .venv/clients
+	mkdir .venv/clients/llama.cpp
+	tar xzf .venv/clients/llama_cpp_python-*.tar.gz --strip-components 1 -C .venv/clients/llama.cpp
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/clients/site .venv/clients/llama.cpp .venv/clients/diskcache-*
 	touch $@
