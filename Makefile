@@ -2,10 +2,13 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 
-.PHONY: demo test test-gpu test-clients lint bench clean
+.PHONY: demo figures test test-gpu test-clients lint bench clean
 
 demo: .venv/runtime  ## both students of the embedded teacher, about 5 minutes on two CPU cores; out/demo
 	$(RUN) demo/demo.py
+
+figures: .venv/runtime  ## the figures in demo/figures, from the last `make demo`
+	$(RUN) demo/figures.py
 
 test: .venv/dev  ## everything that needs no GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu"

@@ -162,7 +162,7 @@ def write_atomic(path: Path, data: str | bytes) -> None:
 
 @contextlib.contextmanager
 def disk_sentences(folder: Path, promise: str = ""):
-    """A full, read-only or failing disk becomes a ValueError of one sentence, ending in `promise`."""
+    """A full, read-only or failing disk becomes a ValueError of one sentence and `promise`."""
     try:
         yield
     except SafetensorError as e:
