@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 import kernel_hopper
+from engine import cost
 from relation_kl import choose, relation_kl
 
 # H, T, D at batch 1; t: transposed, as the model passes them. The first is short on purpose: it
@@ -242,9 +243,8 @@ def matmul_rate(device: str) -> tuple[float, str]:
     """flop/s of one large product, and what it was: the most that a loss made of products can
     reach.
     """
-    n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    rate = 2 * n**3 / (1e-3 * milliseconds(lambda: a @ b, device)[0])
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    n, rate = cost.PRODUCT[device], cost.peak_flops(torch.device(device), dtype)
     return rate, f"{n}^3 {str(dtype).removeprefix('torch.')} product: {rate / 1e12:.3g} TFLOP/s"
 
 

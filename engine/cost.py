@@ -29,6 +29,7 @@ import torch
 
 from model import LlamaConfig
 
+PRODUCT = {"cuda": 8192, "cpu": 1024}  # n of the n^3 product that a machine's rate is taken from
 HEAD_CHUNK = 4096  # tokens whose logits exist at once, see model.next_token_loss
 
 
@@ -211,7 +212,7 @@ def free_memory(device: torch.device) -> int:
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """flop/s of one large matrix product: the best of five."""
-    n = 8192 if device.type == "cuda" else 1024
+    n = PRODUCT[device.type]
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(6):

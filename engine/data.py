@@ -283,24 +283,16 @@ def _load_ids(file: Path) -> np.ndarray:
 
 
 def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    with _text(file) as f:
-        for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except RecursionError:
-                raise ValueError(f"{file}, line {number}: nested too deeply to be real") from None
-            except json.JSONDecodeError as e:
-                raise ValueError(f"{file}, line {number}: not JSON ({e.msg})") from None
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                raise ValueError(f"{file}, line {number}: no string field `text`")
-            if not row["text"].isascii() and any("\ud800" <= c <= "\udfff" for c in row["text"]):
-                raise ValueError(
-                    f"{file}, line {number}: half of a surrogate pair (half an emoji); mend the "
-                    "line"
-                )
-            yield f"{name}:{number}", row["text"]
+    _opened(file).close()  # permission, in a sentence
+    for number, row in files.json_lines(file):
+        text = row.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"{file}, line {number}: no string field `text`")
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(
+                f"{file}, line {number}: half of a surrogate pair (half an emoji); mend the line"
+            )
+        yield f"{name}:{number}", text
 
 
 def _table(name: str, file: Path) -> Iterator[tuple[str, str]]:

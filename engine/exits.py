@@ -36,7 +36,12 @@ def _leave(number, frame) -> None:
 
 
 def _stop(number, frame) -> None:
-    """Afterwards: every `with` on the way out puts its things in order."""
+    """Afterwards: every `with` on the way out puts its things in order.
+
+    Python drops what is raised while it clears an object away: so it is raised again until heard.
+    """
+    signal.signal(signal.SIGALRM, _stop)
+    signal.setitimer(signal.ITIMER_REAL, 3.0)
     raise KeyboardInterrupt
 
 
@@ -62,6 +67,7 @@ def run(main, program: str) -> None:
             signal.signal(number, _stop)
         main()
     except KeyboardInterrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
         _end(program, "stopped; what was saved before is kept", STOPPED)
     except OutOfMemory as e:  # which one rank may meet alone
         _end(program, str(e), 2, alone=True)

@@ -14,15 +14,13 @@ Limits.  A folder, or "all", means the known names alone; a task of your own is 
 Source.  lm-evaluation-harness 0.4.13: the tasks' yaml files.
 """
 
-import gzip
-import json
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from evals.formats import LAYOUTS, Item, listed, number, text
+from hub.files import json_lines
 
 ACC, NORMED, PERPLEXITY = "accuracy", "accuracy normed", "perplexity"
 ENDS = (".jsonl", ".jsonl.gz")
@@ -141,7 +139,7 @@ def load(file: Path, limit: int | None = None) -> Task:
     stem = file.name.split(".")[0]
     name = next((n for n, d in DATASETS.items() if stem in (n, *d.names)), stem)
     items, layout, shots = [], "", ()
-    for line, row in islice(rows(file), limit):
+    for line, row in islice(json_lines(file, "task row"), limit):
         if not layout:
             layout = _layout(file, line, row)
             shots = (_shots(file),) if layout == "MMLU" else ()
@@ -171,35 +169,6 @@ def _layout(file: Path, line: int, row: dict) -> str:
     )
 
 
-def rows(file: Path) -> Iterator[tuple[int, dict]]:
-    """(line number, row). Raises ValueError naming the line that is no JSON object, or damage."""
-    zipped = file.suffix == ".gz"
-    opened = gzip.open(file, "rt", encoding=UTF8) if zipped else file.open(encoding=UTF8)
-    with opened as f:
-        try:
-            for line_no, line in enumerate(f, 1):
-                if line.strip():
-                    yield line_no, _row(line, f"{file}, line {line_no}")
-        except UnicodeDecodeError as e:
-            raise ValueError(f"{file} is not UTF-8 text ({e.reason}); convert it") from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-            raise ValueError(f"{file} is damaged: {e}; get it again") from None
-
-
-def _row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{where}: not a task row, it is no JSON ({e.msg})") from None
-    except RecursionError:
-        raise ValueError(f"{where}: not a task row, it is nested too deeply") from None
-    except ValueError as e:  # an integer of more digits than Python reads
-        raise ValueError(f"{where}: not a task row, {str(e).split(';')[0]}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: not a task row, it is no JSON object")
-    return row
-
-
 def _made(file: Path, line: int, layout: str, make: Callable, *given):
     try:
         return make(*given)
@@ -224,7 +193,7 @@ def _shots(file: Path) -> dict[str, list[str]]:
         return text(row, "subject"), f"{listed(row)} {answer}\n\n"
 
     shots: dict[str, list[str]] = {}
-    for line, row in rows(found):
+    for line, row in json_lines(found, "task row"):
         subject, shown = _made(found, line, "MMLU", example, row)
         shots.setdefault(subject, []).append(shown)
     return shots

@@ -18,11 +18,14 @@ Source.  POSIX rename(2) and fsync(2).
 
 import contextlib
 import errno
+import gzip
 import json
 import os
 import re
 import shutil
 import tempfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -158,6 +161,41 @@ def write_atomic(path: Path, data: str | bytes) -> None:
         work.replace(path)
     finally:
         work.unlink(missing_ok=True)
+
+
+def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
+    """(line number, object) of every line that is not blank of a .jsonl or .jsonl.gz file.
+
+    row: what a line is called where it is refused, such as "task row". A byte order mark is
+    skipped.
+    Raises ValueError naming the line that is no JSON object, or what is wrong with the file.
+    """
+    zipped = file.suffix.lower() == ".gz"
+    said, it = (f"not a {row}, ", f"not a {row}, it is ") if row else ("", "")
+    encoding = "utf-8-sig"
+    opened = gzip.open(file, "rt", encoding=encoding) if zipped else file.open(encoding=encoding)
+    with opened as f:
+        try:
+            for number, line in enumerate(f, 1):
+                if not line.strip():
+                    continue
+                where = f"{file}, line {number}"
+                try:
+                    value = json.loads(line)
+                except RecursionError:
+                    raise ValueError(f"{where}: {it}nested too deeply to be real") from None
+                except json.JSONDecodeError as e:
+                    no = f"{it}no" if row else "not"
+                    raise ValueError(f"{where}: {no} JSON ({e.msg})") from None
+                except ValueError as e:  # an integer of more digits than Python reads
+                    raise ValueError(f"{where}: {said}{str(e).split(';')[0]}") from None
+                if not isinstance(value, dict):
+                    raise ValueError(f"{where}: {it or 'it is '}no JSON object")
+                yield number, value
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{file} is not UTF-8 text ({e.reason}); convert it") from None
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+            raise ValueError(f"{file} is damaged: {e}; get it again") from None
 
 
 @contextlib.contextmanager

@@ -15,8 +15,7 @@ from model import Llama
 
 HEADING = "## The loss in your own trainer"
 README = (ROOT / "README.md").read_text()
-TEXT = README if HEADING in README else (ROOT / "tests" / "own_trainer.md").read_text()
-DEFINITIONS, LOOP, TRAINER = re.findall(r"```python\n(.*?)```", TEXT.split(HEADING)[1], re.S)[:3]
+DEFINITIONS, LOOP, TRAINER = re.findall(r"```python\n(.*?)```", README.split(HEADING)[1], re.S)[:3]
 IDS = torch.randint(0, 4096, (2, 60), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "llama3": {"rope_theta": 500000.0, "tie_word_embeddings": False},
