@@ -51,7 +51,8 @@ print(json.dumps(rows | {t.name: True for t in found.tensors if t.name.startswit
 WRITE = """
 import json, sys
 from llama_cpp import Llama
-model = Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False)
+wide = {"type_k": 0, "type_v": 0}  # float32 keys and values: its default, float16, breaks ties
+model = Llama(sys.argv[1], n_ctx=512, n_threads=1, verbose=False, **wide)
 out, ids = [], json.loads(sys.argv[2])
 for token in model.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
     out.append(token)
