@@ -1,12 +1,11 @@
-"""What fuzz.py promises, over the first 1,000 cases of one seed; tests/fuzz.py runs it longer."""
+"""1,200 damaged checkpoints, texts, states, folders and flags: a sentence, or right. fuzz.py says how."""
 
-from fuzz import CASES, fuzz
+import fuzz
 
 
-def test_a_thousand_broken_inputs_end_in_a_sentence_or_in_the_right_thing():
-    ends, faults = fuzz(cases=1000, seed=0)
-    assert not faults, "\n".join(faults)
-    for kind in CASES:
-        for end in ("refused", "accepted"):
-            assert ends[f"{kind} {end}"], f"{kind} was never {end}: that shows nothing"
-    assert ends["compared with transformers"] >= 3
+def test_what_is_damaged_is_refused_in_a_sentence_or_right():
+    counts = fuzz.run(1200, 0)
+    assert sum(map(sum, counts.values())) == 1200
+    assert counts["state"][0] == 0 and all(
+        counts[kind][0] > 0 for kind in counts if kind != "state"
+    )

@@ -1,4 +1,4 @@
-"""The loss outside this repository: as a wheel, and in trainers of transformers models."""
+"""The loss outside this repository: as a wheel of its own, and in a trainer of transformers models."""
 
 import re
 import subprocess
