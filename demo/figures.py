@@ -103,7 +103,8 @@ def relations(models: dict[str, Llama]) -> None:
     figure, axes = canvas(3.3 * len(maps), 3.7, len(maps))
     for axis, (name, found) in zip(axes, maps.items(), strict=True):
         axis.imshow(found[head].sqrt(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-        said = "" if name == "teacher" else f"\nKL from the teacher {kl[name][head]:.3f} nats"
+        apart = f"\nKL from the teacher {kl[name][head]:.3f} nats per row"
+        said = "" if name == "teacher" else apart
         axis.set_title(name + said, fontsize=9)
         axis.set(xlabel="token looked at", ylabel="token")
         axis.xaxis.get_major_locator().set_params(integer=True)

@@ -119,10 +119,17 @@ def write(out: Folder, tensors: dict[str, Tensor], at: Progress, depends: dict) 
     with out.directory(f"state/step-{at.total:08d}") as work:
         save_file(tensors, work / "state.safetensors")
         info |= {"checksum": _checksum(work / "state.safetensors"), "depends": depends}
+        info["own checksum"] = _info_checksum(info)
         (work / "state.json").write_text(json.dumps(info) + "\n")
     at.state = out.path / f"state/step-{at.total:08d}"
     for old in _states(out.path / "state")[_KEEP:]:
         out.remove(f"state/{old.name}")
+
+
+def _info_checksum(info: dict) -> int:
+    """Of all that state.json says but this number itself."""
+    said = {k: v for k, v in info.items() if k != "own checksum"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
 
 
 def _checksum(file: Path) -> int:
@@ -161,6 +168,8 @@ def load_info(state: Path) -> dict:
     for key, kind in kinds.items():
         if not isinstance(info.get(key), kind):
             raise ValueError(f"state.json has no {key}")
+    if info.get("own checksum") != _info_checksum(info):
+        raise ValueError("state.json is not as it was written")
     return info
 
 

@@ -164,7 +164,10 @@ def state_case(rng: random.Random, work: Path, base: Path) -> None:
     found = resume.latest(out / "state")
     if found is None:
         raise Wrong("the whole state before it was not found")
-    resume.load_info(found)
+    whole = base / "states" / "state" / found.name
+    weights = [(p / "state.safetensors").read_bytes() for p in (found, whole)]
+    if weights[0] != weights[1] or resume.load_info(found) != resume.load_info(whole):
+        raise Wrong(f"{found.name} was taken although it is not as it was written")
 
 
 def folder_case(rng: random.Random, work: Path, base: Path) -> None:

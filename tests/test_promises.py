@@ -264,9 +264,15 @@ def damage(state: Path, kind: str) -> None:
         (state / "state.json").write_text("{}")
     elif kind == "no json":
         (state / "state.json").unlink()
+    elif kind in ("step", "total", "columns"):  # still JSON, still of the right types
+        info = json.loads((state / "state.json").read_text())
+        info[kind] = {"teacher": {"loss": 0.0}} if kind == "columns" else info[kind] + 1
+        (state / "state.json").write_text(json.dumps(info))
 
 
-@pytest.mark.parametrize("kind", ["cut", "flipped", "empty json", "no json"])
+@pytest.mark.parametrize(
+    "kind", ["cut", "flipped", "empty json", "no json", "step", "total", "columns"]
+)
 def test_a_damaged_newest_state_is_named_and_the_one_before_taken(
     half, finished, teacher, text_dir, tmp_path, kind
 ):
