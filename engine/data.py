@@ -1,15 +1,16 @@
 """Text to tokens to blocks, in an order that depends on the seed and the step alone.
 
-    files and folders -> documents -> ids, end token after each -> one long stream on disk -> blocks
-    of T
+    files and folders -> documents -> ids, an end token after each -> one stream -> blocks of T
 
-Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl and .jsonl.gz (a
-document a line, its field `text`) and .npy (one stream of ids, already tokenised). Without any: the
-sources of the Python standard library on this machine (tests and site-packages left out), about 10
-MB of real text that needs no network.
+Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl (a document per
+line, its field `text`), .txt.gz and .jsonl.gz, .parquet (its column `text`, where pyarrow is there)
+and .npy (one stream of ids, already tokenised). Without any: the sources of the Python standard
+library on this machine (tests and site-packages left out), about 10 MB of real text that needs no
+network.
 
 Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
-and of every file's path, size and time, and is mapped, not read, from then on.
+and of every file's name and contents, and is mapped, not read, from then on. A text that is refused
+leaves nothing on disk.
 
 Held out.  One document in 20, by a hash of its name, never trains; so the same standard-library
 module is held out under every Python version. Where that gives less than 1 % of the tokens (few,

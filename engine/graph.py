@@ -1,9 +1,8 @@
 """A step's forward and backward as one CUDA graph: what the host launches once, the GPU repeats by
 itself.
 
-What.  A small model on a GPU is bound by launches: SmolLM2-135M starts some 10 000 kernels per step
-of 512 tokens, and Python needs longer to ask for them than the GPU to do them. A CUDA graph records
-them once; a replay is one launch.
+What.  A small model on a GPU is bound by launches: Python needs longer to ask for a step's kernels
+than the GPU to do them. A CUDA graph records them once; a replay is one launch.
 
 How.  For every shape of ids: three ordinary calls to warm up (Triton compiles then), a recording,
 and from then on copies of ids into the recorded input and replays. Gradients are zeroed, not

@@ -10,11 +10,12 @@ moves every weight by about its rate per step whatever the gradient's size, and 
 the more such moves add up in its output: two points, 2e-3 at C = 576 and 2e-5 at C = 4096, fix a
 power law, lr = 2e-3 (576 / C)^2.3, never above 2e-3, which was best at C = 320 too. Kinds that
 leave the fast pairs alone (all but linear) lose less before training: they take 0.3 of that rate
-and an eighth of the tokens. Stage 2 takes a quarter of stage 1's rate, or half for those kinds.
-Stage 1 wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat 2048 at
-equal tokens. Stage 2 wants steps more than length: blocks of 16K gave a lower loss at 64K than
-blocks of 64K at equal tokens. A CPU's tokens are what it does in about an hour at 135M parameters.
-For widths far from these it is a guess: try a few rates.
+and an eighth to a half of the tokens (TOKENS). Stage 2 takes a quarter of stage 1's rate, or half
+for those kinds. Stage 1 wants many small steps on short blocks: 1024 tokens per step in blocks of
+512 beat 2048 at equal tokens. Stage 2 wants steps more than length: blocks of 16K gave a lower loss
+at 64K than blocks of 64K at equal tokens. A CPU's tokens are meant for about an hour at 135M
+parameters, by an estimate that no run has checked. For widths far from these it is a guess: try a
+few rates.
 
 Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
 

@@ -3,10 +3,13 @@ numbers go bad.
 
 What.  Every step leaves one JSON line in metrics.jsonl, which is the source of everything else:
 
-    total, stage, step (both counted from 0); loss, grad_norm (before clipping), lr; seconds,
-    tokens_per_second, tflops, mfu; gib; eta_seconds with relation blocks also: relations {Q/Q, K/K,
-    V/V: mean KL over layers}, layers [sum of the three in each layer], next_token_kl (before its
-    weight), and in stage 2 relation_loss, of the native blocks beside the long ones
+    total, stage, step          total and step counted from 0, step within its stage
+    loss, grad_norm, lr         the norm before clipping
+    seconds, tokens_per_second, tflops, mfu, gib, eta_seconds
+    relations, layers           with relation blocks: {Q/Q, K/K, V/V: mean KL over layers}, and
+                                [the sum of the three in each layer]
+    next_token_kl               with relation blocks, before its weight
+    relation_loss               in stage 2, of the native blocks beside the long ones
 
 Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's is the next token's. A terminal
 shows a bar, anything else about twenty plain lines per stage. curves.png is drawn at each saved
