@@ -22,19 +22,19 @@ before scaling):
     longrope   w_k / e_k, with one searched table e for lengths up to M0 and one beyond
 
 Why interpolation blurs near positions.  Two tokens d apart differ by the angle d w_k in pair k, so
-the fast pairs tell neighbours apart. Interpolation slows all pairs: the fastest now turns 1/s radian
-per token, and tokens less than s apart differ by less than one radian in every pair. Of the pairs, a
-share ln s / ln theta turned faster than that before (15 of 64 at s = 8, theta = 10^4, D = 128); no
-pair does their work now. Distance d looks as d/s did, and training never showed an eighth of a token.
-In one number: a vector of equal pairs differs from itself d tokens on by 1 - mean_k cos(d w_k), which
-falls 61-fold at d = 1:
+the fast pairs tell neighbours apart. Interpolation slows all pairs: the fastest now turns 1/s
+radian per token, and tokens less than s apart differ by less than one radian in every pair. A share
+ln s / ln theta of the pairs turned faster than that before: 15 of 64 at s = 8, theta = 10^4,
+D = 128. No pair does their work now: distance d looks as d/s did, and training never showed an
+eighth of a token. In one number: a vector of equal pairs differs from itself d tokens on by
+1 - mean_k cos(d w_k), which falls 61-fold at d = 1:
         pytest tests/test_rope.py::test_interpolation_blurs_near_positions
 
-Why yarn's ramp does not.  A pair that turns many times within M0 has shown every angle in training: a
-longer distance shows no new one, and it need not be slowed. Only a pair whose wavelength exceeds M0
-would reach angles it never saw. Yarn leaves the first sort alone (pairs 0 to 20 at M0 = 4096, bit for
-bit, the 15 above among them), slows the last by s, and blends between. The number above stays at
-99.9 % of the teacher's:
+Why yarn's ramp does not.  A pair that turns many times within M0 has shown every angle in training:
+a longer distance shows no new one, so it need not be slowed. Only a pair whose wavelength exceeds
+M0 would reach angles it never saw. Yarn leaves the first sort alone (pairs 0 to 20 at M0 = 4096,
+bit for bit, the 15 above among them), slows the last by s, and blends between. The number above
+stays at 99.9 % of the teacher's:
         pytest tests/test_rope.py::test_yarn_keeps_the_pairs_that_tell_neighbours_apart
 
 How it is applied.  Angles in float32; cos and sin, times the attention factor, are then cast to the
