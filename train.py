@@ -190,11 +190,12 @@ def main(argv: list[str] | None = None) -> None:
         else world.on_main(cost.peak_flops, device, dtype)
     )
     shards = world.size if args.shard else 1
-    own = [s.batch // world.size for s in stages]  # blocks of a step that are this process's
-    settled = [
-        plan.settle(native, s, dtype, args.micro, args.lora_rank, shards, n, free)
-        for s, n in zip(stages, own, strict=True)
-    ]  # (blocks at a time, recompute activations?, memory by part)
+    settled = []  # of each stage: blocks at a time, recompute activations?, memory by part
+    for s in stages:
+        own = s.batch // world.size
+        settled.append(
+            plan.settle(native, s, dtype, device, args.micro, args.lora_rank, shards, own, free)
+        )
     needs = [need for _, _, need in settled]
     print(plan.describe(native, longer, stages, needs, args.lora_rank))
     print(f"compute: {str(dtype)[6:]}, because {why}")
@@ -221,8 +222,9 @@ def main(argv: list[str] | None = None) -> None:
             )
 
         with files.disk_sentences(args.cache):
-            world.on_main(lambda: load_corpus(quiet=False) and None)
-            corpus = load_corpus(quiet=not world.main)
+            loaded = []  # by the first process; the others find its cache
+            world.on_main(lambda: loaded.append(load_corpus(quiet=False)))
+            corpus = loaded[0] if loaded else load_corpus(quiet=True)
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
         held_out = evaluation.HeldOut(
             corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks

@@ -132,7 +132,7 @@ class Step:
         self.dtype = compute_dtype(device)
         free = cost.free_memory(device)
         settled = plan.settle(
-            config, stage, self.dtype, arguments.micro, self.rank, 1, stage.batch, free
+            config, stage, self.dtype, device, arguments.micro, self.rank, 1, stage.batch, free
         )
         self.micro, self.checkpointing, self.need = settled
         plan.refuse_if_too_large(self.need, free, stage)

@@ -72,11 +72,13 @@ def trained_parameters(c: LlamaConfig, rank: int | None) -> int:
     return c.n_layer * rank * (3 * c.width + c.head_dim * (c.n_head + 2 * c.n_kv_head))
 
 
-def layer_bytes(c: LlamaConfig, b: int, full: bool, rank: int | None, last: bool = False) -> int:
-    """Bytes per token that autograd keeps of one student layer computed in `b` bytes; `last`: ends
-    at q, k and v.
+def layer_bytes(
+    c: LlamaConfig, b: int, full: bool, rank: int | None, wide: bool = False, last: bool = False
+) -> int:
+    """Bytes per token that autograd keeps of one student layer computed in `b` bytes per number.
 
-    full: q, k and v learn whole, so that their input is kept; rank: of their adapters.
+    full: q, k and v learn whole, so that their input is kept; rank: of their adapters. wide:
+    attention computes in float32 where the layer does not, on copies; last: ends at q, k and v.
     """
     heads, C, M = c.n_head + 2 * c.n_kv_head, c.width, c.mlp_width
     projections = 4 * C + 4  # RMSNorm: its input in float32 and one factor
@@ -87,7 +89,8 @@ def layer_bytes(c: LlamaConfig, b: int, full: bool, rank: int | None, last: bool
         projections += (c.n_head + c.n_kv_head) * (4 * c.head_dim + 4)
     if last:
         return projections
-    attention = b * c.n_head * c.head_dim + 4 * c.n_head  # its output and log-sum-exps
+    attention = (4 if wide else b) * c.n_head * c.head_dim + 4 * c.n_head  # output, log-sum-exps
+    attention += 4 * heads * c.head_dim * wide  # its own q, k and v
     return (
         projections + attention + 4 * C + 4 + 3 * b * M
     )  # the second norm; gate, silu(gate) and up
@@ -100,19 +103,23 @@ def activation_bytes(
     micro: int,
     checkpointing: bool,
     rank: int | None = None,
+    attention: torch.dtype | None = None,
 ) -> dict[str, int]:
     """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or
-    logits.
+    logits. dtype: of the activations; attention: what it computes in, `dtype` if None.
     """
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
+    wide = attention is not None and attention != dtype
     heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
-    one, cut = layer_bytes(c, b, not rank, rank), stage1 and not stage.logits
+    one, cut = layer_bytes(c, b, not rank, rank, wide), stage1 and not stage.logits
+    if wide and not stage1:  # only the relations keep q, k and v as the layer made them
+        one -= b * heads * c.head_dim
     if (
         checkpointing
     ):  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
         kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
     else:
-        kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, last=True)
+        kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, wide, last=True)
         kept -= (
             4 * c.width if b == 4 or not rank else 0
         )  # the embeddings, frozen, need no norm's backward
@@ -142,9 +149,11 @@ def memory(
     checkpointing: bool,
     rank: int | None = None,
     shards: int = 1,
+    attention: torch.dtype | None = None,
 ) -> dict[str, int]:
-    """Bytes by part for one process working on `micro` blocks at a time; `shards`: over how many
-    --shard cuts.
+    """Bytes by part for one process working on `micro` blocks at a time.
+
+    shards: over how many --shard cuts; attention: what it computes in, `dtype` if None.
     """
     b = torch.finfo(dtype).bits // 8
     everything, qkv = parameters(c)
@@ -159,13 +168,13 @@ def memory(
         parts["gathered layers"] = (
             2 * (everything - ends + trained) * b + 4 * trained
         ) // c.n_layer
-    parts |= activation_bytes(c, stage, dtype, micro, checkpointing, rank)
+    parts |= activation_bytes(c, stage, dtype, micro, checkpointing, rank, attention)
     # One relation's student in float32 and its gradient, and what it hands on: the largest is Q/Q
     parts["at work"] = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
     parts |= {"allocator, a tenth": sum(parts.values()) // 10}
     if stage.beside:  # one after the other: the larger of the two counts
         few = at_a_time(stage.beside, None, stage.beside.batch)
-        other = memory(c, stage.beside, dtype, few, checkpointing, rank, shards)
+        other = memory(c, stage.beside, dtype, few, checkpointing, rank, shards, attention)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
 

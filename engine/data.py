@@ -136,34 +136,19 @@ def load_corpus(
     found = find_files(paths, without)
     key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
     for name, file in found:
-        key.update(f"{name}\0{_digest(file)}\n".encode())
+        key.update(f"{name}\0{files.digest(file)}\n".encode())
     digest = key.hexdigest()[:20]
     what = ", ".join(map(str, paths)) if paths else f"the standard library in {standard_library()}"
     parts = _cached(cache / digest)
-    if not parts:
-        train, held_out = _tokenise(found, tokenizer, quiet)
-        check(Corpus(train, held_out, what, digest))
-        _keep(cache / digest, train, held_out)
+    fresh = None if parts else _tokenise(found, tokenizer, quiet)
+    corpus = Corpus(*(parts or fresh), what, digest)
+    check(corpus)
+    if fresh:
+        _keep(cache / digest, *fresh)
         parts = _cached(cache / digest)
         assert parts, "a cache that was just written reads back"
-    corpus = Corpus(*parts, what, digest)
-    check(corpus)
+        corpus = Corpus(*parts, what, digest)
     return corpus
-
-
-def _digest(file: Path) -> str:
-    value = hashlib.sha256()
-    with _opened(file) as f:
-        while piece := f.read(1 << 24):
-            value.update(piece)
-    return value.hexdigest()
-
-
-def _opened(file: Path):
-    try:
-        return file.open("rb")
-    except PermissionError:
-        raise ValueError(f"cannot read {file}: permission denied") from None
 
 
 def _cached(folder: Path) -> list[np.ndarray] | None:
@@ -265,7 +250,8 @@ def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.nda
 
 
 def _text(file: Path):
-    _opened(file).close()  # permission, in a sentence
+    with files.reading(file):
+        file.open("rb").close()  # permission, in a sentence
     return (
         gzip.open(file, "rt", encoding="utf-8")
         if file.suffix.lower() == ".gz"
@@ -284,7 +270,6 @@ def _load_ids(file: Path) -> np.ndarray:
 
 
 def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    _opened(file).close()  # permission, in a sentence
     for number, row in files.json_lines(file):
         text = row.get("text")
         if not isinstance(text, str):

@@ -155,6 +155,8 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
         args.lora_alpha = 2.0 * args.lora_rank
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora-dropout is {args.lora_dropout:g}; it must be below 1")
+    if args.relations == "none" and not args.logit_weight:
+        raise ValueError("--relations none with --logit-weight 0 leaves stage 1 no loss: give one")
     if args.tensorboard:
         require("tensorboard", "--tensorboard")
     check_device(args.device)

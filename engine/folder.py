@@ -101,16 +101,26 @@ def check(
                          "--resume out")  # fmt: skip
 
 
-def clear(path: Path) -> None:
-    """Takes away an earlier result of this program's; refuses where anything else stands in it."""
-    mark = read_mark(path) if path.is_dir() else None
-    listed = set(mark["files"]) if mark else set()
-    if path.is_dir() and (first := next(strangers(path, listed), None)):
+def refuse_strangers(path: Path, listed: set[str]) -> None:
+    """Raises ValueError naming the first thing in the folder that is not on the list."""
+    if first := next(strangers(path, listed), None):
         raise ValueError(
             f"{path} holds {first}, which this program did not write; move it elsewhere"
         )
-    if path.is_dir():
-        shutil.rmtree(path)
+
+
+def clear(path: Path) -> None:
+    """Takes away an earlier result of this program's.
+
+    Raises ValueError where anything else stands in it, or where a run is at work in it.
+    """
+    if not path.is_dir():
+        return
+    mark = read_mark(path)
+    refuse_strangers(path, set(mark["files"]) if mark else set())
+    lock = _take(path / LOCK)
+    shutil.rmtree(path)
+    os.close(lock)
 
 
 class Folder:
@@ -199,10 +209,7 @@ class Folder:
         """
         target = self.path / name
         if target.exists():
-            inside = {n.removeprefix(f"{name}/") for n in self.listed if n.startswith(f"{name}/")}
-            if first := next(strangers(target, inside), None):
-                raise ValueError(f"{target} holds {first}, which this program did not write; move "
-                                 "it elsewhere")  # fmt: skip
+            refuse_strangers(target, self._inside(name))
         work = Path(tempfile.mkdtemp(dir=self.work()))
         yield work
         files.sync_tree(work)
@@ -215,10 +222,14 @@ class Folder:
         work.rename(target)
         files.sync_directory(target.parent)
 
+    def _inside(self, name: str) -> set[str]:
+        """What the list has below `name`."""
+        return {n.removeprefix(f"{name}/") for n in self.listed if n.startswith(f"{name}/")}
+
     def remove(self, name: str) -> None:
         """Takes a folder away that holds nothing but what is on the list."""
         target = self.path / name
-        inside = {n.removeprefix(f"{name}/") for n in self.listed if n.startswith(f"{name}/")}
+        inside = self._inside(name)
         if next(strangers(target, inside), None) is None:
             target.rename(tempfile.mkdtemp(dir=self.work()) + "/old")
             shutil.rmtree(self.path / WORK)

@@ -32,7 +32,7 @@ from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trai
 from engine.exits import OutOfMemory
 from hub import checkpoint, files
 from hub.tokenizer import Tokenizer
-from model import TRAINED, Llama, LlamaConfig
+from model import TRAINED, Llama, LlamaConfig, attention_dtype
 from relation_kl import choose
 
 TOP_RATE = 2e-3  # the best rate measured; the power law's 0.3 at C = 64 blows a model up
@@ -170,14 +170,28 @@ def needs_checkpointing(need: dict[str, int], free: int) -> bool:
 
 
 def settle(
-    c: LlamaConfig, stage: Stage, dtype, micro: int | None, rank, shards: int, own: int, free: int
-):
-    """(blocks at a time, checkpointing, memory by part) of a process that does `own` blocks of each
-    step.
+    c: LlamaConfig,
+    stage: Stage,
+    dtype: torch.dtype,
+    device: torch.device,
+    micro: int | None,
+    rank: int | None,
+    shards: int,
+    own: int,
+    free: int,
+) -> tuple[int, bool, dict[str, int]]:
+    """How a process that does `own` blocks of each step uses its `free` bytes of memory.
+
+    Returns (blocks at a time, checkpointing, bytes by part).
     """
     micro = at_a_time(stage, micro, own)
-    checkpointing = needs_checkpointing(memory(c, stage, dtype, micro, False, rank, shards), free)
-    return micro, checkpointing, memory(c, stage, dtype, micro, checkpointing, rank, shards)
+
+    def parts(checkpointing: bool) -> dict[str, int]:
+        attention = attention_dtype(dtype, device)
+        return memory(c, stage, dtype, micro, checkpointing, rank, shards, attention)
+
+    checkpointing = needs_checkpointing(parts(False), free)
+    return micro, checkpointing, parts(checkpointing)
 
 
 def refuse_if_too_large(parts: dict[str, int], free: int, stage: Stage) -> None:

@@ -213,16 +213,8 @@ def digest(path: Path) -> str:
     whole = hashlib.sha256()
     for file in sorted(path.iterdir()):
         if file.name.endswith((".safetensors", ".json", ".model", ".tiktoken", ".txt")):
-            whole.update(f"{file.name} {file_digest(file)}\n".encode())
+            whole.update(f"{file.name} {files.digest(file)}\n".encode())
     return whole.hexdigest()[:16]
-
-
-def file_digest(file: Path) -> str:
-    value = hashlib.sha256()
-    with file.open("rb") as f:
-        while piece := f.read(1 << 24):
-            value.update(piece)
-    return value.hexdigest()
 
 
 def find(out: Path, depends: dict) -> Progress:

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import cost, curves, resume
+from engine import cost, curves, parallel, resume
 from engine.folder import Folder
 from relation_kl import RELATIONS
 
@@ -243,7 +243,9 @@ def refuse_non_finite(
     else:  # a backward runs from the last layer down: the last bad gradient was the first to go bad
         names = list(weights)
         bad = [
-            i for i, p in enumerate(weights.values()) if p.grad is not None and not _finite(p.grad)
+            i
+            for i, p in enumerate(weights.values())
+            if p.grad is not None and not torch.isfinite(parallel.own(p.grad)).all()
         ]
         last = -int(world.min(-max(bad, default=-1)))
         where = f", in the gradient of {names[last]}" if last >= 0 else ""
@@ -255,16 +257,10 @@ def refuse_non_finite(
     )
 
 
-def _finite(gradient: Tensor) -> bool:
-    own = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return bool(torch.isfinite(own).all())
-
-
 def _first_bad_layer(student, ids: Tensor) -> int:
     """Runs the student once more: the first layer whose output is not finite, or their number.
 
     Goes through all layers, as other ranks may have to.
     """
-    dtype = torch.bfloat16 if ids.is_cuda else torch.float32
-    finite = [torch.isfinite(h).all() for h, _ in student.walk(ids[:, :-1], dtype)]
+    finite = [torch.isfinite(h).all() for h, _ in student.walk(ids[:, :-1])]
     return next((l for l, good in enumerate(finite) if not good), student.config.n_layer)

@@ -19,6 +19,7 @@ Source.  POSIX rename(2) and fsync(2).
 import contextlib
 import errno
 import gzip
+import hashlib
 import json
 import os
 import re
@@ -42,6 +43,15 @@ def reading(path: Path):
     except OSError as e:
         reason = os.strerror(e.errno).lower() if e.errno else str(e)
         raise ValueError(f"cannot read {path}: {reason}") from None
+
+
+def digest(file: Path) -> str:
+    """sha256 of a file's contents, in hexadecimal."""
+    value = hashlib.sha256()
+    with reading(file), file.open("rb") as f:
+        while piece := f.read(1 << 24):
+            value.update(piece)
+    return value.hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -173,7 +183,10 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
     zipped = file.suffix.lower() == ".gz"
     said, it = (f"not a {row}, ", f"not a {row}, it is ") if row else ("", "")
     encoding = "utf-8-sig"
-    opened = gzip.open(file, "rt", encoding=encoding) if zipped else file.open(encoding=encoding)
+    with reading(file):
+        opened = (
+            gzip.open(file, "rt", encoding=encoding) if zipped else file.open(encoding=encoding)
+        )
     with opened as f:
         try:
             for number, line in enumerate(f, 1):

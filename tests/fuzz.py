@@ -194,8 +194,9 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
     stages = plan.make_stages(args, config, student)
     plan.check(args, config, student, stages, load_tokenizer(args.teacher), 1)
     for stage in stages:
+        cpu, own = torch.device("cpu"), stage.batch
         needs = plan.settle(
-            config, stage, torch.float32, args.micro, args.lora_rank, 1, stage.batch, 1 << 34
+            config, stage, torch.float32, cpu, args.micro, args.lora_rank, 1, own, 1 << 34
         )
         plan.describe(config, student, [stage], [needs[2]], args.lora_rank)
 

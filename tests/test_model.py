@@ -271,7 +271,7 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_eager_and_gives_the_same_bits_twice(
 ):
     """Against float64: logits and the gradient of q_proj, error <= 2 x that of plain bfloat16."""
     monkeypatch.setattr(model_file, "cpu_bfloat16", lambda: instructions)
-    assert attention_dtype(torch.empty(0, dtype=torch.bfloat16)) == (
+    assert attention_dtype(torch.bfloat16, torch.device("cpu")) == (
         torch.bfloat16 if instructions == "AMX" else torch.float32
     )
 
@@ -290,7 +290,7 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_eager_and_gives_the_same_bits_twice(
     math, flash = torch.nn.attention.SDPBackend.MATH, torch.nn.attention.SDPBackend.FLASH_ATTENTION
     exact = run(torch.float64, math)
     ours, again = run(torch.bfloat16, flash), run(torch.bfloat16, flash)
-    monkeypatch.setattr(model_file, "attention_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(model_file, "attention_dtype", lambda dtype, device: dtype)
     eager = run(torch.bfloat16, math)
     for a, b, e, x in zip(ours, again, eager, exact, strict=True):
         assert torch.equal(a, b)

@@ -148,6 +148,22 @@ def test_the_lock_goes_with_the_process(tmp_path):
         pass
 
 
+def test_what_is_at_work_is_not_cleared(tmp_path):
+    """make demo takes an earlier result away: not from under a run."""
+    with folder.Folder(tmp_path / "out", "train.py") as out:
+        out.write("run.json", "{}")
+        before = tree(tmp_path)
+        with pytest.raises(ValueError, match="in use by"):
+            folder.clear(tmp_path / "out")
+        assert tree(tmp_path) == before
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds mine\.txt"):
+        folder.clear(tmp_path / "out")
+    (tmp_path / "out" / "mine.txt").unlink()
+    folder.clear(tmp_path / "out")
+    assert tree(tmp_path) == {}
+
+
 def test_a_dry_run_on_a_used_folder_prints_the_plan(finished, teacher, text_dir, capsys):
     before = tree(finished)
     train.main(arguments(teacher, text_dir, finished, "--dry-run"))
@@ -164,6 +180,7 @@ def test_a_dry_run_on_a_used_folder_prints_the_plan(finished, teacher, text_dir,
         (["--lookups", "0.5"], "cannot hold"),
         (["--logit-weight", "inf"], "--logit-weight"),
         (["--lora-alpha", "8"], "--lora-rank"),
+        (["--relations", "none", "--logit-weight", "0"], "no loss"),
         (["--lora-rank", "4", "--lora-alpha", "nan"], "--lora-alpha"),
         (["--lora-rank", "33"], "--lora-rank is 33"),
         (["--save-minutes", "nan"], "--save-minutes"),
