@@ -145,7 +145,10 @@ class RopeConfig:
         return out
 
     def scaled(self, kind: str, factor: float) -> "RopeConfig":
-        """The same model's positions stretched by `factor` (> 1) with `kind`, a STUDENT_KIND."""
+        """The same model's positions stretched by `factor` (> 1) with `kind`, a STUDENT_KIND.
+
+        Raises ValueError where that is impossible or no config.json can say it.
+        """
         if kind not in STUDENT_KINDS:
             raise ValueError(f"--rope {kind!r} is not one of {', '.join(STUDENT_KINDS)}")
         if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 1):

@@ -55,16 +55,14 @@ GPU_SHAPES = (
 CPU_SHAPES = ("3x512x64", "9x2048x64")
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 CPU_LENGTHS = (1024, 2048, 4096)
-PATIENCE = (
-    20.0  # seconds: `memory` tries no longer T on an implementation whose last call took more
-)
+PATIENCE = 20.0  # seconds: `memory` tries no longer T once a call has taken more
 
 
 # ---- the implementations: each takes (x, y) and gives a tensor to differentiate
 
 
 def eager(x: Tensor, y: Tensor) -> Tensor:
-    """The loss as one writes it in PyTorch, in the dtype of the input."""
+    """The loss of x and y [B, H, T, D] as one writes it in PyTorch: [B, H, T] in their dtype."""
     T, D = x.shape[-2:]
     unseen = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     log_p = (x @ x.mT * D**-0.5).masked_fill(unseen, float("-inf")).log_softmax(-1)
@@ -164,12 +162,13 @@ def milliseconds(f, device: str, seconds: float = 1.0) -> tuple[float, float, fl
 
 
 def both(f, x: Tensor, y: Tensor) -> Tensor:
+    """Forward and backward: the gradient in x, [B, H, T, D] as x and y are."""
     out = f(x, y)
     return torch.autograd.grad(out, x, torch.ones_like(out))[0]
 
 
 def graphed(f, x: Tensor, y: Tensor):
-    """Forward and backward recorded once: the returned call replays them with one launch."""
+    """Forward and backward of x and y [B, H, T, D] as one CUDA graph: the call that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -182,7 +181,8 @@ def graphed(f, x: Tensor, y: Tensor):
 
 
 def peak_bytes(f, x: Tensor, y: Tensor) -> int:
-    """What forward and backward need at most, above what is held before them.
+    """Bytes that forward and backward of x and y [B, H, T, D] hold at most, beyond what is held
+    before.
 
     On a CPU only in a fresh process.
     """
@@ -252,6 +252,7 @@ def matmul_rate(device: str) -> tuple[float, str]:
 
 
 def row(name: str, mode: str, f, shape: tuple[int, int, int], device: str) -> dict:
+    """{"ms", "ms_20", "ms_80", "tflops"} of one mode at shape (H, T, D)."""
     H, T, D, *_ = shape
     backward = 5 if "attention" in name else 4
     products = {"forward": 2, "backward": backward, "both": 2 + backward}[mode]

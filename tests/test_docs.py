@@ -101,15 +101,6 @@ def test_the_books_docstrings_end_with_limits_and_a_source(name):
     assert "Limits." in lesson and ("Source." in lesson or "Sources." in lesson)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_public_functions_have_docstrings(path):
-    """All but a line's worth of code says what it takes and gives."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            short = node.end_lineno - node.lineno <= 12
-            assert ast.get_docstring(node) or short, f"{node.name} has no docstring"
-
-
 # The derivations that can be run: in which file each stands, and the test it points at
 DERIVATIONS = {
     "rope": {
