@@ -504,7 +504,8 @@ class Loss:
     """A forward and a backward such as the two above as one differentiable loss, called two ways.
 
     forward(x, y, s_scale, t_scale, causal, lengths) -> kl, lse(S), lse(U); backward(w, lse(S),
-    lse(U), *the same) -> dL/dx. loss(...) -> kl.  `operator` and `operator_backward` are
+    lse(U), *the same) -> dL/dx. loss(...) -> kl; `kept`, as in relation_kl.relation_kl, spares the
+    function a second forward (where operators are watched a policy must do it).  `operator` and `operator_backward` are
     linear_ard::{name} and linear_ard::{name}_backward: what a checkpointing policy that keeps the
     loss's three numbers a row looks for (relation_kl.keep_losses).
     """
@@ -529,11 +530,11 @@ class Loss:
         self.operator.register_autograd(self._operator_gradient, setup_context=self._operator_save)
         self.function = _function(forward, backward)
 
-    def __call__(self, x, y, s_scale, t_scale, causal, lengths) -> Tensor:
+    def __call__(self, x, y, s_scale, t_scale, causal, lengths, kept=None) -> Tensor:
         plain = type(x) in (Tensor, torch.nn.Parameter) and type(y) in (Tensor, torch.nn.Parameter)
         if torch.compiler.is_compiling() or not plain or _watched():
             return self.operator(x, y, s_scale, t_scale, causal, lengths)[0]
-        return self.function(x, y, s_scale, t_scale, causal, lengths)
+        return self.function(x, y, s_scale, t_scale, causal, lengths, kept)
 
     @staticmethod
     def _operator_save(ctx, inputs, output):
@@ -561,8 +562,11 @@ def _watched() -> bool:
 def _function(forward, backward):
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, x, y, s_scale, t_scale, causal, lengths):
-            kl, s_lse, t_lse = forward(x, y, s_scale, t_scale, causal, lengths)
+        def forward(ctx, x, y, s_scale, t_scale, causal, lengths, kept):
+            kl, s_lse, t_lse = kept or forward(x, y, s_scale, t_scale, causal, lengths)
+            if kept is not None:
+                kept[:] = kl, s_lse, t_lse
+                kl = kl.clone()  # the caller may change it in place
             ctx.save_for_backward(x, y, s_lse, t_lse, lengths)
             ctx.scalars = s_scale, t_scale, causal
             return kl
@@ -571,14 +575,7 @@ def _function(forward, backward):
         @torch.autograd.function.once_differentiable
         def backward(ctx, w):
             x, y, s_lse, t_lse, lengths = ctx.saved_tensors
-            return (
-                backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths),
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
+            return backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths), *[None] * 6
 
     return Function.apply
 
@@ -594,6 +591,7 @@ def relation_kl_triton(
     teacher_scale: float,
     causal: bool,
     lengths: Tensor | None,
+    kept: list | None = None,
 ) -> Tensor:
     """KL(teacher || student) of every row, [B, H, T] float32, from relation_kl.relation_kl's
     arguments after its checks. Raises ValueError where `unsupported` says why.
@@ -609,7 +607,7 @@ def relation_kl_triton(
     )
     if lengths is not None:
         lengths = lengths.to(student.device, non_blocking=True).contiguous()
-    return LOSS(student, teacher, scale, teacher_scale, causal, lengths)
+    return LOSS(student, teacher, scale, teacher_scale, causal, lengths, kept)
 
 
 # ---- the check of `python kernel_triton.py`

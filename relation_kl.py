@@ -80,16 +80,19 @@ def relation_kl(
     causal: bool = True,
     lengths: Tensor | None = None,
     impl: str = "auto",
+    kept: list | None = None,
 ) -> Tensor:
     """KL(teacher || student) of every row of the self-relation softmax, equation (1), in nats.
 
     student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require
     grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: the teacher's own a, `scale` if
     None. causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before
-    padding. impl: "auto", "dense", "tiled", "triton" or "hopper". float32 products use tf32 only
-    where torch's own switch allows it. Returns [B, H, T], float32 (float64 for float64 input),
-    differentiable in `student`. Raises ValueError for anything else, naming the value. Source:
-    arXiv 2604.00004, section 3.
+    padding. impl: "auto", "dense", "tiled", "triton" or "hopper". kept: for activation
+    checkpointing, an empty list: the call leaves its numbers per row there, and the same call, made
+    again in the backward, takes them from it ("dense" and "hopper" compute them again). float32
+    products use tf32 only where torch's own switch allows it. Returns [B, H, T], float32 (float64
+    for float64 input), differentiable in `student`. Raises ValueError for anything else, naming the
+    value. Source: arXiv 2604.00004, section 3.
     """
     _check(student, teacher, lengths, impl)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -99,7 +102,7 @@ def relation_kl(
     if impl == "dense":
         return _dense(student, teacher, scale, teacher_scale, causal, lengths)
     if impl == "tiled":
-        return _Tiled.apply(student, teacher, scale, teacher_scale, causal, lengths)
+        return _Tiled.apply(student, teacher, scale, teacher_scale, causal, lengths, kept)
     try:  # only here, so that machines without Triton can use the other two
         if impl == "hopper":
             from kernel_hopper import relation_kl_hopper as kernel
@@ -109,7 +112,8 @@ def relation_kl(
         raise ValueError(
             f'impl="{impl}" needs the triton package ({e}); install it, or use impl="tiled"'
         ) from None
-    return kernel(student, teacher, scale, teacher_scale, causal, lengths)
+    more = () if impl == "hopper" else (kept,)
+    return kernel(student, teacher, scale, teacher_scale, causal, lengths, *more)
 
 
 def choose(x: Tensor) -> tuple[str, str]:
@@ -136,7 +140,8 @@ def keep_losses(ctx, op, *arguments, **options):
 
     checkpoint(f, *args, use_reentrant=False, context_fn=lambda:
     create_selective_checkpoint_contexts(keep_losses)), both of torch.utils.checkpoint: the backward
-    then does not run the GPU kernels' forward a second time.
+    then does not run the GPU kernels' forward a second time. torch then looks at every operator in
+    f: `kept` costs nothing of the kind.
     """
     policy = torch.utils.checkpoint.CheckpointPolicy
     is_loss = getattr(op, "namespace", "") == "linear_ard" and "backward" not in str(op)
@@ -200,10 +205,12 @@ class _Tiled(torch.autograd.Function):
     """Equations (1) to (3), strip by strip; scores are in bits: exp2 is what a machine computes."""
 
     @staticmethod
-    def forward(ctx, x, y, scale, teacher_scale, causal, lengths):
+    def forward(ctx, x, y, scale, teacher_scale, causal, lengths, kept):
         B, H, T, D = x.shape
         ctx.save_for_backward(x, y, lengths)
         ctx.arguments = (scale, teacher_scale, causal)
+        if kept:  # the backward makes its strips itself, and needs nothing of the forward's
+            return kept[0].clone()
         kl = torch.empty(B * H, T, dtype=_wide(x), device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             for heads, rows, _, s, u, e in _strips(x, y, scale, teacher_scale, causal, lengths):
@@ -212,7 +219,10 @@ class _Tiled(torch.autograd.Function):
                 # log R - log P inside the sum: outside it, large numbers would cancel
                 terms = u.sub_(s).add_((sum_s / sum_u).log2()).mul_(e)
                 kl[heads, rows] = terms.sum(-1) / sum_u[..., 0]
-            return kl.mul_(math.log(2)).view(B, H, T)
+        kl = kl.mul_(math.log(2)).view(B, H, T)
+        if kept is not None:
+            kept.append(kl.clone())  # a copy: the caller may change the other in place
+        return kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -231,7 +241,7 @@ class _Tiled(torch.autograd.Function):
                 n = s.shape[-1]
                 dx[heads, :n].baddbmm_(g.mT, factor * z[:, rows])  # column i of G
                 dx[heads, rows].addcmul_(factor, g @ z[:, :n])  # row i of G
-        return dx.view(x.shape).to(x.dtype), None, None, None, None, None
+        return dx.view(x.shape).to(x.dtype), *[None] * 6
 
 
 def _strips(

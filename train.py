@@ -91,9 +91,9 @@ def relation_loss(
 
     The last two carry no gradient. Both models advance together, so that q, k and v of one layer of
     each are all that is alive at a time; with `checkpointing` a layer keeps its two inputs [B, T,
-    C] and is computed again in the backward. Without the logit term the last layer ends at its q, k
-    and v: what would come after is in no loss. units: with --shard, what gathers layer l of both
-    models while a function runs (engine/parallel.py).
+    C] and the losses' numbers per row, and the rest is computed again in the backward. Without the
+    logit term the last layer ends at its q, k and v: what would come after is in no loss. units:
+    with --shard, what gathers layer l of both models while a function runs (engine/parallel.py).
     """
     B, T = ids.shape
     L, H, Hkv = (getattr(teacher.config, k) for k in ("n_layer", "n_head", "n_kv_head"))
@@ -105,23 +105,24 @@ def relation_loss(
     # undo it
     scales = teacher.score_scale(T), student.score_scale(T)
 
-    def step(l: int, h_teacher: Tensor, h_student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Layer l of both: (teacher's h, student's h, mean KL [3])."""
+    def step(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
+        """Layer l of both: (teacher's h, student's h, mean KL [3]). kept: see relation_kl."""
         last = l + 1 == L and not logit_weight
         with torch.no_grad():
             h_teacher, theirs = _layer(teacher.model.layers[l], h_teacher, turns[0], last)
         h_student, ours = _layer(student.model.layers[l], h_student, turns[1], last)
         parts = []
-        for r, (x, y) in enumerate(zip(ours, theirs, strict=True)):  # Q/Q, K/K, V/V
-            a_teacher, a = scales if r < 2 else (x.shape[-1] ** -0.5,) * 2
-            parts.append(relation_kl(x, y, scale=a, teacher_scale=a_teacher, impl=impl).mean())
+        for r, (x, y, k) in enumerate(zip(ours, theirs, kept, strict=True)):  # Q/Q, K/K, V/V
+            b, a = scales if r < 2 else (x.shape[-1] ** -0.5,) * 2
+            parts.append(relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=k).mean())
         return h_teacher, h_student, torch.stack(parts)
 
     table = []
     for l in range(L):
         run = step
         if checkpointing and torch.is_grad_enabled():
-            run = functools.partial(recompute, step, use_reentrant=False)
+            run = functools.partial(step, kept=([], [], []))
+            run = functools.partial(recompute, run, use_reentrant=False)
         if units:
             run = functools.partial(units[l], run)
         h_teacher, h_student, parts = run(l, h_teacher, h_student)

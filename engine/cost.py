@@ -118,6 +118,7 @@ def activation_bytes(
         checkpointing
     ):  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
         kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
+        kept += c.n_layer * 12 * heads * stage1  # three float32 a row and head of the loss
     else:
         kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, wide, last=True)
         kept -= (

@@ -397,6 +397,27 @@ def test_a_policy_keeps_the_loss_in_a_checkpoint(monkeypatch):
         assert len(calls) == runs
 
 
+@interpreted
+def test_a_list_keeps_the_loss_in_a_checkpoint(monkeypatch):
+    """As a policy does, to the same bits, and without a look at every operator; what the caller
+    does to the rows is no part of what is kept.
+    """
+    x, y, w = inputs(1, 2, 20, 16, fp32)
+    calls = []
+    kernel = kernel_triton._forward_kernel
+    monkeypatch.setattr(kernel_triton, "_forward_kernel", Recorded(kernel, calls))
+
+    def loss(x, y, kept=None):
+        return relation_kl(2 * x, y, impl="triton", kept=kept).mul_(3.0).square()
+
+    plain = both(loss, x, y, w)
+    calls.clear()
+    kept = both(
+        lambda x, y: torch.utils.checkpoint.checkpoint(loss, x, y, [], use_reentrant=False), x, y, w
+    )
+    assert len(calls) == 1 and all(map(torch.equal, plain, kept))
+
+
 class Recorded:
     """A kernel whose launches are counted."""
 

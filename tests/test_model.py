@@ -6,6 +6,7 @@ import transformers
 from conftest import random_model, tiny_config
 
 import model as model_file
+import relation_kl
 import train
 from hub import checkpoint
 from hub.checkpoint import set_parameter
@@ -167,6 +168,23 @@ def test_checkpointing_changes_nothing_but_memory():
 
     for a, b in zip(gradients(False), gradients(True), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
+    """Forward and backward visit the strips once each, a checkpointed layer's second run does not;
+    a second backward through the same graph is possible too.
+    """
+    teacher = random_model()
+    student = make_student(teacher, teacher.config.extended("linear", 8))
+    strips, calls = relation_kl._strips, []
+    monkeypatch.setattr(relation_kl, "_strips", lambda *a: calls.append(a) or strips(*a))
+    more = {"impl": "tiled", "checkpointing": checkpointing}
+    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, **more)
+    weights = list(trainable(student).values())
+    first = torch.autograd.grad(loss, weights, retain_graph=True)
+    assert len(calls) == 2 * 3 * teacher.config.n_layer
+    assert all(map(torch.equal, first, torch.autograd.grad(loss, weights)))
 
 
 def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
