@@ -92,7 +92,7 @@ def text_loss(
 
 @torch.no_grad()
 def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:
-    """Which questions of DOCUMENTS look-up documents of T tokens are answered right: 0 or 1."""
+    """[questions] of DOCUMENTS look-up documents of T tokens: 1 where answered right, else 0."""
     rng = np.random.default_rng([seed, T])
     made = [lookups.document(rng, T, "far") for _ in range(DOCUMENTS)]
     ids = torch.from_numpy(np.stack([ids for ids, _ in made]))  # [DOCUMENTS, T + 1]
@@ -209,7 +209,10 @@ def versions(device: torch.device) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One evaluation, or a text continued. argv: the command line's (None: the process's own)."""
+    """One evaluation, or a text continued. argv: the command line's (None: the process's own).
+
+    Raises ValueError for what cannot be measured.
+    """
     args = flags.parse(argv, __doc__)  # nothing changes args after this line
     if args.prompt is not None:
         return talk(args)

@@ -393,7 +393,7 @@ def _chip_reason(device: torch.device) -> str | None:
 def unsupported(
     x: Tensor, causal: bool, lengths: Tensor | None, scales: tuple[float, float]
 ) -> str | None:
-    """Why this loss cannot go to the kernel, in a sentence, or None if it can."""
+    """Why a loss of x [B, H, T, D] cannot go to the kernel, in a sentence; None if it can."""
     if reason := _chip_reason(x.device):
         return reason
     if x.dtype != torch.bfloat16 or x.shape[-1] not in (64, 128):
@@ -487,8 +487,8 @@ def relation_kl_hopper(
     lengths: Tensor | None,
     kept: list | None = None,
 ) -> Tensor:
-    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks.
-    [B, H, T] float32.
+    """KL(teacher || student) of every row, [B, H, T] float32, from relation_kl.relation_kl's
+    arguments after its checks. Raises ValueError where `unsupported` says why.
     """
     if reason := unsupported(student, causal, lengths, (scale, teacher_scale)):
         raise ValueError(reason)

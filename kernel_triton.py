@@ -374,7 +374,7 @@ def tile(
     direction: str, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
 ) -> Tile:
     """The tile for "forward" or "backward" on a chip of this compute capability with `shared` bytes
-    for a block.
+    for a block. Raises ValueError for a chip that has none.
     """
     chips = [name for name, majors, needed in CHIPS if capability[0] in majors and shared >= needed]
     if not chips:
@@ -400,7 +400,7 @@ def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
 
 
 def unsupported(x: Tensor) -> str | None:
-    """Why this tensor cannot go to the kernel, in a sentence, or None if it can."""
+    """Why a loss of x [B, H, T, D] cannot go to the kernel, in a sentence; None if it can."""
     D = x.shape[-1]
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the Triton kernel takes float16, bfloat16 or float32, not {x.dtype}"
@@ -605,8 +605,8 @@ def relation_kl_triton(
     lengths: Tensor | None,
     kept: list | None = None,
 ) -> Tensor:
-    """KL(teacher || student) of every row: relation_kl.relation_kl's arguments, after its checks.
-    [B, H, T] float32.
+    """KL(teacher || student) of every row, [B, H, T] float32, from relation_kl.relation_kl's
+    arguments after its checks. Raises ValueError where `unsupported` says why.
 
     Any strides are read in place as long as D is contiguous; otherwise a contiguous copy is made.
     """

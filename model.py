@@ -78,7 +78,7 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """D"""
+        """D: how many numbers a head's vector has."""
         return self.rope.head_dim
 
     @staticmethod
@@ -101,7 +101,10 @@ class LlamaConfig:
 
 
 def choose_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dtype, str]:
-    """(the dtype that activations are computed in, why). asked: "auto", "bfloat16", "float32"."""
+    """(the dtype that activations are computed in, why).
+
+    asked: "auto", "bfloat16" or "float32"; ValueError for anything else.
+    """
     if asked != "auto":
         if asked not in ("bfloat16", "float32"):
             raise ValueError(f"--dtype is {asked!r}; it must be auto, bfloat16 or float32")
@@ -147,6 +150,7 @@ class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs] in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
@@ -158,6 +162,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same shape and dtype."""
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * wide.to(x.dtype)
@@ -221,6 +226,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(c.mlp_width, c.width, bias=c.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -358,7 +364,7 @@ def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:
-    """part(slices of `chunk` rows of each tensor), concatenated.
+    """part(slices of `chunk` rows of each tensor [rows, ...]), concatenated.
 
     With more than one chunk, each is recomputed in the backward, so that one is alive at a time.
     """

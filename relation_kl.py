@@ -34,9 +34,8 @@ exp(old pivot - new pivot). At the end all three terms of (1) are there:
 
 What it does not see.  S depends on x_i.x_j alone, so one rotation of all queries, or of all keys,
 changes no relation. But attention reads q_i.k_j, which changes when the two turn differently: all
-three relations can be perfect and the model wrong. The KL of the next-token distributions
-(train.py,
---logit-weight) sees it:
+three relations can be perfect and the model wrong. What sees it is the KL of the next-token
+distributions, the last term of stage 1's loss (train.py):
         pytest tests/test_relation_kl.py::test_relations_do_not_see_a_rotation_that_attention_does
 
 How it is computed.  S and U are [T, T]: 4 GiB per head at T = 32 768 in float32. So:

@@ -21,20 +21,21 @@ before scaling):
     llama3     the same idea with its own ramp, on the wavelength 2 pi / w_k
     longrope   w_k / e_k, with one searched table e for lengths up to M0 and one beyond
 
-Why interpolation blurs near positions.  Two tokens d apart differ by the angle d w_k in pair k; it
-is the fast pairs that tell neighbours apart. Interpolation slows all pairs: the fastest turns 1/s
-radian per token, so that tokens less than s apart differ by less than one radian in every pair.
-The pairs that turned faster than that before, a share ln s / ln theta of all (15 of 64 at s = 8,
-theta = 10^4, D = 128), have no successor: distance d now looks as d/s did, and training never
-showed an eighth of a token. 1 - mean_k cos(d w_k), by which a vector of equal pairs differs from
-itself d tokens on, falls 61-fold at d = 1. tests/test_rope.py counts and measures this in
-`test_interpolation_blurs_near_positions`.
+Why interpolation blurs near positions.  Two tokens d apart differ by the angle d w_k in pair k, so
+the fast pairs tell neighbours apart. Interpolation slows all pairs: the fastest now turns 1/s
+radian per token, and tokens less than s apart differ by less than one radian in every pair. A share
+ln s / ln theta of the pairs turned faster than that before: 15 of 64 at s = 8, theta = 10^4,
+D = 128. No pair does their work now: distance d looks as d/s did, and training never showed an
+eighth of a token. In one number: a vector of equal pairs differs from itself d tokens on by
+1 - mean_k cos(d w_k), which falls 61-fold at d = 1:
+        pytest tests/test_rope.py::test_interpolation_blurs_near_positions
 
-Why yarn's ramp does not.  A pair that turns many times within M0 has shown every angle in training,
-so at any longer distance it says nothing new and needs no slowing; only pairs whose wavelength
-exceeds M0 would reach unseen angles. Yarn leaves the first alone (pairs 0 to 20 at M0 = 4096, among
-them the 15 above, bit for bit), slows the last by s, and blends between: the same difference stays
-at 99.9 % (`test_yarn_keeps_the_pairs_that_tell_neighbours_apart`).
+Why yarn's ramp does not.  A pair that turns many times within M0 has shown every angle in training:
+a longer distance shows no new one, so it need not be slowed. Only a pair whose wavelength exceeds
+M0 would reach angles it never saw. Yarn leaves the first sort alone (pairs 0 to 20 at M0 = 4096,
+bit for bit, the 15 above among them), slows the last by s, and blends between. The number above
+stays at 99.9 % of the teacher's:
+        pytest tests/test_rope.py::test_yarn_keeps_the_pairs_that_tell_neighbours_apart
 
 How it is applied.  Angles in float32; cos and sin, times the attention factor, are then cast to the
 activations' dtype. Pair k is (x_k, x_{k+D/2}), Hugging Face's half-split layout:
@@ -144,7 +145,10 @@ class RopeConfig:
         return out
 
     def scaled(self, kind: str, factor: float) -> "RopeConfig":
-        """The same model's positions stretched by `factor` (> 1) with `kind`, a STUDENT_KIND."""
+        """The same model's positions stretched by `factor` (> 1) with `kind`, a STUDENT_KIND.
+
+        Raises ValueError where that is impossible or no config.json can say it.
+        """
         if kind not in STUDENT_KINDS:
             raise ValueError(f"--rope {kind!r} is not one of {', '.join(STUDENT_KINDS)}")
         if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 1):

@@ -12,9 +12,13 @@ relation_kl.py compares their q, k and v:
     L = mean over layers of (KL_Q/Q + KL_K/K + KL_V/V) + weight * KL of the next-token distributions
 
 each relation a mean over its own rows and heads. Only the q, k and v projections learn; every other
-tensor of the student IS the teacher's. Why the last term: the relations do not see a rotation
-common to all queries, or to all keys, of a head (relation_kl.py); attention does, and so do the
-next-token distributions.
+tensor of the student IS the teacher's.
+
+What the last term adds.  One rotation of all keys of a head leaves its relations as they are
+(relation_kl.py). Turn the keys of the last layer as if every token stood one further on: the
+relations of all layers are still perfect, and every query looks one token beside what it means. The
+next-token distributions change, and the gradient of their KL leads back:
+        pytest tests/test_model.py::test_the_next_token_kl_sees_the_turn_that_no_relation_sees
 
 Stage 2.  The student predicts the next token at the extended length; beside each long block stand a
 few native ones with stage 1's loss, so that what stage 1 won is kept.

@@ -4,7 +4,7 @@
     python -m bench memory     its peak memory against T, as a figure
     python -m bench step       a training step and its parts, for models by name
 
-kernel.py and step.py say what is measured and how.
+kernel.py, memory.py and step.py say what is measured and how.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import kernel as kernels
+from bench import memory as memories
 from bench import step as steps
 
 
@@ -22,7 +23,7 @@ def bench_step(arguments) -> None:
         steps.bench_step(arguments, kernels.conditions(device), file)
 
 
-COMMANDS = {"kernel": kernels.bench_kernel, "memory": kernels.bench_memory, "step": bench_step}
+COMMANDS = {"kernel": kernels.bench_kernel, "memory": memories.bench_memory, "step": bench_step}
 
 
 def main() -> None:

@@ -1,12 +1,11 @@
 """Speed and memory of the relation KL, side by side with what one would use instead.
 
     python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times and memory, a table
-    python -m bench memory [--authors PATH] [--lengths 1024 ...]         peak memory against T
 
 PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from
-there, nothing is copied. Every row also goes to out/kernel.jsonl or memory.jsonl with the device,
-the versions and the commit. On a GPU the tensors are bfloat16 and the shapes those of LLaMA layers;
-without one, float32 and small, dense and tiled only.
+there, nothing is copied. Every row also goes to out/kernel.jsonl with the device, the versions and
+the commit. On a GPU the tensors are bfloat16 and the shapes those of LLaMA layers; without one,
+float32 and small, dense and tiled only.
 
 How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls
 to warm up; the second-level cache is overwritten before each call; median and 20 and 80 %
@@ -18,8 +17,8 @@ by its own count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the r
 product in the same run, 8192^3 in bfloat16 on a GPU, 2048^3 in float32 on a CPU (OMP_NUM_THREADS=1
 where other processes share the machine). Memory: peak of torch's allocator above what the inputs
 hold; on a CPU, growth of a fresh process's resident peak (ru_maxrss), since torch counts no CPU
-memory. That is coarse: a few MiB fit into what the process already had, and show as 0, which the
-figure leaves out.
+memory, with a malloc that gives freed blocks back at once. That is coarse: what fits into pages
+that the process already had shows as 0.
 """
 
 import concurrent.futures
@@ -27,6 +26,7 @@ import importlib
 import importlib.metadata
 import json
 import multiprocessing
+import os
 import platform
 import resource
 import subprocess
@@ -53,18 +53,13 @@ GPU_SHAPES = (
     "32x32768x128",
 )
 CPU_SHAPES = ("3x512x64", "9x2048x64")
-GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
-CPU_LENGTHS = (1024, 2048, 4096)
-PATIENCE = (
-    20.0  # seconds: `memory` tries no longer T on an implementation whose last call took more
-)
 
 
 # ---- the implementations: each takes (x, y) and gives a tensor to differentiate
 
 
 def eager(x: Tensor, y: Tensor) -> Tensor:
-    """The loss as one writes it in PyTorch, in the dtype of the input."""
+    """The loss of x and y [B, H, T, D] as one writes it in PyTorch: [B, H, T] in their dtype."""
     T, D = x.shape[-2:]
     unseen = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     log_p = (x @ x.mT * D**-0.5).masked_fill(unseen, float("-inf")).log_softmax(-1)
@@ -164,12 +159,13 @@ def milliseconds(f, device: str, seconds: float = 1.0) -> tuple[float, float, fl
 
 
 def both(f, x: Tensor, y: Tensor) -> Tensor:
+    """Forward and backward: the gradient in x, [B, H, T, D] as x and y are."""
     out = f(x, y)
     return torch.autograd.grad(out, x, torch.ones_like(out))[0]
 
 
 def graphed(f, x: Tensor, y: Tensor):
-    """Forward and backward recorded once: the returned call replays them with one launch."""
+    """Forward and backward of x and y [B, H, T, D] as one CUDA graph: the call that replays it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -182,7 +178,8 @@ def graphed(f, x: Tensor, y: Tensor):
 
 
 def peak_bytes(f, x: Tensor, y: Tensor) -> int:
-    """What forward and backward need at most, above what is held before them.
+    """Bytes that forward and backward of x and y [B, H, T, D] hold at most, beyond what is held
+    before.
 
     On a CPU only in a fresh process.
     """
@@ -210,8 +207,10 @@ def _cpu_peak(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
 def peak_in_fresh_process(impl: str, shape: tuple[int, int, int]) -> tuple[int, float]:
     """Bytes and seconds.
 
-    A process's resident peak never falls, so every CPU figure takes a process of its own.
+    A process's resident peak never falls, so every CPU figure takes a process of its own. glibc
+    keeps freed blocks below its threshold: at 1024 tokens the dense peak would read twice as high.
     """
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(_cpu_peak, impl, shape).result()
@@ -231,7 +230,7 @@ def conditions(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name()
         if device == "cuda"
-        else f"CPU, {torch.get_num_threads()} threads",
+        else f"CPU, threads: {torch.get_num_threads()}",
         "torch": torch.__version__,
         "triton": versions.get("triton"),
         "commit": (commit.stdout.strip() or "none")
@@ -252,6 +251,7 @@ def matmul_rate(device: str) -> tuple[float, str]:
 
 
 def row(name: str, mode: str, f, shape: tuple[int, int, int], device: str) -> dict:
+    """{"ms", "ms_20", "ms_80", "tflops"} of one mode at shape (H, T, D)."""
     H, T, D, *_ = shape
     backward = 5 if "attention" in name else 4
     products = {"forward": 2, "backward": backward, "both": 2 + backward}[mode]
@@ -332,69 +332,3 @@ def _cells(r: dict) -> str:
 def open_lines(out: Path, name: str):
     out.mkdir(parents=True, exist_ok=True)
     return open(out / name, "w")
-
-
-def bench_memory(arguments) -> None:
-    """Peak extra memory against T at H 32, D 128 (CPU: H 2, D 64): JSON lines and a picture."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    fixed = conditions(device)
-    table = implementations(device, arguments.authors)
-    if device == "cuda":
-        kernels = {name: table[name] for name in ("hopper", "triton", "authors") if name in table}
-        table = {"dense": ours("dense"), "tiled": ours("tiled")} | kernels
-    H, D = (32, 128) if device == "cuda" else (2, 64)
-    points = {name: [] for name in table}
-    with open_lines(arguments.out, "memory.jsonl") as file:
-        for name, f in table.items():
-            for T in arguments.lengths or (GPU_LENGTHS if device == "cuda" else CPU_LENGTHS):
-                peak, seconds = _memory_point(name, f, (H, T, D), device)
-                record = {
-                    "impl": name,
-                    "H": H,
-                    "T": T,
-                    "D": D,
-                    "peak_bytes": peak,
-                    "seconds": seconds,
-                    **fixed,
-                }
-                print(json.dumps(record), file=file, flush=True)
-                size = "does not fit" if peak is None else f"{peak / 2**20:10.1f} MiB"
-                print(f"{name:8} T {T:7} {size}", flush=True)
-                if peak is None or seconds > PATIENCE:
-                    break
-                points[name].append((T, peak))
-    title = f"Peak extra memory, forward + backward, {H} heads of {D}\n"
-    title += f"{fixed['device']}, torch {fixed['torch']}"
-    draw(points, title, arguments.out / "memory.png")
-    print(f"Drawn: {arguments.out / 'memory.png'}")
-
-
-def _memory_point(
-    name: str, f, shape: tuple[int, int, int], device: str
-) -> tuple[int | None, float]:
-    if device == "cpu":
-        return peak_in_fresh_process(name, shape)
-    try:
-        x, y = inputs(*shape, device)
-        start = time.perf_counter()
-        return peak_bytes(f, x, y), time.perf_counter() - start
-    except torch.OutOfMemoryError:
-        return None, 0.0
-
-
-def draw(points: dict[str, list[tuple[int, int]]], title: str, path: Path) -> None:
-    """Peak memory in GiB against T, both axes logarithmic; points {name: [(T, bytes)]}."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, line in points.items():
-        seen = [(T, peak / 2**30) for T, peak in line if peak > 0]
-        axes.plot([T for T, _ in seen], [gib for _, gib in seen], marker="o", label=name)
-    axes.set(yscale="log", xlabel="tokens T", ylabel="GiB", title=title)
-    axes.set_xscale("log", base=2)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -189,6 +189,7 @@ class Step:
         self.forward(self.teacher)
 
     def one_layers_relations(self) -> None:
+        """Forward and backward of one layer's three relations, on random q, k and v."""
         c = self.teacher.config
         for piece in self.ids.split(self.micro):
             for heads in (c.n_head, c.n_kv_head, c.n_kv_head):
@@ -198,7 +199,7 @@ class Step:
 
 
 def seconds(f, device: torch.device, repeat: int, warm: int = 2) -> float:
-    """The median of `repeat` calls."""
+    """Seconds that a call takes: the median of `repeat`."""
     taken = []
     for i in range(warm + repeat):
         if device.type == "cuda":

@@ -43,7 +43,7 @@ def main() -> None:
             sys.exit(done.returncode)
     table = side_by_side(out)
     (out / "demo.md").write_text(table + "\n")
-    picture(out)
+    picture(columns(out)).savefig(out / "demo.png", dpi=110)
     print(
         f"\n{table}\n\n{time.time() - began:.0f} seconds in all; the picture is {out / 'demo.png'}"
     )
@@ -84,14 +84,13 @@ def side_by_side(out: Path) -> str:
     return "\n".join(lines)
 
 
-def picture(out: Path) -> None:
+def picture(found: dict[str, dict[str, float]]):
     """Two panels: loss at 1x and at 8x, and look-ups by length, for every model."""
     from matplotlib.figure import Figure
 
-    found = columns(out)
     lengths = [r for r in found["teacher"] if r.startswith("recall at")]
     near, far = (r for r in found["teacher"] if r.startswith("loss at"))
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     for i, (label, figures) in enumerate(found.items()):
         colour = COLOURS[label.split()[0]]
@@ -104,21 +103,21 @@ def picture(out: Path) -> None:
             style = {"untrained": ":", "stage2": "-"}.get(label.split()[-1], "--")
             values = [100 * figures[r] for r in lengths]
             right.plot(
-                range(len(lengths)), values, style, color=colour, lw=2, marker="o", label=label
+                range(len(lengths)), values, style, color=colour, lw=2.5, marker="o", label=label
             )
     left.axhline(found["teacher"][near], color="0.35", lw=1, ls="--")
-    left.set_xticks(range(len(found)), [label.replace(" ", "\n") for label in found], fontsize=8)
-    left.set_ylabel("held-out loss (nats per token)")
+    left.set_xticks(range(len(found)), [label.replace(" ", "\n") for label in found], fontsize=10)
+    left.set_ylabel("nats per token of held-out text", fontsize=12)
     unit = far.split()[-1]
-    left.set_title(f"loss at 1x (plain) and at {unit} (hatched)", loc="left", fontsize=10)
-    right.set_xticks(range(len(lengths)), [r.split()[-1] for r in lengths])
+    left.set_title(f"loss at 1x (plain) and at {unit} (hatched)", loc="left", fontsize=13)
+    right.set_xticks(range(len(lengths)), [r.split()[-1] for r in lengths], fontsize=12)
     right.set_ylim(-3, 103)
-    right.set_xlabel("times the native length")
-    right.set_title("look-ups answered right (%)", loc="left", fontsize=10)
-    right.legend(frameon=False, fontsize=8)
+    right.set_xlabel("times the native length", fontsize=12)
+    right.set_title("look-ups answered right (%)", loc="left", fontsize=13)
+    right.legend(frameon=False, fontsize=11)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out / "demo.png", dpi=120)
+    return figure
 
 
 if __name__ == "__main__":

@@ -2,16 +2,21 @@
 
     python demo/figures.py [--run out/demo]        what `make figures` runs, after `make demo`
 
-What.  Each figure in demo/figures/ stands beside the JSON it was drawn from:
+What.  Each figure in demo/figures/ stands beside the numbers it is drawn from:
 
+    demo         loss at 1x and at 8x and look-ups by length, of every model of a demo run
     rope         what stretching does to each rotary pair: the angle it turns by per token, linear
                  and yarn beside the teacher's, and how far apart near tokens look
     relations    the map R of one head's Q/Q relation on a few lines: teacher, untrained, restored
     positions    loss by position over eight native lengths, before and after
     tiles        which tiles the kernels visit, and whose statistics they use there
+    memory       peak memory of the loss against T: the rows of `python -m bench memory` that are
+                 kept in memory.jsonl; a GPU's are added by hand
+    retention    the teacher's scores that SmolLM2 keeps, against the tokens of its training: the
+                 rows of runs/smollm2-135m.json with both stages, or stage 1 alone, at the defaults
 
-How.  rope and tiles need nothing; relations and positions read the teacher and the two students of
-a demo run. The head shown is the one that interpolation moved most.
+How.  demo, relations and positions need a demo run; without one they are drawn again from their
+JSON. The head shown is the one that interpolation moved most.
 
 Limits.  A sentence, a head and four blocks: pictures to read with, not measurements to quote.
 """
@@ -24,166 +29,279 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import rcParams
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import demo  # noqa: E402 - demo.py, beside this file
+from bench import memory  # noqa: E402
 from engine import data, exits  # noqa: E402
 from evals.longtext import loss_by_position  # noqa: E402
+from hub import files  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
 from model import Llama, make_student  # noqa: E402
 from rope import frequencies  # noqa: E402
 
 HERE = ROOT / "demo" / "figures"
 TEACHER = ROOT / "demo" / "teacher"
-COLOURS = {"teacher": "0.3", "linear": "#c44e52", "yarn": "#4c72b0"}
+SCORES = ROOT / "runs" / "smollm2-135m.json"
+COLOURS = demo.COLOURS
 SENTENCE = "def read_json(path):\n    with open(path) as file:\n        return json.load(file)\n"
+SHOWN = {
+    "lambada_openai, accuracy": "LAMBADA",
+    "average accuracy": "mean of LAMBADA, PIQA, ARC-easy, OpenBookQA",
+}
+WHICH = {"1": "stage 1 alone", "both": "both stages"}  # of train.py's --stage
+WALK = (
+    "not visited",
+    "row i's statistics",
+    "the diagonal: masked",
+    "column j's statistics",
+)
 
 
-def canvas(width: float, height: float, columns: int):
+def show(name: str, draw, values: dict | None = None) -> None:
+    """Keeps values as NAME.json (None: takes those kept there) and draws them as NAME.png."""
+    kept, picture = HERE / f"{name}.json", HERE / f"{name}.png"
+    if values is not None:
+        kept.write_text(json.dumps(values) + "\n")
+    rcParams["font.size"] = 12  # what can still be read at half size
+    figure = draw(json.loads(kept.read_text()))
+    figure.savefig(picture, dpi=110)
+    print(f"drawn: {picture.relative_to(ROOT)}", flush=True)
+
+
+def canvas(width: float, height: float, columns: int = 1):
     """A figure and its row of axes."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def keep(name: str, figure, values: dict) -> None:
-    """NAME.png and NAME.json."""
-    HERE.mkdir(exist_ok=True)
-    figure.savefig(HERE / f"{name}.png", dpi=110)
-    (HERE / f"{name}.json").write_text(json.dumps(values) + "\n")
-    print(f"drawn: {HERE / name}.png", flush=True)
-
-
 def tidy(axis, title: str, x: str, y: str) -> None:
-    axis.set_title(title, loc="left", fontsize=10)
+    axis.set_title(title, loc="left", fontsize=13)
     axis.set(xlabel=x, ylabel=y)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def rope(teacher: Llama) -> None:
-    """Angle per token of each pair; and 1 - mean cos(distance * angle)."""
-    native = teacher.config.rope
+# ---- rope
+
+
+def rope_values(teacher: Llama) -> dict:
+    """Radians per token of each pair; and 1 - mean cos(distance * angle) at distances from 1."""
+    native, D = teacher.config.rope, teacher.config.head_dim
     kinds = {"teacher": native} | {k: native.scaled(k, 8.0) for k in ("linear", "yarn")}
-    D = teacher.config.head_dim
     angles = {name: frequencies(r, D)[0].double() for name, r in kinds.items()}
     distances = torch.arange(1, 33).double()
-    turned = {n: (1 - (distances[:, None] * w).cos().mean(-1)).tolist() for n, w in angles.items()}
-    figure, (left, right) = canvas(10, 4, 2)
-    for name, w in angles.items():
-        left.plot(range(D // 2), w, color=COLOURS[name], lw=2, label=name)
-        right.plot(distances, turned[name], color=COLOURS[name], lw=2, label=name)
+    apart = {n: (1 - (distances[:, None] * w).cos().mean(-1)).tolist() for n, w in angles.items()}
+    return {"radians per token": {n: w.tolist() for n, w in angles.items()}, "apart": apart}
+
+
+def draw_rope(values: dict) -> Figure:
+    figure, (left, right) = canvas(11, 4.4, 2)
+    for name, w in values["radians per token"].items():
+        left.plot(range(len(w)), w, color=COLOURS[name], lw=2.5, label=name)
+    for name, apart in values["apart"].items():
+        right.plot(range(1, len(apart) + 1), apart, color=COLOURS[name], lw=2.5, label=name)
     left.set_yscale("log")
+    right.set_ylim(0)
     tidy(left, "how fast each rotary pair turns", "pair", "radians per token (log axis)")
-    tidy(
-        right, "how far apart near tokens look", "distance in tokens", "1 - mean cosine over pairs"
-    )
+    tidy(right, "how far apart near tokens look", "distance in tokens", "1 - mean cosine")
     left.legend(frameon=False)
-    keep(
-        "rope",
-        figure,
-        {"radians per token": {n: w.tolist() for n, w in angles.items()}, "apart": turned},
-    )
+    return figure
+
+
+# ---- relations
 
 
 @torch.no_grad()
-def relations(models: dict[str, Llama]) -> None:
-    """R of the query head that interpolation moves most, on SENTENCE."""
-    ids = torch.tensor([load_tokenizer(TEACHER).encode(SENTENCE)])
-    T = ids.shape[1]
+def relation_values(models: dict[str, Llama]) -> dict:
+    """R of the query head that interpolation moves most, on SENTENCE; its KL in nats per row."""
+    tokenizer = load_tokenizer(TEACHER)
+    ids = tokenizer.encode(SENTENCE)
+    T = len(ids)
     unseen = torch.ones(T, T).triu(1).bool()
     maps = {}
     for name, model in models.items():
-        queries = torch.cat([q[0] for _, (q, _, _) in model.walk(ids)]).double()  # [L H, T, D]
+        walk = model.walk(torch.tensor([ids]))
+        queries = torch.cat([q[0] for _, (q, _, _) in walk]).double()  # [L H, T, D]
         scores = queries @ queries.mT * model.score_scale(T)
         maps[name] = scores.masked_fill(unseen, -math.inf).softmax(-1)
     kl = {n: (maps["teacher"] * (maps["teacher"].clamp_min(1e-30) / m.clamp_min(1e-30)).log())
           .sum((-1, -2)) / T for n, m in maps.items()}  # fmt: skip
     head = int(kl["linear untrained"].argmax())
-    figure, axes = canvas(3.3 * len(maps), 3.7, len(maps))
-    for axis, (name, found) in zip(axes, maps.items(), strict=True):
-        axis.imshow(found[head].sqrt(), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-        apart = f"\nKL from the teacher {kl[name][head]:.3f} nats per row"
-        said = "" if name == "teacher" else apart
-        axis.set_title(name + said, fontsize=9)
-        axis.set(xlabel="token looked at", ylabel="token")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.yaxis.get_major_locator().set_params(integer=True)
     H = models["teacher"].config.n_head
-    rows = {n: [[round(v, 4) for v in r] for r in m[head].tolist()] for n, m in maps.items()}
-    keep("relations", figure, {"layer": head // H, "head": head % H, "R": rows})
+    return {
+        "tokens": [tokenizer.decode([i]) for i in ids],
+        "layer": head // H,
+        "head": head % H,
+        "KL": {n: round(float(each[head]), 6) for n, each in kl.items()},
+        "R": {n: [[round(v, 6) for v in r] for r in m[head].tolist()] for n, m in maps.items()},
+    }
 
 
-def positions(models: dict[str, Llama], run: Path) -> None:
-    """Loss by position, a running mean over 128 tokens."""
+def draw_relations(values: dict) -> Figure:
+    figure, axes = canvas(3.6 * len(values["R"]), 4.6, len(values["R"]))
+    for axis, (name, rows) in zip(axes, values["R"].items(), strict=True):
+        drawn = axis.imshow(np.sqrt(rows), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+        apart = "" if name == "teacher" else f"\nKL {values['KL'][name]:.2f} nats per row"
+        axis.set_title(name + apart, fontsize=13)
+        axis.set_xlabel("token looked at")
+        axis.set_xticks(range(0, len(rows), 5))
+        axis.set_yticks(range(0, len(rows), 5))
+    axes[0].set_ylabel("token that looks")
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.7, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
+    bar.ax.set_yticklabels(["0", "0.1", "0.5", "1"])
+    bar.set_label("R (root scale)")
+    return figure
+
+
+# ---- positions
+
+
+def position_values(models: dict[str, Llama], run: Path) -> dict:
+    """Nats per token: a running mean over 128 tokens, at every 32nd."""
     corpus = data.load_corpus([], load_tokenizer(TEACHER), run / "cache", quiet=True)
     native = models["teacher"].config.rope.length
     blocks = corpus.held_out_blocks(8 * native, 4)
-    figure, (axis,) = canvas(9, 4, 1)
     curves = {}
     for name, model in models.items():
         losses = loss_by_position(model, blocks, model.dtype)
         curves[name] = np.convolve(losses, np.ones(128) / 128, "valid")[::32].round(4).tolist()
+    return {"native": native, "curves": curves}
+
+
+def draw_positions(values: dict) -> Figure:
+    figure, (axis,) = canvas(11, 4.8)
+    for name, curve in values["curves"].items():
         style = ":" if "untrained" in name else "-"
-        at = (np.arange(len(curves[name])) * 32 + 64) / native
-        axis.plot(at, curves[name], style, color=COLOURS[name.split()[0]], lw=1.8, label=name)
+        at = (np.arange(len(curve)) * 32 + 64) / values["native"]
+        axis.plot(at, curve, style, color=COLOURS[name.split()[0]], lw=2.2, label=name)
     axis.axvline(1, color="0.7", lw=1)
-    tidy(
-        axis,
-        "loss by position",
-        f"position, in native lengths of {native} tokens",
-        "nats per token",
-    )
-    axis.legend(frameon=False, fontsize=8, ncols=2)
-    keep("positions", figure, curves)
+    axis.set_ylim(0)
+    x = f"position, in native lengths of {values['native']} tokens"
+    tidy(axis, "loss by position", x, "nats per token")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return figure
 
 
-def tiles() -> None:
-    """The forward's and the backward's walk, 8 x 8 tiles."""
+# ---- tiles
+
+
+def tile_values() -> dict:
+    """The forward's and the backward's walk, 8 x 8 tiles, as numbers in WALK."""
     n = 8
-    forward = [[2 if j == i else 1 if j < i else 0 for j in range(n)] for i in range(n)]
+    forward = [[2 if j == i else int(j < i) for j in range(n)] for i in range(n)]
     backward = [[2 if j == i else 1 if j < i else 3 for j in range(n)] for i in range(n)]
-    names = {
-        0: "not visited",
-        1: "row i's statistics",
-        2: "the diagonal: masked",
-        3: "column j's statistics",
-    }
-    figure, axes = canvas(8.5, 4.2, 2)
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
+    return {"forward": forward, "backward": backward, "meaning": WALK}
 
-    colours = ["0.95", "#4c72b0", "#dd8452", "#55a868"]
-    titles = ("forward: columns up to the diagonal", "backward: all columns, dL/dx written once")
-    for axis, walk, title in zip(axes, (forward, backward), titles, strict=True):
-        axis.imshow(walk, cmap=ListedColormap(colours), vmin=0, vmax=3)
-        axis.set_xticks(np.arange(n + 1) - 0.5, [])
-        axis.set_yticks(np.arange(n + 1) - 0.5, [])
+
+def draw_tiles(values: dict) -> Figure:
+    figure, axes = canvas(9.5, 5, 2)
+    colours = ["0.9", "#4c72b0", "#dd8452", "#55a868"]
+    titles = ("forward: up to the diagonal", "backward: all, dL/dx written once")
+    for axis, name, title in zip(axes, ("forward", "backward"), titles, strict=True):
+        axis.imshow(values[name], cmap=ListedColormap(colours), vmin=0, vmax=3)
+        axis.set_xticks(np.arange(len(values[name]) + 1) - 0.5, [])
+        axis.set_yticks(np.arange(len(values[name]) + 1) - 0.5, [])
         axis.grid(color="white", lw=2)
         axis.tick_params(length=0)
-        axis.set_title(title, loc="left", fontsize=10)
+        axis.set_title(title, loc="left", fontsize=13)
         axis.set(xlabel="columns j, BS at a time", ylabel="rows i, BT per program")
-    patches = [Patch(color=colours[k], label=label) for k, label in names.items()]
-    figure.legend(handles=patches, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    keep("tiles", figure, {"forward": forward, "backward": backward, "meaning": names})
+    patches = [Patch(color=c, label=m) for c, m in zip(colours, values["meaning"], strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+# ---- retention
+
+
+def retention_values() -> dict:
+    """{score: {kind: {"untrained": share, WHICH: [[tokens, share], ...]}}}, each row by its tokens.
+
+    share: of the teacher's score. Rows: those of SCORES with the default loss.
+    """
+    rows = [r for r in json.loads(SCORES.read_text())["rows"] if _default(r["arguments"])]
+    out = {}
+    for score, title in SHOWN.items():
+        teacher = next(r["figures"]["teacher"][score] for r in rows if "teacher" in r["figures"])
+        kinds = {k: {which: [] for which in WHICH.values()} for k in demo.KINDS}
+        for row in rows:
+            known, kind = row["figures"], kinds.get(row["arguments"]["rope"])
+            if kind is None:
+                continue
+            if "untrained" in known:
+                kind["untrained"] = round(known["untrained"][score] / teacher, 4)
+            model = known.get("student") or known["model"]
+            which = WHICH[row["arguments"]["stage"]]
+            kind[which].append([_tokens(row["arguments"]), round(model[score] / teacher, 4)])
+        out[title] = kinds
+    return out
+
+
+def _default(arguments: dict) -> bool:
+    changed = arguments["lora_rank"] or arguments["logit_weight"] != 1
+    return not changed and arguments["relations"] == "qkv" and arguments["stage"] in WHICH
+
+
+def _tokens(arguments: dict) -> int:
+    stages = [s for s in ("stage1", "stage2") if f"{s} T" in arguments]
+    return sum(math.prod(arguments[f"{s} {k}"] for k in ("T", "batch", "steps")) for s in stages)
+
+
+def draw_retention(values: dict) -> Figure:
+    figure, axes = canvas(11, 4.8, 2)
+    found = [found for kinds in values.values() for found in kinds.values()]
+    longest = max(tokens for each in found for which in WHICH.values() for tokens, _ in each[which])
+    powers = [2**k for k in range(18, 32) if 2**k <= 1.5 * longest]
+    zero = powers[0] / 2  # where a logarithmic axis has room for 0
+    for axis, (title, kinds) in zip(axes, values.items(), strict=True):
+        axis.set_xscale("log", base=2)
+        for kind, found in kinds.items():
+            look = {"color": COLOURS[kind], "ms": 8, "clip_on": False}
+            axis.plot(zero, 100 * found["untrained"], "s", **look, label=f"{kind}, untrained")
+            for which, fill in zip(WHICH.values(), ("white", COLOURS[kind]), strict=True):
+                each: dict[int, list[float]] = {}
+                for tokens, share in sorted(found[which]):
+                    each.setdefault(tokens, []).append(100 * share)
+                axis.plot(list(each), [np.mean(y) for y in each.values()], color=COLOURS[kind])
+                points = [(tokens, y) for tokens, shares in each.items() for y in shares]
+                label = f"{kind}, {which}"
+                axis.plot(*zip(*points, strict=True), "o", mfc=fill, **look, label=label)
+        axis.axhline(100, color=COLOURS["teacher"], lw=1.5, ls="--", label="teacher")
+        axis.set_xticks([zero, *powers], ["0", *(f"{t / 2**20:g}M" for t in powers)])
+        axis.set_ylim(0, 130)
+        tidy(axis, title, "tokens of training (log axis, 0 apart)", "% of the teacher's score")
+    labels = axes[0].get_legend_handles_labels()
+    figure.legend(*labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("out/demo"), help="a `make demo` run")
     run = parser.parse_args().run
-    if not (run / "yarn" / "student").is_dir():
-        raise ValueError(f"--run {run} holds no demo run; run `make demo` first")
     teacher = Llama.from_pretrained(TEACHER, dtype=torch.float32)
-    models = {"teacher": teacher}
-    for kind in ("linear", "yarn"):
-        trained = Llama.from_pretrained(run / kind / "student", dtype=torch.float32)
-        models[f"{kind} untrained"] = make_student(teacher, trained.config, trained=())
-        models[f"{kind} restored"] = trained
-    rope(teacher)
-    tiles()
-    relations({k: v for k, v in models.items() if "yarn" not in k})
-    positions(models, run)
+    show("rope", draw_rope, rope_values(teacher))
+    show("tiles", draw_tiles, tile_values())
+    show("retention", draw_retention, retention_values())
+    memory.draw([row for _, row in files.json_lines(HERE / "memory.jsonl")], HERE / "memory.png")
+    if not (run / "yarn" / "student").is_dir():
+        print(f"{run} holds no demo run: the rest is drawn from the JSON of the last one")
+        columns, maps, curves = None, None, None
+    else:
+        models = {"teacher": teacher}
+        for kind in demo.KINDS:
+            trained = Llama.from_pretrained(run / kind / "student", dtype=torch.float32)
+            models[f"{kind} untrained"] = make_student(teacher, trained.config, trained=())
+            models[f"{kind} restored"] = trained
+        columns, curves = demo.columns(run), position_values(models, run)
+        maps = relation_values({k: v for k, v in models.items() if "yarn" not in k})
+    show("demo", demo.picture, columns)
+    show("relations", draw_relations, maps)
+    show("positions", draw_positions, curves)
 
 
 if __name__ == "__main__":

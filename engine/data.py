@@ -84,6 +84,7 @@ class Corpus:
         return torch.from_numpy(np.stack(rows))
 
     def blocks(self, T: int) -> int:
+        """How many blocks of T tokens the training text holds; ValueError where it holds none."""
         n = (len(self.train) - 1) // T
         if n < 1:
             raise ValueError(
@@ -96,7 +97,7 @@ class Corpus:
         """Up to `most` blocks [n, T + 1] spread evenly over the held-out stream.
 
         Where there is enough text they are the odd-numbered ones: the even ones are for choosing
-        recipes on.
+        recipes on. Raises ValueError where there is not one.
         """
         n = (len(self.held_out) - 1) // T
         if n < 1:
@@ -178,8 +179,10 @@ def _keep(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
 
 
 def find_files(paths: list[Path], without: Path | None = None) -> list[tuple[str, Path]]:
-    """(name, file) of every source, sorted by name; names are relative to the folder that was
-    given.
+    """(name, file) of every source, sorted by name, which is relative to the folder that was given.
+
+    Raises ValueError for a path that does not exist or whose kind is not read, and where there is
+    no text.
     """
     found: dict[str, Path] = {}
     for path in paths or [standard_library()]:
@@ -222,7 +225,10 @@ def _below(path: Path, kinds: tuple[str, ...], without: Path | None) -> Iterator
 
 
 def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.ndarray]]:
-    """(name, text) of every document, or (name, ids) for a .npy stream."""
+    """(name, text) of every document, or (name, ids [tokens], any integers) of a .npy stream.
+
+    Raises ValueError naming a file that is damaged, not UTF-8 or not one row of ids.
+    """
     for name, file in found:
         kind = file.name.lower()
         try:
@@ -342,6 +348,11 @@ def _tokenise(
 
 
 def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """(training ids [tokens], held-out ids [tokens]) of (name, ids [tokens]) documents.
+
+    One document in HELD_OUT_ONE_IN is held out, by its name alone; where that comes to less than a
+    hundredth of the text or to half of it, the last part of the stream instead.
+    """
     out = [zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0 for name, _ in kept]
     whole = sum(len(ids) for _, ids in kept)
     held = sum(len(ids) for (_, ids), o in zip(kept, out, strict=True) if o)

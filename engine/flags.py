@@ -168,10 +168,12 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
 
 
 def one_sentence(message: str) -> None:
+    """argparse's way out, without the usage lines: raises ValueError."""
     raise ValueError(message)
 
 
 def require(package: str, flag: str) -> None:
+    """Raises ValueError where `package`, which `flag` needs, is not installed."""
     import importlib.util
 
     if importlib.util.find_spec(package) is None:
@@ -232,6 +234,7 @@ def seed(text: str) -> int:
 
 
 def folder(text: str) -> Path:
+    """argparse's type of a flag that names a folder; it need not exist."""
     try:
         text.encode()
         if text.strip() and "\0" not in text:

@@ -35,7 +35,10 @@ OURS = (MARK, LOCK, WORK)
 
 
 def read_mark(path: Path) -> dict | None:
-    """{"program", "files"} of a folder that this program made, or None."""
+    """{"program", "files"} of a folder that this program made, or None.
+
+    Raises ValueError for a list that is not one.
+    """
     file = path / MARK
     if not file.is_file():
         return None
@@ -69,7 +72,7 @@ def _strangers(entry: os.DirEntry, name: str, listed: set[str]):
 def check(
     path: Path, flag: str, program: str, *, resume: bool | None, apart: dict[str, Path]
 ) -> None:
-    """Refuses a folder that is not this program's to write in. Reads only.
+    """Raises ValueError for a folder that is not this program's to write in. Reads only.
 
     resume: True, go on with the run that is there; False, there must be none; None, replace it.
     apart: {flag: path} of what must not lie in the folder: the teacher, the data.

@@ -40,6 +40,9 @@ class LoraLinear(Linear):
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        """x [..., inputs] -> [..., outputs] in x's dtype; dropout acts before the adapter, in
+        training.
+        """
         inner = F.dropout(
             x, self.dropout, training=torch.is_grad_enabled()
         )  # scoring runs without grad
@@ -47,13 +50,17 @@ class LoraLinear(Linear):
         return super().forward(x) + added * self.scale
 
     def merged(self) -> Tensor:
+        """The weight with the adapter in it, [outputs, inputs] float32."""
         return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
 
 
 def adapt(
     student: Llama, trained: tuple[str, ...], rank: int, alpha: float, dropout: float
 ) -> Llama:
-    """Puts adapters on every projection of `student` whose name is in `trained`, in place."""
+    """Puts adapters on every projection of `student` whose name is in `trained`, in place.
+
+    Raises ValueError for a rank outside 1 .. the model's width.
+    """
     smallest = min(student.config.width, student.config.n_kv_head * student.config.head_dim)
     if not 0 < rank <= student.config.width:
         raise ValueError(

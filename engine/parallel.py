@@ -82,15 +82,6 @@ class World:
         if code:
             sys.exit(code)
 
-    def blocks_per_rank(self, name: str, batch: int) -> int:
-        """How many of `batch` blocks are this rank's."""
-        if batch % self.size:
-            raise ValueError(
-                f"--batch{name[-1]} is {batch} and there are {self.size} processes; it must be a "
-                "multiple of that"
-            )
-        return batch // self.size
-
     def on_main(self, f, *args):
         """f(*args) on rank 0 alone, its result on all; a ValueError there is raised on all, so that
         none waits.
@@ -109,14 +100,14 @@ class World:
         return said[0]
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over ranks, in place, of a tensor on this rank's device."""
+        """The mean over ranks of a tensor, any shape, on this rank's device; in place."""
         if self.size > 1:
             dist.all_reduce(values)
             values /= self.size
         return values
 
     def min(self, value: float) -> float:
-        """The smallest of all ranks' values, so that all decide alike."""
+        """The smallest of all ranks' numbers, so that all decide alike."""
         if self.size == 1:
             return value
         held = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -224,17 +215,17 @@ def unshard(student: Llama, world: World) -> None:
 
 
 def whole(p: Tensor) -> Tensor:
-    """The tensor of which a rank may hold a part. Every rank must ask."""
+    """A tensor, any shape, of which a rank may hold a part, made whole. Every rank must ask."""
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
 def own(p: Tensor) -> Tensor:
-    """The part of the tensor that this rank holds: all of it where nothing is sharded."""
+    """The part that this rank holds of a tensor, any shape: all of it where nothing is sharded."""
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
 def part(full: Tensor, like: Tensor) -> Tensor:
-    """The part of `full` that this rank holds of `like`, on its device and in its dtype."""
+    """The part of `full`, any shape, that this rank holds of `like`, in its device and dtype."""
     full = full.to(like.device, like.dtype)
     if not hasattr(like, "device_mesh"):
         return full

@@ -91,7 +91,10 @@ def _stage(
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Up over the first twentieth, never from 0, then down in a straight line to a fiftieth."""
+    """The learning rate of a step, 0 the first: up over a twentieth of them, then straight down.
+
+    It begins above 0 and ends at a fiftieth of the stage's.
+    """
     warm = math.ceil(stage.steps / 20)
     down = (stage.steps - step) / max(1, stage.steps - warm)
     return stage.lr * min((step + 1) / (warm + 1), max(0.02, down))
@@ -151,7 +154,10 @@ def check_text(corpus, stages: list[Stage], lookups) -> None:
 
 
 def relation_impl(args: argparse.Namespace, config: LlamaConfig, dtype, device) -> tuple[str, str]:
-    """(the implementation of the relation loss, why)."""
+    """(the implementation of the relation loss, why).
+
+    Raises ValueError where --impl names one that cannot run here.
+    """
     head = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device)
     if args.impl == "auto":
         return choose(head)
@@ -204,6 +210,7 @@ def settle(
 
 
 def refuse_if_too_large(parts: dict[str, int], free: int, stage: Stage) -> None:
+    """Raises ValueError where the bytes of a stage's `parts` come to more than `free`."""
     need = sum(parts.values())
     if need > free:
         raise ValueError(f"{stage.name} needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} "

@@ -162,7 +162,10 @@ def latest(folder: Path) -> Path | None:
 
 
 def load_info(state: Path) -> dict:
-    """state.json, with the keys of Progress and `depends`."""
+    """state.json, with the keys of Progress and `depends`.
+
+    Raises ValueError where it is not as it was written.
+    """
     info = files.read_json(state / "state.json")
     kinds = {"total": int, "stage": int, "step": int, "columns": dict, "depends": dict}
     for key, kind in kinds.items():
@@ -174,7 +177,10 @@ def load_info(state: Path) -> dict:
 
 
 def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) -> None:
-    """Puts weights and, unless None, Adam's moments back; `step`: how many updates it made."""
+    """Puts weights and, unless None, Adam's moments back; `step`: how many updates Adam had made.
+
+    Raises ValueError for a file that cannot be read and for weights of another shape.
+    """
     try:
         tensors = load_file(state / "state.safetensors")
     except SafetensorError as e:
@@ -218,7 +224,10 @@ def digest(path: Path) -> str:
 
 
 def find(out: Path, depends: dict) -> Progress:
-    """What --resume goes on from: the newest good state, or the beginning where none was saved."""
+    """What --resume goes on from: the newest good state, or the beginning where none was saved.
+
+    Raises ValueError where every state is damaged, and as same_run does.
+    """
     state = latest(out / "state")
     if state is None:
         if _states(out / "state"):
@@ -231,7 +240,7 @@ def find(out: Path, depends: dict) -> Progress:
 
 
 def same_run(saved: dict, now: dict) -> None:
-    """Refuses to continue with something changed that matters, by name."""
+    """Raises ValueError naming what has changed since the state was saved, of what matters."""
     changed = [k for k in now if saved.get(k) != now[k]]
     if changed:
         said = "; ".join(f"{k} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)

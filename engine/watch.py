@@ -54,7 +54,10 @@ class Figures:
         self.distils = self.predicts = False
 
     def add(self, part: cost.Stage, values: tuple[Tensor, ...], share: float) -> None:
-        """values: (loss,) of the next token, or relation_loss's (loss, table, next-token KL)."""
+        """Adds values, in nats, of weight `share`.
+
+        values: (loss [],), or relation_loss's (loss [], relations [L, 3], next-token KL []).
+        """
         if part.objective == "relation":
             self.distils = True
             loss, table, kl = values
@@ -101,6 +104,7 @@ class Watch:
         self.bar, self.drawn = None, time.time()
 
     def begin(self, number: int, first: int) -> None:
+        """A stage starts, or goes on after `first` steps: its progress bar."""
         stage = self.stages[number]
         self.number, self.recent, self.losses = number, [], []
         self.bar = tqdm(

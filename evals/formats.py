@@ -48,13 +48,14 @@ def _whole(value, key: str) -> str:
 
 
 def texts(row: dict, key: str) -> list[str]:
+    """A list of texts. Raises ValueError where it is none, or empty."""
     if not isinstance(row[key], list) or not row[key]:
         raise ValueError(f"{key} is {row[key]!r}, not a list of texts")
     return [_whole(value, key) for value in row[key]]
 
 
 def number(row: dict, key: str) -> int:
-    """A label: 3, "3" or true. "" and -1 mark a test split whose answers are not public."""
+    """A label: 3, "3" or true. ValueError for "" and -1: such a split's answers are not public."""
     value = row[key]
     if isinstance(value, str) and value.strip().isdigit():
         value = int(value)
@@ -64,6 +65,7 @@ def number(row: dict, key: str) -> int:
 
 
 def choose(context: str, choices: list[str], gold: int) -> Item:
+    """One context, one answer to choose. Raises ValueError where `gold` numbers no choice."""
     if not 0 <= gold < len(choices):
         raise ValueError(f"the answer is number {gold} of {len(choices)} choices")
     return Item(
@@ -72,7 +74,10 @@ def choose(context: str, choices: list[str], gold: int) -> Item:
 
 
 def labelled(row: dict, context: str, answer: str) -> Item:
-    """ARC and OpenBookQA: {"text": [...], "label": ["A", "B", ...]} and the label of the answer."""
+    """ARC and OpenBookQA: {"text": [...], "label": ["A", "B", ...]} and the label of the answer.
+
+    Raises ValueError where that is none of the labels.
+    """
     labels = texts(row["choices"], "label")
     if answer not in labels:
         raise ValueError(f"answerKey is {answer!r}, not one of {labels}")
@@ -115,6 +120,7 @@ def hellaswag(row: dict) -> Item:
 
 
 def winogrande(row: dict) -> Item:
+    """One ending after two beginnings. ValueError without a _, and for an answer but 1 or 2."""
     before, blank, after = text(row, "sentence").partition("_")
     if not blank:
         raise ValueError(f"sentence {row['sentence']!r} has no _ for the name")
@@ -137,7 +143,10 @@ def commonsense_qa(row: dict) -> Item:
 
 
 def copa(row: dict) -> Item:
-    """The premise loses its full stop. The harness has two spaces before a choice: so have we."""
+    """The premise loses its full stop. The harness has two spaces before a choice: so have we.
+
+    Raises ValueError for a question that is neither "cause" nor "effect".
+    """
     joined = {"cause": "because", "effect": "therefore"}.get(text(row, "question"))
     if joined is None:
         raise ValueError(f"question is {row['question']!r}, neither 'cause' nor 'effect'")
@@ -211,7 +220,7 @@ def mathqa(row: dict) -> Item:
 
 
 def mmlu(row: dict, shots: dict[str, list[str]]) -> Item:
-    """shots: {subject: its examples, each a text that ends in an empty line}."""
+    """shots: {subject: examples, texts that end in an empty line}; ValueError for fewer than 5."""
     subject = text(row, "subject")
     shown = shots.get(subject, [])[:5]
     if len(shown) < 5:

@@ -75,7 +75,10 @@ class Request:
 
 
 def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Request]:
-    """The requests of (context, continuation) pairs, by the rules above."""
+    """The requests of (context, continuation) pairs, by the rules above.
+
+    Raises ValueError for a continuation that has no tokens of its own.
+    """
     kept = [context.rstrip() for context, _ in pairs]
     moved = [(k, context[len(k) :] + more) for k, (context, more) in zip(kept, pairs, strict=True)]
     # In parallel; each ends with the end token
@@ -164,7 +167,7 @@ class Result:
 
     @property
     def predictions(self) -> np.ndarray:
-        """The likeliest choice; of a single request, 0 where it is greedy and -1 where not."""
+        """[items]: the likeliest choice; of a single request, 0 if it is greedy and -1 if not."""
         each = zip(self.logps, self.greedy, strict=True)
         return np.asarray([int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1 for s, g in each])
 

@@ -44,7 +44,10 @@ BINS = 64  # of the curve of loss by position
 
 
 def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -> list[np.ndarray]:
-    """The first length + 1 ids of up to `most` documents that have them. ValueError if none has."""
+    """The first length + 1 ids of up to `most` documents that have them, each [length + 1] int64.
+
+    Raises ValueError where none has.
+    """
     try:
         found = data.find_files(paths)
     except ValueError as e:
@@ -76,7 +79,11 @@ def windows(n: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
 def sliding_loss(
     model: Llama, texts: list[np.ndarray], width: int, dtype: torch.dtype, stride: int = STRIDE
 ) -> list[np.ndarray]:
-    """The loss in nats of all tokens but each document's first, with a window of `width` tokens."""
+    """The loss in nats of all tokens but each document's first, with a window of `width` tokens.
+
+    texts: ids, each [tokens + 1]. Returns float64 [tokens] for each. Raises ValueError for a stride
+    that is not within the window.
+    """
     if not 0 < stride <= width:
         raise ValueError(
             f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths"
@@ -111,7 +118,7 @@ def sliding_scores(
     lengths: list[int],
     **facts,
 ) -> None:
-    """Adds "sliding perplexity at w" for every w of `lengths`."""
+    """Adds "sliding perplexity at w" of texts, each [tokens + 1] ids, for every w of `lengths`."""
     size = sum(len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in texts)
     about = {"documents": len(texts), "tokens each": len(texts[0]) - 1, "stride": STRIDE}
     about |= facts | {"weighting": "by token"}

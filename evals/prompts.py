@@ -54,6 +54,7 @@ def feasible(
     """([(length, task)] of which prompts can be made, why the others cannot), from one sample each.
 
     Asked before any model reads anything, so that a damaged file or a wrong name costs no GPU time.
+    Raises ValueError where no prompt can be made.
     """
     able, lacking = [], [why for name in names if (why := ruler.missing(name, folder))]
     for length, task in itertools.product(lengths, names):
@@ -91,7 +92,7 @@ def answers(
 
 
 def marks(task: str, said: list[str], samples: list[ruler.Sample]) -> np.ndarray:
-    """Each sample's own score, 0 .. 1; their mean is the task's."""
+    """[samples]: each one's own score, 0 .. 1; their mean is the task's."""
     each = zip(said, samples, strict=True)
     return np.asarray([ruler_tasks.score(task, [a], [s.outputs]) / 100 for a, s in each])
 

@@ -87,7 +87,10 @@ def _json(path: Path):
 
 
 def words_of(folder: Path | None, notes: list[str], *names: str) -> list[list[str]]:
-    """The named lists of data_dir, or OWN_WORDS, and a note, where it has none of them."""
+    """The named lists of data_dir, or OWN_WORDS, and a note, where it has none of them.
+
+    Raises FileNotFoundError where it lacks some of them, ValueError for a blank line.
+    """
     absent = [name for name in names if not (folder and (folder / name).is_file())]
     if len(absent) == len(names):
         notes.append("own words")
@@ -109,7 +112,10 @@ def words_of(folder: Path | None, notes: list[str], *names: str) -> list[list[st
 def english_of(
     folder: Path | None, notes: list[str], lists: list[list[str]], length: int
 ) -> Sequence[str]:
-    """The long list that cwe turns to when a length needs more words than the other lists have."""
+    """The long list that cwe turns to when a length needs more words than the other lists have.
+
+    Raises FileNotFoundError where it is absent, ValueError where it is not a list of words.
+    """
     if "own words" in notes:
         words = [word for one in lists for word in one]
         return Pairs(words, words)
@@ -158,7 +164,10 @@ class Pairs(Sequence):
 
 
 def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str]] | None:
-    """n -> the sentences of the essays' first n words; None, and a note, where there are none."""
+    """n -> the sentences of the essays' first n words; None, and a note, where there are none.
+
+    Raises ValueError for a file that is not RULER's, or sentences that are not those of its text.
+    """
     path = folder and folder / "PaulGrahamEssays.json"
     if not path or not path.is_file():
         notes.append("noise haystack")

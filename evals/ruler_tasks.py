@@ -125,13 +125,17 @@ TASKS["passkey"] = Task(
 
 
 def named(task: str) -> Task:
+    """The task of that name. Raises ValueError for one that RULER does not have."""
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     return TASKS[task]
 
 
 def score(task: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """0..100 by the task's rule (module docstring). references: each sample's `outputs`."""
+    """0 .. 100, by the task's rule (module docstring). references: each sample's `outputs`.
+
+    Raises ValueError where samples and predictions are not as many, or a sample has no references.
+    """
     metric = named(task).metric
     if not predictions or len(predictions) != len(references):
         counts = f"{len(predictions)} predictions for {len(references)} samples"

@@ -58,8 +58,10 @@ TOKENIZER_FILES = (
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor name: (dtype, shape)} of one safetensors file, from its header alone, all of it
-    checked.
+    """{tensor name: (dtype, shape)} of one safetensors file, from its header, which is checked
+    whole.
+
+    Raises ValueError naming the file and what is wrong in it.
     """
     with reading(path), path.open("rb") as f:
         size = path.stat().st_size
@@ -103,8 +105,10 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """{tensor name: (file, dtype, shape)} of a model directory, single-file or sharded; headers
-    only.
+    """{tensor name: (file, dtype, shape)} of a model directory, single-file or sharded, from
+    headers.
+
+    Raises ValueError where files, index and headers do not agree.
     """
     index, single = path / "model.safetensors.index.json", path / "model.safetensors"
     if index.is_file():
@@ -165,8 +169,9 @@ def _no_weights(path: Path) -> str:
 
 
 def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
-    """{parameter: its file}, from headers alone; every missing, extra or mis-shaped tensor is
-    named.
+    """{parameter: its file}, from headers alone.
+
+    Raises ValueError naming every tensor that is missing, left over, or of another shape or dtype.
     """
     found = find_tensors(path)
     wanted = {
@@ -196,7 +201,10 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
 
 
 def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
-    """Fills a model built on `meta`, strictly."""
+    """Fills a model built on `meta`; dtype None keeps each tensor's own.
+
+    Raises ValueError as check_fits does, and for a file that cannot be read.
+    """
     found = check_fits(model, path)
     for file in sorted(set(found.values())):
         try:
@@ -219,7 +227,8 @@ def _place(
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Puts `value` in the place of the parameter `name`, and of the head if that is tied to it.
+    """Puts `value`, any shape, in the place of the parameter `name`, and of a head that is tied to
+    it.
 
     A parameter is taken as it is, shared and not copied; a plain tensor becomes one without grad.
     """

@@ -94,7 +94,7 @@ _STALE = (
 
 
 def fill(config: dict) -> dict:
-    """The config with its family's defaults for what is absent. Refuses an unknown family."""
+    """The config with its family's defaults where it has none; ValueError for an unknown family."""
     family = config.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         known = ", ".join(FAMILIES)

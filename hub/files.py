@@ -69,10 +69,11 @@ def read_json(path: Path) -> dict:
 
 
 def own(path: Path, name: str) -> Path:
-    """The file `name` of the directory `path`, links resolved; refused if they lead out of it.
+    """The file `name` of the directory `path`, links resolved.
 
-    A directory of the Hub's cache links snapshots/<revision>/x to blobs/<hash>: those are its own.
-    A file that does not exist is returned as it would be.
+    Raises ValueError where they lead out of it. A directory of the Hub's cache links
+    snapshots/<revision>/x to blobs/<hash>: those are its own. A file that does not exist is
+    returned as it would be.
     """
     if Path(name).name != name or "\0" in name:
         raise ValueError(f"{name!r} does not name a file of {path}")

@@ -101,19 +101,35 @@ def test_the_books_docstrings_end_with_limits_and_a_source(name):
     assert "Limits." in lesson and ("Source." in lesson or "Sources." in lesson)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_public_functions_have_docstrings(path):
-    """All but a line's worth of code says what it takes and gives."""
-    for node in ast.parse(path.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-            short = node.end_lineno - node.lineno <= 12
-            assert ast.get_docstring(node) or short, f"{node.name} has no docstring"
+# The derivations that can be run: in which file each stands, and the test it points at
+DERIVATIONS = {
+    "rope": {
+        "test_interpolation_blurs_near_positions",
+        "test_yarn_keeps_the_pairs_that_tell_neighbours_apart",
+    },
+    "relation_kl": {
+        "test_the_gradient_in_the_scores_is_P_minus_R",
+        "test_a_token_collects_its_row_and_its_column",
+        "test_one_pass_gives_both_log_sum_exps_and_the_kl",
+        "test_relations_do_not_see_a_rotation_that_attention_does",
+    },
+    "train": {"test_the_next_token_kl_sees_the_turn_that_no_relation_sees"},
+}
 
 
-def test_tests_that_docstrings_point_at_exist():
+def test_every_derivation_points_at_a_test_that_exists():
+    pointed: dict[str, list[str]] = {}
     for path in MODULES:
-        for file, name in re.findall(r"(tests/\w+\.py)::(\w+)", path.read_text()):
-            assert f"def {name}(" in (ROOT / file).read_text(), f"{path.name}: {file}::{name}"
+        text = path.read_text()
+        found = re.findall(r"pytest (tests/\w+\.py)::(\w+)$", text, re.M)
+        assert len(found) == text.count("::test_"), f"{path.name}: one on a line, with its file"
+        for file, name in found:
+            tests = ast.parse((ROOT / file).read_text()).body
+            names = {node.name for node in tests if isinstance(node, ast.FunctionDef)}
+            assert name in names, f"{path.name} points at {file}::{name}"
+            pointed.setdefault(name, []).append(path.stem)
+    for file, names in DERIVATIONS.items():
+        assert all(pointed.get(name) == [file] for name in names), f"{file}: each stands once"
 
 
 def test_the_readme_names_the_book_in_order_and_every_folder():

@@ -22,6 +22,7 @@ from model import (
     next_token_loss,
     trainable,
 )
+from rope import rotate, rotation
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
 NETWORKS = {
@@ -247,6 +248,22 @@ def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     relations, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
     both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1
+
+
+def test_the_next_token_kl_sees_the_turn_that_no_relation_sees():
+    """train.py's docstring: all keys of the last layer turned as if one token further on."""
+    teacher = random_model()
+    student = make_student(teacher, teacher.config, trained=("k_proj",))
+    keys = student.model.layers[-1].self_attn.k_proj.weight  # [Hkv D, C]
+    straight = keys.detach().clone()
+    cos, sin = rotation(teacher.config.rope, 8, torch.tensor(1), 2, torch.float32)  # [D]
+    keys.data = rotate(straight.view(2, 8, 32).mT, cos, sin).mT.reshape(16, 32)
+    loss, relations, kl = train.relation_loss(
+        teacher, student, IDS, torch.float32, logit_weight=1.0
+    )
+    assert relations.abs().max() < 1e-5 and kl > 0.01
+    loss.backward()  # a small step down it is one towards where the keys stood
+    assert (keys.grad * (keys - straight)).sum() > 0
 
 
 def test_the_compute_dtype_is_chosen_with_a_reason_and_can_be_asked_for(monkeypatch):
