@@ -191,12 +191,10 @@ def main(argv: list[str] | None = None) -> None:
         else world.on_main(cost.peak_flops, device, dtype)
     )
     shards = world.size if args.shard else 1
-    settled = []  # of each stage: blocks at a time, recompute activations?, memory by part
-    for s in stages:
-        own = s.batch // world.size
-        settled.append(
-            plan.settle(native, s, dtype, device, args.micro, args.lora_rank, shards, own, free)
-        )
+    # of each stage: blocks at a time, recompute activations?, memory by part
+    settle = functools.partial(plan.settle, native, dtype=dtype, device=device, free=free)
+    settle = functools.partial(settle, micro=args.micro, rank=args.lora_rank, shards=shards)
+    settled = [settle(s, own=s.batch // world.size) for s in stages]
     needs = [need for _, _, need in settled]
     print(plan.describe(native, longer, stages, needs, args.lora_rank))
     print(f"compute: {str(dtype)[6:]}, because {why}")

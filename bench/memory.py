@@ -26,7 +26,7 @@ from bench import kernel
 
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 CPU_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-PATIENCE = 20.0  # seconds
+PATIENCE = 10.0  # seconds
 COLOURS = {"dense": "#c44e52", "tiled": "#4c72b0", "triton": "#55a868", "hopper": "#8172b3"}
 
 
@@ -42,6 +42,8 @@ def bench_memory(arguments) -> None:
     records = []
     with kernel.open_lines(arguments.out, "memory.jsonl") as file:
         for name, f in table.items():
+            if name not in (arguments.only or table):
+                continue
             for T in arguments.lengths or (GPU_LENGTHS if device == "cuda" else CPU_LENGTHS):
                 peak, seconds = _point(name, f, (H, T, D), device)
                 record = {"impl": name, "H": H, "T": T, "D": D, "peak_bytes": peak}

@@ -71,6 +71,7 @@ def _shape(V, C, M, L, H, Hkv, length, theta=10000.0, tied=False) -> dict:
 SHAPES = {
     "llama2-7b": _shape(32000, 4096, 11008, 32, 32, 32, 4096),
     "llama3-8b": _shape(128256, 4096, 14336, 32, 32, 8, 8192, 500000.0),
+    "llama3-1b": _shape(128256, 2048, 8192, 16, 32, 8, 8192, 500000.0, True),
     "smollm2-135m": _shape(49152, 576, 1536, 30, 9, 3, 8192, 100000.0, True),
     "demo": None,  # read from demo/teacher
 }
