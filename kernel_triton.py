@@ -479,7 +479,7 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
 
 
-def _numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def row_numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Three [B, H, T] float32 (torch.empty takes Python three times as long)."""
     kl = x.new_empty(x.shape[:3], dtype=torch.float32)
     return kl, torch.empty_like(kl), torch.empty_like(kl)
@@ -490,7 +490,7 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
 
     Nothing here waits for the GPU.
     """
-    dtype, x, y, numbers = x.dtype, _widened(x), _widened(y), _numbers(x)
+    dtype, x, y, numbers = x.dtype, _widened(x), _widened(y), row_numbers(x)
     _launch(
         _forward_kernel, (x, y, *numbers, lengths), (abs(s_scale) * LOG2E, abs(t_scale) * LOG2E),
         x.stride()[:3] + y.stride()[:3], (s_scale < 0, t_scale < 0), _constants("forward", x, y, dtype, causal),
@@ -538,7 +538,7 @@ class Loss:
             f"linear_ard::{name}_backward",
             schema=f"(Tensor w, Tensor s_lse, Tensor t_lse, {self.SCHEMA}) -> Tensor",
         )(backward)
-        self.operator.register_fake(lambda x, *_: _numbers(x))
+        self.operator.register_fake(lambda x, *_: row_numbers(x))
         self.operator_backward.register_fake(lambda w, s_lse, t_lse, x, *_: torch.empty_like(x))
         self.operator.register_autograd(self._operator_gradient, setup_context=self._operator_save)
         self.function = _function(forward, backward)

@@ -97,6 +97,8 @@ def relation_kl(
     _check(student, teacher, lengths, impl)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
     teacher_scale = scale if teacher_scale is None else float(teacher_scale)
+    if not (0 < abs(scale) < math.inf and 0 < abs(teacher_scale) < math.inf):
+        raise ValueError(f"scale is {scale} and teacher_scale {teacher_scale}: finite, and not 0")
     if impl == "auto":
         impl, _ = choose(student, causal, lengths, (scale, teacher_scale))
     if impl == "dense":

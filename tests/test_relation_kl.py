@@ -282,6 +282,8 @@ def test_auto_says_what_it_chose_and_why():
         ({"lengths": torch.tensor([True, False])}, "lengths must be"),
         ({"lengths": torch.tensor([3.0, 4.0])}, "lengths must be"),
         ({"impl": "magic"}, "'magic'"),
+        ({"scale": 0.0}, "scale is 0.0"),
+        ({"teacher_scale": float("nan")}, "teacher_scale nan"),
     ],
 )
 def test_refusals_name_the_value(change, said):
