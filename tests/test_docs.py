@@ -22,7 +22,7 @@ MODULES = [p for p in MODULES if p.name != "__init__.py"]
 LARGER = {
     "kernel_triton.py": 690,  # two kernels, and tile choices with their evidence
     "kernel_hopper.py": 540,  # likewise
-    "train.py": 430,  # both stages in one reading
+    "train.py": 410,  # both stages in one reading
 }
 # Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and
 # kernels
