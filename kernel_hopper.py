@@ -13,7 +13,8 @@ say otherwise. Gluon, Triton's lower language, says who does what:
 While one group takes exponentials another one's products run; no group waits for another. Backward,
 a group's own exponentials of S begin while the tensor cores are still at U (forward that took
 longer). More groups hide more and leave each fewer registers: 4 forward, 3 backward (whose dL/dx
-stays in registers).
+stays in registers). At D = 64 the backward has room for its own rows of x and y there too, which
+halves what its products read of shared memory (12 % of its time; at D = 128 they would spill).
 
 How they meet.  The copy engine (TMA) brings a tile without any thread's help and then flips a
 barrier in shared memory. `ready` flips when a tile's bytes are there, `free` when all groups are
@@ -196,40 +197,12 @@ def _rows_forward(
     for k in range(0, diagonal):
         s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
         s_max, t_max, s_sum, t_sum, b_kl = _fold(
-            s,
-            u,
-            s_max,
-            t_max,
-            s_sum,
-            t_sum,
-            b_kl,
-            s_scale,
-            t_scale,
-            o_i,
-            free,
-            k,
-            LAYOUT,
-            STAGES,
-            False,
-        )
+            s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, k, LAYOUT, STAGES, False
+        )  # fmt: skip
     s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, diagonal, STAGES, LAYOUT)
     s_max, t_max, s_sum, t_sum, b_kl = _fold(
-        s,
-        u,
-        s_max,
-        t_max,
-        s_sum,
-        t_sum,
-        b_kl,
-        s_scale,
-        t_scale,
-        o_i,
-        free,
-        diagonal,
-        LAYOUT,
-        STAGES,
-        True,
-    )
+        s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, diagonal, LAYOUT, STAGES, True
+    )  # fmt: skip
     for k in range(diagonal + 1, end):  # tiles that only other groups need
         mbarrier.wait(ready.index(k % STAGES), (k // STAGES) & 1)
         _release(free, k, STAGES)
@@ -317,6 +290,11 @@ def _rows_backward(
     b_yi = b_yi.index(g)
     b_dx = gl.zeros([BS, D], gl.float32, OWN)
     mbarrier.wait(ready.index(STAGES), 0)
+    if (
+        D == 64
+    ):  # there is room in registers: the products then read shared memory for columns alone
+        b_xi = b_xi.load(gl.DotOperandLayout(0, LAYOUT, 2))
+        b_yi = b_yi.load(gl.DotOperandLayout(0, LAYOUT, 2))
     for k in range(0, gl.minimum(diagonal, end)):  # row i sees column j: G_ij but for w_i
         s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
         b_p = gl.exp2(
@@ -481,25 +459,18 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
     kl, s_lse, t_lse = (
         torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3)
     )
-    _launch(
-        _forward_kernel,
-        FORWARD,
-        *_laid_out(x, y),
-        kl,
-        s_lse,
-        t_lse,
-        s_scale * LOG2E,
-        t_scale * LOG2E,
-    )
+    x, y = _laid_out(x, y)
+    _launch(_forward_kernel, FORWARD, x, y, kl, s_lse, t_lse, s_scale * LOG2E, t_scale * LOG2E)
     return kl, s_lse, t_lse
 
 
 def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
     """dL/dx [B, H, T, D], in x's own layout where x is dense."""
     dx = torch.empty_like(x)
+    x, y = _laid_out(x, y)
     _launch(
-        _backward_kernel, BACKWARD, *_laid_out(x, y), s_lse, t_lse, w.contiguous(), dx, s_scale * LOG2E, t_scale * LOG2E,
-        s_scale, *dx.stride()[:3],
+        _backward_kernel, BACKWARD, x, y, s_lse, t_lse, w.contiguous(), dx, s_scale * LOG2E, t_scale * LOG2E, s_scale,
+        *dx.stride()[:3],
     )  # fmt: skip
     return dx
 
@@ -514,10 +485,11 @@ def relation_kl_hopper(
     teacher_scale: float,
     causal: bool,
     lengths: Tensor | None,
+    kept: list | None = None,
 ) -> Tensor:
     """KL(teacher || student) of every row, [B, H, T] float32, from relation_kl.relation_kl's
     arguments after its checks. Raises ValueError where `unsupported` says why.
     """
     if reason := unsupported(student, causal, lengths, (scale, teacher_scale)):
         raise ValueError(reason)
-    return LOSS(student, teacher, scale, teacher_scale, causal, lengths)
+    return LOSS(student, teacher, scale, teacher_scale, causal, lengths, kept)

@@ -369,6 +369,7 @@ TILES = {
 FLOAT_TILES = ((64, Tile(64, 32, 8, 2)), (128, Tile(32, 32, 16, 1)), (256, Tile(16, 16, 8, 1)))
 
 
+@functools.cache
 def tile(
     direction: str, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
 ) -> Tile:
@@ -422,42 +423,66 @@ def on(device: torch.device):
 
 
 def _constants(direction: str, x: Tensor, y: Tensor, dtype: torch.dtype, causal: bool) -> dict:
-    """What the compiler must know, and the launch's warps and stages.
+    """What the compiler must know, in the kernels' order, and the launch's warps and stages.
 
     x, y: as the kernel gets them.
     """
     D = x.shape[-1]
     BT, BS, num_warps, num_stages = tile(direction, D, dtype, *_chip(x.device))
     if direction == "backward" and not causal:
-        num_stages = min(
-            num_stages, 2
-        )  # with 3, Triton 3.6 waits after every tensor-core instruction (C7515)
-    tf32 = (
-        dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    )  # torch's own switch
+        # with 3, Triton 3.6 waits after every tensor-core instruction (C7515)
+        num_stages = min(num_stages, 2)
+    # torch's own switch
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
-        "D": D, "BD": triton.next_power_of_2(D), "BT": BT, "BS": BS, "CAUSAL": causal,
+        "D": D, "BD": 1 << (D - 1).bit_length(), "BT": BT, "BS": BS, "CAUSAL": causal,
         "WIDE": (x.shape[2] + BS) * max(x.stride(2), y.stride(2)) >= 2**31, "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": num_warps, "num_stages": num_stages,
     }  # fmt: skip
 
 
-def _grid(x: Tensor, BT: int) -> tuple[tuple[int], int, int, int]:
-    """Programs, T, H and the heads of a group."""
+_compiled: dict = {}  # compiled kernels by all that they were compiled for, see _launch
+
+
+def _launch(kernel, tensors: tuple, scales: tuple, strides: tuple, signs: tuple, constants: dict):
+    """The kernel on all rows of x, the first of `tensors`; nothing waits for it.
+
+    Triton's own call looks at every argument to find the code compiled for its like: at types,
+    strides, constants, and which pointers are multiples of 16. That costs more than all else here;
+    so where all pointers are, it is done once for each combination of the rest.
+    """
+    x = tensors[0]
     B, H, T, D = x.shape
-    return (
-        (-(-T // BT) * B * H,),
-        T,
-        H,
-        max(1, min(B * H, GROUP_BYTES // (2 * T * D * x.element_size()))),
-    )
+    *constants, num_warps, num_stages = constants.values()
+    heads = max(1, min(B * H, GROUP_BYTES // (2 * T * D * x.element_size())))
+    arguments = (*tensors, *scales, *strides, T, H, heads, *constants, *signs)
+    key, pointers = [id(kernel), x.device, strides, *constants, *signs, num_warps, num_stages], 0
+    for t in tensors:
+        if t is not None:
+            pointers |= t.data_ptr()
+        key.append(t if t is None else t.dtype)
+    key = tuple(key) if pointers % 16 == 0 else None
+    grid = -(-T // constants[2]) * B * H, 1, 1  # constants[2]: BT
+    with on(x.device):
+        if key in _compiled:
+            _compiled[key][grid](*arguments)
+        else:
+            code = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
+            if key and code:  # the interpreter makes none
+                _compiled[key] = code
 
 
-def _widened(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _widened(x: Tensor) -> Tensor:
     """Triton's interpreter multiplies the bit patterns of bfloat16 (triton-lang/triton#11584):
     float32 there.
     """
-    return tuple(t.float() if INTERPRETED and t.dtype == torch.bfloat16 else t for t in tensors)
+    return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
+
+
+def _numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three [B, H, T] float32 (torch.empty takes Python three times as long)."""
+    kl = x.new_empty(x.shape[:3], dtype=torch.float32)
+    return kl, torch.empty_like(kl), torch.empty_like(kl)
 
 
 def forward(x, y, s_scale, t_scale, causal, lengths):
@@ -465,18 +490,12 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
 
     Nothing here waits for the GPU.
     """
-    kl, s_lse, t_lse = (
-        torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3)
-    )
-    dtype, (x, y) = x.dtype, _widened(x, y)
-    constants = _constants("forward", x, y, dtype, causal)
-    grid, T, H, heads = _grid(x, constants["BT"])
-    with on(x.device):
-        _forward_kernel[grid](
-            x, y, kl, s_lse, t_lse, lengths, abs(s_scale) * LOG2E, abs(t_scale) * LOG2E,
-            *x.stride()[:3], *y.stride()[:3], T, H, heads, **constants, S_NEGATIVE=s_scale < 0, T_NEGATIVE=t_scale < 0,
-        )  # fmt: skip
-    return kl, s_lse, t_lse
+    dtype, x, y, numbers = x.dtype, _widened(x), _widened(y), _numbers(x)
+    _launch(
+        _forward_kernel, (x, y, *numbers, lengths), (abs(s_scale) * LOG2E, abs(t_scale) * LOG2E),
+        x.stride()[:3] + y.stride()[:3], (s_scale < 0, t_scale < 0), _constants("forward", x, y, dtype, causal),
+    )  # fmt: skip
+    return numbers
 
 
 def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
@@ -488,16 +507,14 @@ def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
         w = torch.where(s_lse.isfinite(), w, 0.0)
         w_max = w.abs().amax()
         w = w / torch.where(w_max > 0, w_max, 1.0)
-    dtype, (x, y) = x.dtype, _widened(x, y)
+    dtype, x, y = x.dtype, _widened(x), _widened(y)
     dx = torch.empty_like(x)
-    constants = _constants("backward", x, y, dtype, causal)
-    grid, T, H, heads = _grid(x, constants["BT"])
-    with on(x.device):
-        _backward_kernel[grid](
-            x, y, s_lse, t_lse, w.contiguous(), w_max, dx, lengths, s_scale * LOG2E, t_scale * LOG2E, s_scale,
-            *x.stride()[:3], *y.stride()[:3], *dx.stride()[:3], T, H, heads, **constants,
-        )  # fmt: skip
-    return dx.to(dtype)
+    _launch(
+        _backward_kernel, (x, y, s_lse, t_lse, w.contiguous(), w_max, dx, lengths),
+        (s_scale * LOG2E, t_scale * LOG2E, float(s_scale)), x.stride()[:3] + y.stride()[:3] + dx.stride()[:3], (),
+        _constants("backward", x, y, dtype, causal),
+    )  # fmt: skip
+    return dx if dx.dtype == dtype else dx.to(dtype)
 
 
 class Loss:
@@ -521,11 +538,7 @@ class Loss:
             f"linear_ard::{name}_backward",
             schema=f"(Tensor w, Tensor s_lse, Tensor t_lse, {self.SCHEMA}) -> Tensor",
         )(backward)
-        self.operator.register_fake(
-            lambda x, *_: tuple(
-                torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3)
-            )
-        )
+        self.operator.register_fake(lambda x, *_: _numbers(x))
         self.operator_backward.register_fake(lambda w, s_lse, t_lse, x, *_: torch.empty_like(x))
         self.operator.register_autograd(self._operator_gradient, setup_context=self._operator_save)
         self.function = _function(forward, backward)
@@ -544,14 +557,8 @@ class Loss:
 
     def _operator_gradient(self, ctx, w, *_):
         x, y, s_lse, t_lse, lengths = ctx.saved_tensors
-        return (
-            self.operator_backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        dx = self.operator_backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths)
+        return dx, None, None, None, None, None
 
 
 def _watched() -> bool:
@@ -572,11 +579,16 @@ def _function(forward, backward):
             return kl
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
         def backward(ctx, w):
-            x, y, s_lse, t_lse, lengths = ctx.saved_tensors
-            return backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths), *[None] * 6
+            # the guard against second derivatives takes time: only where they could follow
+            return (once if torch.is_grad_enabled() else gradient)(ctx, w)
 
+    def gradient(ctx, w):
+        x, y, s_lse, t_lse, lengths = ctx.saved_tensors
+        dx = backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths)
+        return dx, None, None, None, None, None, None
+
+    once = torch.autograd.function.once_differentiable(gradient)
     return Function.apply
 
 
@@ -601,10 +613,10 @@ def relation_kl_triton(
     if reason := unsupported(student):
         raise ValueError(reason)
     # A tile's own offsets are 32 bits wide: 256 rows of less than 2^23 elements.
-    student, teacher = (
-        x if x.stride(-1) == 1 and x.stride(-2) < 2**23 else x.contiguous()
-        for x in (student, teacher)
-    )
+    if student.stride(-1) != 1 or student.stride(-2) >= 2**23:
+        student = student.contiguous()
+    if teacher.stride(-1) != 1 or teacher.stride(-2) >= 2**23:
+        teacher = teacher.contiguous()
     if lengths is not None:
         lengths = lengths.to(student.device, non_blocking=True).contiguous()
     return LOSS(student, teacher, scale, teacher_scale, causal, lengths, kept)

@@ -89,16 +89,16 @@ def relation_kl(
     None. causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before
     padding. impl: "auto", "dense", "tiled", "triton" or "hopper". kept: for activation
     checkpointing, an empty list: the call leaves its numbers per row there, and the same call, made
-    again in the backward, takes them from it ("dense" and "hopper" compute them again). float32
-    products use tf32 only where torch's own switch allows it. Returns [B, H, T], float32 (float64
-    for float64 input), differentiable in `student`. Raises ValueError for anything else, naming the
-    value. Source: arXiv 2604.00004, section 3.
+    again in the backward, takes them from it ("dense" computes them again). float32 products use
+    tf32 only where torch's own switch allows it. Returns [B, H, T], float32 (float64 for float64
+    input), differentiable in `student`. Raises ValueError for anything else, naming the value.
+    Source: arXiv 2604.00004, section 3.
     """
     _check(student, teacher, lengths, impl)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
     teacher_scale = scale if teacher_scale is None else float(teacher_scale)
     if impl == "auto":
-        impl, _ = choose(student)
+        impl, _ = choose(student, causal, lengths, (scale, teacher_scale))
     if impl == "dense":
         return _dense(student, teacher, scale, teacher_scale, causal, lengths)
     if impl == "tiled":
@@ -112,25 +112,31 @@ def relation_kl(
         raise ValueError(
             f'impl="{impl}" needs the triton package ({e}); install it, or use impl="tiled"'
         ) from None
-    more = () if impl == "hopper" else (kept,)
-    return kernel(student, teacher, scale, teacher_scale, causal, lengths, *more)
+    return kernel(student, teacher, scale, teacher_scale, causal, lengths, kept)
 
 
-def choose(x: Tensor) -> tuple[str, str]:
+def choose(
+    x: Tensor,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> tuple[str, str]:
     """What "auto" means for a loss of tensors like x [B, H, T, D], and why; decided here alone.
 
-    Returns (implementation, reason): "tiled" or "triton", and a phrase after "because". "hopper" is
-    faster on its chip, and only chosen by name until its last edit has run on one (README).
+    Returns (implementation, reason): "tiled", "triton" or "hopper", and a phrase after "because".
     """
     if not x.is_cuda:
         return "tiled", f"the tensors are on {x.device.type}: the Triton kernel needs a GPU"
     try:
+        import kernel_hopper
         import kernel_triton
     except ImportError as e:
         return "tiled", f"Triton cannot be imported ({e})"
     if reason := kernel_triton.unsupported(x):
         return "tiled", reason
-    return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported"
+    if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
+        return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported; {reason}"
+    return "hopper", "this chip has kernels of its own, which are faster (README.md)"
 
 
 def keep_losses(ctx, op, *arguments, **options):
