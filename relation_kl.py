@@ -59,9 +59,9 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-# Forward + backward in float32 on one core of an Intel Xeon (AVX-512, 2 MiB of L2), torch 2.13,
-# with strips of 32, 64, 96, 128 rows: 216, 180, 176, 176 ms at 9 x 2048 x 64; 5.7, 4.9, 5.4, 5.2 at
-# 3 x 512.
+# Rows of a strip. With 32, 64, 96 and 128 rows forward + backward take 216, 180, 176 and 176 ms at
+# 9 x 2048 x 64, and 5.7, 4.9, 5.4 and 5.2 ms at 3 x 512 x 64: float32, one core of an Intel Xeon
+# (AVX-512, 2 MiB of L2), torch 2.13.
 BT = 64
 CELLS = {"cpu": 2**17}  # scores in a strip, over all its heads: about what a core's cache holds
 MANY_CELLS = 2**24  # elsewhere: enough to fill a GPU; 64 MiB in float32
@@ -123,8 +123,7 @@ def choose(
     lengths: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[str, str]:
-    """What "auto" means for a loss of tensors like x [B, H, T, D], and why: the one place that
-    decides.
+    """What "auto" means for a loss of tensors like x [B, H, T, D], and why; decided here alone.
 
     Returns (implementation, reason): "tiled", "triton" or "hopper", and a phrase after "because".
     """
@@ -143,8 +142,7 @@ def choose(
 
 
 def keep_losses(ctx, op, *arguments, **options):
-    """A policy for selective checkpointing: a loss's three numbers per row are kept, not made
-    again.
+    """A policy for selective checkpointing: a loss's three numbers per row are kept.
 
     checkpoint(f, *args, use_reentrant=False, context_fn=lambda:
     create_selective_checkpoint_contexts(keep_losses)), both of torch.utils.checkpoint: the backward
@@ -296,7 +294,7 @@ def _strips(
 def _exp2(scores: Tensor, out: Tensor) -> Tensor:
     """2^scores into `out`; terms below 2^FLOOR of the row's largest become 0, which no sum notices.
 
-    Left in, they would be subnormal numbers, with which many CPUs compute 100 times more slowly: 6
-    % of the V/V pairs of the demo's last layer are. (torch.exp is as slow wherever it underflows.)
+    Left in, they would be subnormal numbers, with which many CPUs compute 100 times more slowly;
+    6 % of the V/V pairs of the demo's last layer are. (torch.exp is as slow where it underflows.)
     """
     return torch.threshold(scores, FLOOR, HIDDEN, out=out).exp2_()

@@ -1,5 +1,4 @@
-"""Rotary positions: which angle each pair of features turns by at each position, and how that is
-stretched.
+"""Rotary positions: the angle that each pair of features turns by, and how it is stretched.
 
 What.  RoPE turns feature pair k of a query or key at position p by the angle p w_k, so that a dot
 product of two rotated vectors depends on their distance alone. The frequencies fall geometrically,
@@ -92,9 +91,9 @@ class RopeConfig:
 
     @staticmethod
     def from_hf(config: dict) -> "RopeConfig":
-        """Reads either dialect of config.json. Raises ValueError naming a key and value it refuses.
+        """Reads either dialect of config.json; ValueError names the key and value it refuses.
 
-        The one place where the head dimension is read: a key of its own or width / heads.
+        The head dimension is read here alone: a key of its own, or width / heads.
         """
         scaling, parameters = _table(config, "rope_scaling"), _table(config, "rope_parameters")
         table = scaling or parameters
@@ -102,7 +101,7 @@ class RopeConfig:
         if not isinstance(kind, str) or kind not in KINDS:
             known = ", ".join(KINDS)
             raise ValueError(f"rope_type {kind!r} is not supported; the known ones are {known}")
-        # the table's own theta, then the top level's: that of the other dialect's table is not read
+        # The table's own theta, then the top level's; never that of the other dialect's table
         theta = _number("rope_theta", table.get("rope_theta", config.get("rope_theta", 10000.0)))
         key = "max_position_embeddings"
         longest = _whole(key, config.get(key, 2048))
@@ -199,7 +198,7 @@ class RopeConfig:
         return f"{self.kind} RoPE{factor}, theta {self.theta:g}, {self.length:,} tokens"
 
     def _tuning_to_scale(self) -> tuple[tuple[str, object], ...]:
-        """Without an attention factor that is the derived one: that grows with the factor."""
+        """The tuning without a derived attention factor, which the new factor derives anew."""
         given = self._filled().get("attention_factor")
         derived = frequencies(replace(self, tuning=()), self.head_dim)[1]
         if given is not None and abs(given - derived) > 1e-3:
@@ -241,7 +240,7 @@ def frequencies(
 ) -> tuple[Tensor, float]:
     """(w [head_dim/2] float32 on the CPU, attention factor) for sequences of `seq_len` tokens.
 
-    seq_len matters to dynamic and longrope alone; None means no longer than the model's own length.
+    Only dynamic and longrope depend on seq_len; None means no longer than the model's own length.
     """
     D, s, tuning = head_dim, rope.factor, rope._filled()
     exponents = torch.arange(0, D, 2, dtype=torch.int64).float() / D  # 2k / D

@@ -180,8 +180,7 @@ def graphed(f, x: Tensor, y: Tensor):
 
 
 def peak_bytes(f, x: Tensor, y: Tensor) -> int:
-    """Bytes that forward and backward of x and y [B, H, T, D] hold at most, beyond what is held
-    before.
+    """Bytes that forward and backward of x and y [B, H, T, D] hold beyond what is held before.
 
     On a CPU only in a fresh process.
     """

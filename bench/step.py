@@ -82,13 +82,13 @@ def add_flags(parser) -> None:
     parser.add_argument("--model", choices=list(SHAPES), default="llama2-7b")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
     parser.add_argument(
-        "--length", type=int, metavar="T", help="tokens a block of stage 1 [the shape's own]"
+        "--length", type=int, metavar="T", help="tokens per block of stage 1 [the shape's own]"
     )
     parser.add_argument(
-        "--length2", type=int, metavar="T", help="tokens a block of stage 2 [8 times that]"
+        "--length2", type=int, metavar="T", help="tokens per block of stage 2 [8 times that]"
     )
     parser.add_argument(
-        "--batch", type=int, metavar="B", help="blocks a step [as many as fill 16384 tokens]"
+        "--batch", type=int, metavar="B", help="blocks per step [as many as fill 16384 tokens]"
     )
     parser.add_argument(
         "--micro", type=int, metavar="B", help="blocks at a time [as many as fill 8192 tokens]"

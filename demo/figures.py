@@ -271,7 +271,7 @@ def draw_retention(values: dict) -> Figure:
                 label = f"{kind}, {which}"
                 axis.plot(*zip(*points, strict=True), "o", mfc=fill, **look, label=label)
         axis.axhline(100, color=COLOURS["teacher"], lw=1.5, ls="--", label="teacher")
-        axis.set_xticks([zero, *powers], ["0", *(f"{t / 2**20:g}M" for t in powers)])
+        axis.set_xticks([zero, *powers], ["0", *(f"{t / 1e6:.2g}M" for t in powers)])
         axis.set_ylim(0, 130)
         tidy(axis, title, "tokens of training (log axis, 0 apart)", "% of the teacher's score")
     labels = axes[0].get_legend_handles_labels()

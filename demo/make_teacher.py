@@ -31,7 +31,7 @@ from hub import checkpoint
 from hub.tokenizer import LLAMA3_WORDS, load_tokenizer
 from model import Llama, LlamaConfig, next_token_loss
 
-T, BATCH, SHARE = 512, 16, 0.25  # native context, blocks a step, share of look-up documents
+T, BATCH, SHARE = 512, 16, 0.25  # native context, blocks per step, share of look-up documents
 END = "<|end|>"
 SHAPE = {
     "model_type": "llama",

@@ -38,7 +38,7 @@ class Stage:
     name: str  # "stage1" or "stage2"
     objective: str  # "relation": as the teacher relates tokens; "next token": cross-entropy
     T: int
-    batch: int  # blocks a step, over all processes
+    batch: int  # blocks per step, over all processes
     steps: int
     lr: float
     logits: bool = False  # "relation": the next-token distributions are compared too
