@@ -22,6 +22,7 @@ that the process already had shows as 0.
 """
 
 import concurrent.futures
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -185,6 +186,7 @@ def peak_bytes(f, x: Tensor, y: Tensor) -> int:
     On a CPU only in a fresh process.
     """
     if x.is_cuda:
+        gc.collect()  # what a call before left in cycles is held by nobody
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()

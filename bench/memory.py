@@ -27,7 +27,13 @@ from bench import kernel
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 CPU_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 PATIENCE = 10.0  # seconds
-COLOURS = {"dense": "#c44e52", "tiled": "#4c72b0", "triton": "#55a868", "hopper": "#8172b3"}
+COLOURS = {
+    "dense": "#c44e52",
+    "tiled": "#4c72b0",
+    "triton": "#55a868",
+    "hopper": "#8172b3",
+    "authors": "#8c8c8c",
+}
 
 
 def bench_memory(arguments) -> None:
@@ -93,7 +99,8 @@ def draw(records: list[dict], path: Path) -> None:
                 label += f": x{seen[-1][1] / seen[-2][1]:.1f} per doubling"
             if rows[-1]["peak_bytes"] is None:
                 label += f", {_tokens(rows[-1]['T'])} does not fit"
-            axis.plot(*zip(*seen, strict=True), "o-", lw=2, color=COLOURS.get(name), label=label)
+            style = "o--" if name == "triton" else "o-"  # it lies on hopper's line
+            axis.plot(*zip(*seen, strict=True), style, lw=2, color=COLOURS[name], label=label)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda T, _: _tokens(T)))
         axis.yaxis.set_major_locator(LogLocator(base=4, numticks=20))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda b, _: _size(b)))
