@@ -13,7 +13,7 @@ What.  Each figure in demo/figures/ stands beside the numbers it is drawn from:
     memory       peak memory of the loss against T: the rows of `python -m bench memory` that are
                  kept in memory.jsonl; a GPU's are added by hand
     retention    the teacher's scores that SmolLM2 keeps, against the tokens of its training: the
-                 rows of runs/smollm2-135m.json with both stages, or stage 1 alone, at the defaults
+                 rows of runs/smollm2-135m.json with the default loss, however its tokens are split
 
 How.  demo, relations and positions need a demo run; without one they are drawn again from their
 JSON. The head shown is the one that interpolation moved most.
