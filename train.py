@@ -19,18 +19,23 @@ relations of all layers are still perfect, and every query looks one token besid
 next-token distributions change, and the gradient of their KL leads back:
         pytest tests/test_model.py::test_the_next_token_kl_sees_the_turn_that_no_relation_sees
 
-Stage 2.  The student predicts the next token at the extended length. With --native-blocks each long
-block has a few native ones beside it, with stage 1's loss, so that what stage 1 won is kept.
+Stage 2.  The student alone learns to predict the next token: L2 = next-token loss. With
+--native-blocks n, stage 1's L is added, over n blocks of stage 1's length beside each long one, so
+that what stage 1 won is kept.
+
+Lengths.  Stage 1 reads short blocks (512 or 2048 tokens), stage 2 long ones (up to 16K, or the
+native length where that is more), the student under the stretched positions (engine/plan.py).
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
 
 --out DIR gets metrics.jsonl (a line per step), curves.png, run.json (arguments, versions, seed),
-state/ (for --resume), report.json, .md and .png (what was lost, what came back) and student/, the
-Hugging Face directory.
+state/ (for --resume), cache/ (tokenised text, unless --cache says where), report.json, .md and .png
+(what was lost, what came back) and student/, the Hugging Face directory; with --lora-rank adapter/,
+with --tensorboard tensorboard/. .linear-ard.json lists these; .lock is held by the run at work.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
-SIGTERM or SIGHUP, the state saved if there was one. torchrun's own is 1 where a process's is not 0.
+SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.
 
 Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
 number of query heads even where keys are shared: --preset authors does as they do.
@@ -99,7 +104,7 @@ def relation_loss(
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
     turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
-    # YaRN multiplies q and k by a temperature. Left in, it would be what the student learns to undo
+    # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
     scales = teacher.score_scale(T), student.score_scale(T)
 
     def step(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):

@@ -16,8 +16,8 @@ product.
 Limits.  Memory is that of one process. The sliding window of a teacher saves work that is counted
 here.
 
-Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; relations as relation_kl.py
-derives them.
+Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; a relation's six products:
+relation_kl.py.
 """
 
 import platform
