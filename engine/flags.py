@@ -183,13 +183,13 @@ def require(package: str, flag: str) -> None:
 def check_device(name: str) -> None:
     """Raises ValueError if torch has no such device here."""
     try:
-        device = torch.empty(0, device=name).device
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {name}: this program computes on cpu or cuda")
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(
             f"--device {name} is not available here: {str(e).splitlines()[0]}"
         ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: this program computes on cpu or cuda")
 
 
 # ---- types: each takes the text of a flag and says what it must be
@@ -206,7 +206,7 @@ def _number(text: str, what: str, good, kind=float):
 
 
 def scale(text: str) -> float:
-    return _number(text, "a number above 1, such as 8", lambda v: 1 < v <= 1000)
+    return _number(text, "a number above 1 and up to 1000, such as 8", lambda v: 1 < v <= 1000)
 
 
 def positive(text: str) -> float:

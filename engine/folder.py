@@ -90,6 +90,7 @@ def check(
             raise ValueError(f"{flag} {path} does not exist: there is no run to go on with; "
                              "check the name, or leave --resume out")  # fmt: skip
         return
+    _refuse_if_held(path / LOCK)
     mark = read_mark(path)
     if first := next(strangers(path, set(mark["files"]) if mark else set()), None):
         raise ValueError(f"{flag} {path} holds {first}, which this program did not write; name a "
@@ -153,12 +154,13 @@ class Folder:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the folder; where nothing worth keeping was written, it is as it was."""
+        """Lets go of the folder; where nothing on the list was written, it is as it was."""
         if not self.active or self.lock is None:
             return
         shutil.rmtree(self.path / WORK, ignore_errors=True)
         with contextlib.suppress(OSError):
-            if not (self.path / MARK).exists():
+            if not any((self.path / name).exists() for name in self.listed):
+                (self.path / MARK).unlink(missing_ok=True)
                 (self.path / LOCK).unlink()
                 for folder in self.made:
                     folder.rmdir()  # only where it is empty
@@ -247,12 +249,36 @@ def _take(file: Path) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+            said = _in_use(file, fd)
             os.close(fd)
-            raise ValueError(f"{file.parent} is in use by {holder}; wait for it, or name another "
-                             "folder") from None  # fmt: skip
+            raise ValueError(said) from None
         if file.exists() and os.path.samestat(os.fstat(fd), file.stat()):
             os.ftruncate(fd, 0)
-            os.write(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+            os.write(fd, f"{_this_process()}\n".encode())
             return fd
         os.close(fd)  # its last owner removed it between the two calls
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def _in_use(file: Path, fd: int) -> str:
+    holder = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+    return f"{file.parent} is in use by {holder}; wait for it, or name another folder"
+
+
+def _refuse_if_held(file: Path) -> None:
+    """Raises ValueError where another process holds the lock. Leaves no trace."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return  # there is none, or taking it will say why not
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        said = _in_use(file, fd)
+        if _this_process() not in said:
+            raise ValueError(said) from None
+    finally:
+        os.close(fd)

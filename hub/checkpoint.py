@@ -71,7 +71,9 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 f"{path} is truncated or not safetensors: {size} bytes, a header of {length}"
             )
         header = parse_json(f.read(length), f"the header of {path}")
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        raise ValueError(f"{path}: its __metadata__ must hold strings by name")
     ranges, out = [], {}
     for name, entry in header.items():
         try:

@@ -386,7 +386,7 @@ def test_equal_names_sizes_and_times_do_not_make_texts_equal(teacher, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("train.npy", b""), ("held_out.npy", b"\x93NUMPY"), ("sizes.json", b"{")]
+    "name, content", [("train.npy", b""), ("held_out.npy", b"\x93NUMPY"), ("sums.json", b"{")]
 )
 def test_an_incomplete_cache_is_made_again(teacher, text_dir, tmp_path, name, content):
     tokenizer = load_tokenizer(teacher)
