@@ -136,7 +136,7 @@ def load_corpus(
     found = find_files(paths, [cache, *([without] if without else [])])
     key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
     for name, file in found:
-        key.update(f"{name}\0{files.digest(file)}\n".encode())
+        key.update(os.fsencode(f"{name}\0{files.digest(file)}\n"))
     digest = key.hexdigest()[:20]
     what = ", ".join(map(str, paths)) if paths else f"the standard library in {standard_library()}"
     parts = token_cache.read(cache / digest)
@@ -263,7 +263,7 @@ def _csv(name: str, file: Path) -> Iterator[tuple[str, str]]:
                     raise ValueError(f"{file}, line {rows.line_num}: no column `text`")
                 yield f"{name}:{number}", row["text"]
         except csv.Error as e:
-            raise ValueError(f"{file}, line {rows.line_num}: {e}") from None
+            raise ValueError(f"{file}, after line {rows.line_num}: {e}") from None
 
 
 def _table(name: str, file: Path) -> Iterator[tuple[str, str]]:
@@ -332,7 +332,7 @@ def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     One document in HELD_OUT_ONE_IN is held out, by its name alone; where that comes to less than a
     hundredth of the text or to half of it, the last part of the stream instead.
     """
-    out = [zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0 for name, _ in kept]
+    out = [zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0 for name, _ in kept]
     whole = sum(len(ids) for _, ids in kept)
     held = sum(len(ids) for (_, ids), o in zip(kept, out, strict=True) if o)
     if max(1, whole // 100) <= held < whole // 2:

@@ -23,6 +23,7 @@ import sys
 import time
 
 STOPPED = 3
+STOPPED_SENTENCE = "stopped; what was saved before is kept"
 
 
 class OutOfMemory(ValueError):
@@ -58,10 +59,11 @@ if PROGRAM in ("train.py", "eval.py"):
 
 def ran_out(e: BaseException) -> bool:
     """Is this torch's, or Python's, way of saying that memory ran out?"""
+    said = ("DefaultCPUAllocator", "Cannot allocate memory")  # the second: a file cannot be mapped
     return (
         isinstance(e, MemoryError)
         or type(e).__name__ == "OutOfMemoryError"
-        or (isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
+        or (isinstance(e, RuntimeError) and any(words in str(e) for words in said))
     )
 
 
@@ -73,7 +75,7 @@ def run(main, program: str) -> None:
         main()
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        _end(program, "stopped; what was saved before is kept", STOPPED)
+        _end(program, STOPPED_SENTENCE, STOPPED)
     except OutOfMemory as e:  # which one rank may meet alone
         _end(program, str(e), 2, alone=True)
     except OSError as e:  # "[Errno 13] Permission denied: 'x'" in a sentence
@@ -82,6 +84,8 @@ def run(main, program: str) -> None:
     except ValueError as e:
         _end(program, str(e), 2)
     except (MemoryError, RuntimeError) as e:
+        if isinstance(e.__cause__, KeyboardInterrupt):  # until Python 3.12, of one in a class body
+            _end(program, STOPPED_SENTENCE, STOPPED)
         if not ran_out(e):
             raise
         _end(program, f"memory ran out ({str(e).splitlines()[0][:200]}); use a smaller model, "

@@ -138,11 +138,11 @@ def check(
         )
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
-    for name in (*checkpoint.TOKENIZER_FILES, "README.md"):  # an export reads them, at the end
+    for name in (*checkpoint.TOKENIZER_FILES, "config.json", "README.md"):  # an export copies them
         file = files.own(args.teacher, name)  # links that lead out are refused
         with files.reading(file):
             if file.is_file():
-                file.open("rb").close()
+                files.read_json(file) if name.endswith(".json") else file.open("rb").close()
 
 
 def check_text(corpus, stages: list[Stage], lookups) -> None:

@@ -199,7 +199,7 @@ class Watch:
     def _warn(self, loss: float, stage) -> None:
         """Once per stage, when the loss stands clearly above where it began."""
         self.losses.append(loss)
-        began, now = self.losses[:10], self.losses[-10:]
+        began, now = self.losses[:3], self.losses[-10:]  # few: a high rate does harm at once
         if len(self.losses) == max(20, stage.steps // 5) and sum(now) / len(now) > 1.2 * sum(
             began
         ) / len(began):
