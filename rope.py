@@ -329,7 +329,7 @@ def _table(config: dict, key: str) -> dict:
 def _number(name: str, value) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and math.isfinite(value) and 0 < value < 1e12):
-        raise ValueError(f"{name} is {value!r}; it must be a positive number")
+        raise ValueError(f"{name} is {value!r}; it must be a number above 0 and below 1e12")
     return float(value)
 
 

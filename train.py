@@ -180,10 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     stages = plan.make_stages(args, native, longer)
     plan.check(args, native, longer, stages, tokenizer, world.size)
     apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
+    check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
     if not args.dry_run:
-        world.on_main(
-            lambda: folder.check(args.out, "--out", "train.py", resume=args.resume, apart=apart)
-        )
+        world.on_main(lambda: check(apart=apart))
     free = int(world.min(cost.free_memory(device)))
     given = args.peak_tflops
     peak = given * 1e12 if given else world.on_main(cost.peak_flops, device, dtype)
@@ -204,25 +203,11 @@ def main(argv: list[str] | None = None) -> None:
         return world.exit(0)
 
     with folder.Folder(args.out, "train.py", active=world.main) as out:
-        # ---- text: tokenised once, by the first process
-        def enough(corpus: data.Corpus) -> None:
-            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
-            plan.check_text(corpus, stages, documents)
-            out.add(*out.owned(args.cache))  # the text will be worth keeping
+        world.on_main(lambda: check(apart=apart))  # another run may have come and gone since
 
-        def load_corpus(quiet: bool) -> data.Corpus:
-            return data.load_corpus(
-                args.data, tokenizer, args.cache, quiet=quiet, without=args.out, check=enough
-            )
-
-        with files.disk_sentences(args.cache):
-            loaded = []  # by the first process; the others find its cache
-            world.on_main(lambda: loaded.append(load_corpus(quiet=False)))
-            corpus = loaded[0] if loaded else load_corpus(quiet=True)
-        lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
-        held_out = evaluation.HeldOut(
-            corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
-        )
+        # ---- where to begin: at zero, or where the newest good state says
+        depends = world.on_main(resume.matters, args, stages)
+        at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
 
         # ---- models: the student's tensors ARE the teacher's, but for float32 copies of q, k and v
         teacher = Llama.from_pretrained(
@@ -238,12 +223,27 @@ def main(argv: list[str] | None = None) -> None:
                 student.get_parameter(name).data.copy_(value)
         units = parallel.shard(teacher, student, world, dtype) if args.shard else None
         weights = trainable(student)
-
-        # ---- where to begin: at zero, or where the newest good state says
-        depends = world.on_main(resume.matters, args, stages, corpus.digest)
-        at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
         if at.state:
             resume.load(at.state, weights, None, 0)
+
+        # ---- text: tokenised once, by the first process, when all else is known to be right
+        def enough(corpus: data.Corpus) -> None:
+            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
+            plan.check_text(corpus, stages, documents)
+            resume.same_text(at, corpus.digest)
+            out.add(*out.owned(args.cache))  # the text will be worth keeping
+
+        places = args.data, tokenizer, args.cache
+        read = functools.partial(data.load_corpus, *places, without=args.out, check=enough)
+        with files.disk_sentences(args.cache):
+            loaded = []  # by the first process; the others find its cache
+            world.on_main(lambda: loaded.append(read()))
+            corpus = loaded[0] if loaded else read(quiet=True)
+        depends["text"] = corpus.digest
+        lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
+        held_out = evaluation.HeldOut(
+            corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
+        )
         stop, saved = resume.StopRequest(), time.time()
         about = {
             "arguments": depends,
@@ -256,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         def save() -> None:
             """All processes gather; the first one writes."""
             tensors = resume.gather(weights, optimiser, keep=world.main)
-            with files.disk_sentences(args.out / "state", resume.kept(at)):
+            with files.disk_sentences(args.out, resume.kept(at)):
                 world.on_main(resume.write, out, tensors, at, depends)
 
         def measure(name: str, model: Llama) -> None:

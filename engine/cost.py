@@ -245,7 +245,7 @@ def peak_memory(device: torch.device) -> float:
 
 def clock(seconds: float) -> str:
     """12s, 3m20s, 5h07m."""
-    s = round(seconds)
+    s = round(min(seconds, 1e15))
     return (
         f"{s}s"
         if s < 60

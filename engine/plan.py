@@ -140,9 +140,11 @@ def check(
         )
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
-    for name in checkpoint.TOKENIZER_FILES:  # an export copies them: links that lead out, refused
-        if (args.teacher / name).is_symlink():
-            files.own(args.teacher, name)
+    for name in (*checkpoint.TOKENIZER_FILES, "config.json", "README.md"):  # an export copies them
+        file = files.own(args.teacher, name)  # links that lead out are refused
+        with files.reading(file):
+            if file.is_file():
+                files.read_json(file) if name.endswith(".json") else file.open("rb").close()
 
 
 def check_text(corpus, stages: list[Stage], lookups) -> None:
@@ -198,9 +200,12 @@ def settle(
     (blocks at a time, checkpointing, bytes by part).
     """
 
+    ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.beside) if s)
+
     def parts(few: int, checkpointing: bool) -> dict[str, int]:
         attention = attention_dtype(dtype, device)
-        return memory(c, stage, dtype, few, checkpointing, rank, shards, attention)
+        held = memory(c, stage, dtype, few, checkpointing, rank, shards, attention)
+        return held | {"a step's ids": 8 * own * ids}
 
     most = few = at_a_time(stage, micro, own)
     while not micro and needs_checkpointing(parts(few, False), free):
@@ -223,8 +228,9 @@ def remedy(stage: Stage) -> str:
     """The flags that help where memory is short."""
     n = stage.name[-1]
     return (
-        f"lower --length{n} (now {stage.T}) or --micro, train adapters with --lora-rank, "
-        "spread the model over several GPUs with torchrun and --shard, or use a larger machine"
+        f"lower --length{n} (now {stage.T}), --batch{n} (now {stage.batch}) or --micro, train "
+        "adapters with --lora-rank, spread the model over several GPUs with torchrun and --shard, "
+        "or use a larger machine"
     )
 
 
