@@ -281,6 +281,26 @@ def describe(
     return "\n".join(lines)
 
 
+def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
+    """The terms of stage 1's loss, with their weights, and the look-up documents among the text."""
+    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in args.relations]
+    weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
+    terms += [f"{weight}next-token KL"] if args.logit_weight else []
+    if not any(s and s.objective == "relation" for stage in stages for s in (stage, stage.beside)):
+        terms = ["next token"]
+    lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
+    return f"loss        {' + '.join(terms)}{lookups}"
+
+
+def describe_text(corpus, stages: list[Stage]) -> str:
+    """How much text there is, and how often training reads it."""
+    read = sum(s.T * s.batch * s.steps for stage in stages for s in (stage, stage.beside) if s)
+    return (
+        f"text: {len(corpus.train):,} tokens, of which training reads {read:,} "
+        f"({read / len(corpus.train):.2g} times the text); {len(corpus.held_out):,} held out"
+    )
+
+
 def size(b: float) -> str:
     """1.5 GiB, 23 MiB, 4 KiB."""
     for unit, n in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
