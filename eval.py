@@ -9,12 +9,12 @@
 Held-out text.  Long blocks, s times the native length, are read twice: whole (loss at s x) and cut
 into native blocks (loss at 1x), so that both figures are of the same words. Where s is not a whole
 number, the last native block begins earlier and counts only words that the one before it did not
-read. Loss is the mean over tokens, in nats; perplexity is its exponential; accuracy is the share of
-tokens that the model holds for the likeliest.
+read. Loss is the mean over tokens, in nats; perplexity is its exponential; next-token accuracy, at
+1x, is the share of tokens that the model holds for the likeliest.
 
-Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length set values
-in their first eighth and ask for them in their last. Right means that the likeliest token is the
-value.
+Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, up to s,
+set values in their first eighth and ask for them in their last. Right means that the likeliest
+token is the value.
 
 Tasks.  LAMBADA and multiple choice by the rules of lm-evaluation-harness: evals/likelihood.py.
 
@@ -23,15 +23,16 @@ evals/prompts.py.
 
 Layers.  Where the relations of teacher and student differ: evals/layers.py.
 
-With --against there is a third column, "untrained": the teacher's weights under the student's
-positions. The table then also says which share of the lost loss was recovered, and each task's
-retention with its confidence interval (evals/retention.py).
+With --against two columns are added: "teacher", and "untrained" (the teacher's weights under the
+student's positions). The table then also says which share of the lost loss was recovered, and each
+task's retention with its confidence interval (evals/retention.py).
 
 What comes out.  The table on standard output. With --out, report.json (evals/report.py lists its
 keys), report.md and report.png, and what was asked for of passkey.png, positions.png and
 layers.png. Same arguments, same machine: same figures.
 
-Exit codes: 0 done; 2 refused, one sentence says why and nothing was written; 3 stopped by Ctrl-C.
+Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
+SIGTERM or SIGHUP.
 
 Limits.  Held-out text runs on across document borders. A standard error says how far other words,
 items or questions would move a figure, not how far another training run would.

@@ -316,9 +316,9 @@ class Llama(nn.Module):
         return self.model.norm(h)
 
     def score_scale(self, T: int) -> float:
-        """a of the Q/Q and K/K relations over T tokens: D^-1/2, over YaRN's temperature squared."""
-        _, temperature = frequencies(self.config.rope, self.config.head_dim, T)
-        return self.config.head_dim**-0.5 / temperature**2
+        """The scale of the Q/Q and K/K relations over T tokens: D^-1/2 / attention factor^2."""
+        _, attention_factor = frequencies(self.config.rope, self.config.head_dim, T)
+        return self.config.head_dim**-0.5 / attention_factor**2
 
     @staticmethod
     def from_pretrained(

@@ -2,11 +2,11 @@
 memory linear in T.
 
 What.  A layer's queries (or keys, or values) relate every token to every other one. For one head,
-with x_i the student's vector of token i, y_i the teacher's, and a scale a (D^-1/2 unless told
-otherwise):
+with x_i the student's vector of token i, y_i the teacher's, and scales a and b (a = D^-1/2, b = a
+unless told otherwise):
 
     S_ij = a x_i.x_j      P_ij = exp(S_ij - lse_i(S))      lse_i(S) = log sum_j exp(S_ij)
-    U_ij = a y_i.y_j      R_ij = exp(U_ij - lse_i(U))
+    U_ij = b y_i.y_j      R_ij = exp(U_ij - lse_i(U))
 
 over the columns j that row i may see: j <= i if causal, j < length with `lengths`. The loss of row
 i is KL(teacher || student), in nats:
@@ -47,6 +47,10 @@ How it is computed.  S and U are [T, T]: 4 GiB per head at T = 32 768 in float32
              a row, so the first pass keeps lse(S) and lse(U) and the second rebuilds P and R.
     hopper   those two passes for one chip (kernel_hopper.py): products and exponentials at once.
 
+What it costs.  The triangle has T^2 / 2 pairs, and a product over it 2 D T^2 / 2 flops per head. It
+takes two forward (S, U) and four backward (S and U again, G x, G^T x): 12 D T^2 / 2. The kernels'
+backward walks the whole square with three products, which makes 2 + 6 = 8 instead of 6.
+
 Limits.  The teacher takes no gradient. First derivatives only. Padded rows give 0.
 
 Source.  LinearARD, arXiv 2604.00004, section 3; strips of scores that are made twice:
@@ -85,14 +89,13 @@ def relation_kl(
     """KL(teacher || student) of every row of the self-relation softmax, equation (1), in nats.
 
     student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require
-    grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: the teacher's own a, `scale` if
-    None. causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before
-    padding. impl: "auto", "dense", "tiled", "triton" or "hopper". kept: for activation
-    checkpointing, an empty list: the call leaves its numbers per row there, and the same call, made
-    again in the backward, takes them from it ("dense" computes them again). float32 products use
-    tf32 only where torch's own switch allows it. Returns [B, H, T], float32 (float64 for float64
-    input), differentiable in `student`. Raises ValueError for anything else, naming the value.
-    Source: arXiv 2604.00004, section 3.
+    grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: b, `scale` if None. causal: row
+    i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding. impl: "auto",
+    "dense", "tiled", "triton" or "hopper". kept: for activation checkpointing, an empty list. The
+    call leaves its numbers per row there; the same call, made again in the backward, takes them
+    from it. ("dense" computes them again.) float32 products use tf32 only where torch's own switch
+    allows it. Returns [B, H, T], float32 (float64 for float64 input), differentiable in `student`.
+    Raises ValueError for anything else, naming the value. Source: arXiv 2604.00004, section 3.
     """
     _check(student, teacher, lengths, impl)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -142,7 +145,7 @@ def choose(
 
 
 def keep_losses(ctx, op, *arguments, **options):
-    """A policy for selective checkpointing: a loss's three numbers per row are kept.
+    """A policy for selective checkpointing: a loss's KL, lse(S) and lse(U) are kept.
 
     checkpoint(f, *args, use_reentrant=False, context_fn=lambda:
     create_selective_checkpoint_contexts(keep_losses)), both of torch.utils.checkpoint: the backward

@@ -19,18 +19,23 @@ relations of all layers are still perfect, and every query looks one token besid
 next-token distributions change, and the gradient of their KL leads back:
         pytest tests/test_model.py::test_the_next_token_kl_sees_the_turn_that_no_relation_sees
 
-Stage 2.  The student predicts the next token at the extended length. With --native-blocks each long
-block has a few native ones beside it, with stage 1's loss, so that what stage 1 won is kept.
+Stage 2.  The student alone learns to predict the next token: L2 = next-token loss. With
+--native-blocks n, stage 1's L is added, over n blocks of stage 1's length beside each long one, so
+that what stage 1 won is kept.
+
+Lengths.  Stage 1 reads short blocks (512 or 2048 tokens), stage 2 long ones (up to 16K, or the
+native length where that is more), the student under the stretched positions (engine/plan.py).
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
 
 --out DIR gets metrics.jsonl (a line per step), curves.png, run.json (arguments, versions, seed),
-state/ (for --resume), report.json, .md and .png (what was lost, what came back) and student/, the
-Hugging Face directory.
+state/ (for --resume), cache/ (tokenised text, unless --cache says where), report.json, .md and .png
+(what was lost, what came back) and student/, the Hugging Face directory; with --lora-rank adapter/,
+with --tensorboard tensorboard/. .linear-ard.json lists these; .lock is held by the run at work.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
-SIGTERM or SIGHUP, the state saved if there was one. torchrun's own is 1 where a process's is not 0.
+SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.
 
 Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
 number of query heads even where keys are shared: --preset authors does as they do.
@@ -99,7 +104,7 @@ def relation_loss(
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
     turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
-    # YaRN multiplies q and k by a temperature. Left in, it would be what the student learns to undo
+    # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
     scales = teacher.score_scale(T), student.score_scale(T)
 
     def step(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
@@ -175,10 +180,9 @@ def main(argv: list[str] | None = None) -> None:
     stages = plan.make_stages(args, native, longer)
     plan.check(args, native, longer, stages, tokenizer, world.size)
     apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
+    check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
     if not args.dry_run:
-        world.on_main(
-            lambda: folder.check(args.out, "--out", "train.py", resume=args.resume, apart=apart)
-        )
+        world.on_main(lambda: check(apart=apart))
     free = int(world.min(cost.free_memory(device)))
     given = args.peak_tflops
     peak = given * 1e12 if given else world.on_main(cost.peak_flops, device, dtype)
@@ -199,25 +203,11 @@ def main(argv: list[str] | None = None) -> None:
         return world.exit(0)
 
     with folder.Folder(args.out, "train.py", active=world.main) as out:
-        # ---- text: tokenised once, by the first process
-        def enough(corpus: data.Corpus) -> None:
-            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
-            plan.check_text(corpus, stages, documents)
-            out.add(*out.owned(args.cache))  # the text will be worth keeping
+        world.on_main(lambda: check(apart=apart))  # another run may have come and gone since
 
-        def load_corpus(quiet: bool) -> data.Corpus:
-            return data.load_corpus(
-                args.data, tokenizer, args.cache, quiet=quiet, without=args.out, check=enough
-            )
-
-        with files.disk_sentences(args.cache):
-            loaded = []  # by the first process; the others find its cache
-            world.on_main(lambda: loaded.append(load_corpus(quiet=False)))
-            corpus = loaded[0] if loaded else load_corpus(quiet=True)
-        lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
-        held_out = evaluation.HeldOut(
-            corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
-        )
+        # ---- where to begin: at zero, or where the newest good state says
+        depends = world.on_main(resume.matters, args, stages)
+        at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
 
         # ---- models: the student's tensors ARE the teacher's, but for float32 copies of q, k and v
         teacher = Llama.from_pretrained(
@@ -233,12 +223,27 @@ def main(argv: list[str] | None = None) -> None:
                 student.get_parameter(name).data.copy_(value)
         units = parallel.shard(teacher, student, world, dtype) if args.shard else None
         weights = trainable(student)
-
-        # ---- where to begin: at zero, or where the newest good state says
-        depends = world.on_main(resume.matters, args, stages, corpus.digest)
-        at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
         if at.state:
             resume.load(at.state, weights, None, 0)
+
+        # ---- text: tokenised once, by the first process, when all else is known to be right
+        def enough(corpus: data.Corpus) -> None:
+            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
+            plan.check_text(corpus, stages, documents)
+            resume.same_text(at, corpus.digest)
+            out.add(*out.owned(args.cache))  # the text will be worth keeping
+
+        places = args.data, tokenizer, args.cache
+        read = functools.partial(data.load_corpus, *places, without=args.out, check=enough)
+        with files.disk_sentences(args.cache):
+            loaded = []  # by the first process; the others find its cache
+            world.on_main(lambda: loaded.append(read()))
+            corpus = loaded[0] if loaded else read(quiet=True)
+        depends["text"] = corpus.digest
+        lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
+        held_out = evaluation.HeldOut(
+            corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
+        )
         stop, saved = resume.StopRequest(), time.time()
         about = {
             "arguments": depends,
@@ -251,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
         def save() -> None:
             """All processes gather; the first one writes."""
             tensors = resume.gather(weights, optimiser, keep=world.main)
-            with files.disk_sentences(args.out / "state", resume.kept(at)):
+            with files.disk_sentences(args.out, resume.kept(at)):
                 world.on_main(resume.write, out, tensors, at, depends)
 
         def measure(name: str, model: Llama) -> None:

@@ -3,8 +3,8 @@ library's sources.
 
     python demo/make_teacher.py --out demo/teacher --minutes 60
 
-A quarter of the blocks are look-up documents (recall.py), so that recall over a distance can be
-measured later. The tokenizer is byte-level BPE, kept as a tiktoken rank file and, for other
+A quarter of the blocks are look-up documents (engine/lookups.py), so that recall over a distance
+can be measured later. The tokenizer is byte-level BPE, kept as a tiktoken rank file and, for other
 programs, as tokenizer.json. The weights train with Muon (the matrices) and AdamW (the rest), in
 bf16 with float32 masters, and are stored in bf16.
 

@@ -16,8 +16,8 @@ product.
 Limits.  Memory is that of one process. The sliding window of a teacher saves work that is counted
 here.
 
-Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; relations as relation_kl.py
-derives them.
+Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; a relation's six products:
+relation_kl.py.
 """
 
 import platform
@@ -245,7 +245,7 @@ def peak_memory(device: torch.device) -> float:
 
 def clock(seconds: float) -> str:
     """12s, 3m20s, 5h07m."""
-    s = round(seconds)
+    s = round(min(seconds, 1e15))
     return (
         f"{s}s"
         if s < 60

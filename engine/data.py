@@ -3,14 +3,15 @@
     files and folders -> documents -> ids, an end token after each -> one stream -> blocks of T
 
 Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl (a document per
-line, its field `text`), .txt.gz and .jsonl.gz, .parquet (its column `text`, where pyarrow is there)
-and .npy (one stream of ids, already tokenised). Without any: the sources of the Python standard
-library on this machine (tests and site-packages left out), about 10 MB of real text that needs no
-network.
+line, its field `text`), .txt.gz and .jsonl.gz, .csv and .parquet (a document per row, its column
+`text`; Parquet where pyarrow is there) and .npy (one stream of ids, already tokenised). Without
+any: the sources of the Python standard library on this machine (tests and site-packages left out),
+about 10 MB of real text that needs no network.
 
 Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
-and of every file's name and contents, and is mapped, not read, from then on. A text that is refused
-leaves nothing on disk.
+and of every file's name and contents, and is mapped, not read, from then on; a checksum tells
+whether it is still what was written. A text that is refused, or that the disk has no room for,
+leaves nothing behind.
 
 Held out.  One document in 20, by a hash of its name, never trains; so the same standard-library
 module is held out under every Python version. Where that gives less than 1 % of the tokens (few,
@@ -24,32 +25,28 @@ Limits.  Documents run on across block borders, and attention sees across them, 
 pre-training.
 """
 
-import errno
+import csv
 import functools
 import gzip
 import hashlib
-import json
 import os
 import sysconfig
-import tempfile
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from engine import token_cache
 from hub import files
 from hub.tokenizer import Tokenizer
 
 LINES = (".jsonl", ".jsonl.gz")
-KINDS = (".txt", ".txt.gz", ".md", ".py", *LINES, ".parquet", ".npy")
-PARTS = ("train", "held_out")
+KINDS = (".txt", ".txt.gz", ".md", ".py", *LINES, ".csv", ".parquet", ".npy")
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 HELD_OUT_ONE_IN = 20
 _BATCH = 256  # documents tokenised at a time
@@ -130,55 +127,31 @@ def load_corpus(
     """The corpus of `paths` (empty: the standard library), tokenised into `cache` unless it is
     there already.
 
-    without: a folder to leave out of the scan, such as the run's own; check: called before anything
-    is written, to refuse a text that is too short. Raises ValueError naming the file (and line)
-    that is missing, empty, undecodable or malformed.
+    without: a folder to leave out of the scan, such as the run's own; the cache is left out too.
+    check: called before anything is written, to refuse a text that is too short. Raises ValueError
+    naming the file (and line) that is missing, empty, undecodable or malformed.
     """
-    found = find_files(paths, without)
+    if cache.resolve() in [path.resolve() for path in paths]:
+        raise ValueError(f"--cache {cache} is a folder of --data; name another")
+    found = find_files(paths, [cache, *([without] if without else [])])
     key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
     for name, file in found:
-        key.update(f"{name}\0{files.digest(file)}\n".encode())
+        key.update(os.fsencode(f"{name}\0{files.digest(file)}\n"))
     digest = key.hexdigest()[:20]
     what = ", ".join(map(str, paths)) if paths else f"the standard library in {standard_library()}"
-    parts = _cached(cache / digest)
+    parts = token_cache.read(cache / digest)
     fresh = None if parts else _tokenise(found, tokenizer, quiet)
     corpus = Corpus(*(parts or fresh), what, digest)
     check(corpus)
     if fresh:
-        _keep(cache / digest, *fresh)
-        parts = _cached(cache / digest)
+        token_cache.write(cache / digest, *fresh)
+        parts = token_cache.read(cache / digest)
         assert parts, "a cache that was just written reads back"
         corpus = Corpus(*parts, what, digest)
     return corpus
 
 
-def _cached(folder: Path) -> list[np.ndarray] | None:
-    """The two streams of a complete cache, mapped; None where it is missing or incomplete."""
-    try:
-        sizes = json.loads((folder / "sizes.json").read_text())
-        parts = [np.load(folder / f"{part}.npy", mmap_mode="r") for part in PARTS]
-        return parts if sizes == [len(p) for p in parts] else None
-    except (OSError, ValueError, EOFError, TypeError):
-        return None  # made again
-
-
-def _keep(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for part, ids in zip(PARTS, (train, held_out), strict=True):
-        fd, work = tempfile.mkstemp(dir=folder)
-        try:
-            with os.fdopen(fd, "wb") as f:
-                np.save(f, ids)
-                f.flush()
-                os.fsync(fd)
-            os.replace(work, folder / f"{part}.npy")
-        except OSError as e:  # numpy says "93729 requested and 1984 written" of a full disk
-            os.unlink(work)
-            raise OSError(e.errno or errno.ENOSPC, "no room for the tokenised text") from None
-    files.write_atomic(folder / "sizes.json", json.dumps([len(train), len(held_out)]))
-
-
-def find_files(paths: list[Path], without: Path | None = None) -> list[tuple[str, Path]]:
+def find_files(paths: list[Path], without: list[Path] = ()) -> list[tuple[str, Path]]:
     """(name, file) of every source, sorted by name, which is relative to the folder that was given.
 
     Raises ValueError for a path that does not exist or whose kind is not read, and where there is
@@ -209,15 +182,15 @@ def find_files(paths: list[Path], without: Path | None = None) -> list[tuple[str
     return sorted(found.items())
 
 
-def _below(path: Path, kinds: tuple[str, ...], without: Path | None) -> Iterator[Path]:
+def _below(path: Path, kinds: tuple[str, ...], without: list[Path]) -> Iterator[Path]:
     """Every file of these kinds under a folder. Raises ValueError where a folder cannot be read."""
 
     def refuse(e: OSError) -> None:
         raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
 
-    own = without.resolve() if without else None
+    own = [folder.resolve() for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
-        folders[:] = sorted(f for f in folders if own is None or (Path(here) / f).resolve() != own)
+        folders[:] = sorted(f for f in folders if (Path(here) / f).resolve() not in own)
         for name in sorted(names):
             file = Path(here) / name
             if name.lower().endswith(kinds) and file.is_file():
@@ -233,7 +206,7 @@ def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.nda
         kind = file.name.lower()
         try:
             if kind.endswith(".npy"):
-                ids = _load_ids(file)
+                ids = token_cache.load_ids(file)
                 if ids.ndim != 1 or ids.dtype.kind not in "iu":
                     raise ValueError(
                         f"{file} must be one row of integer ids; it is {ids.dtype} "
@@ -242,6 +215,8 @@ def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.nda
                 yield name, ids
             elif kind.endswith(".parquet"):
                 yield from _table(name, file)
+            elif kind.endswith(".csv"):
+                yield from _csv(name, file)
             elif kind.endswith(LINES):
                 yield from _lines(name, file)
             else:
@@ -265,16 +240,6 @@ def _text(file: Path):
     )
 
 
-def _load_ids(file: Path) -> np.ndarray:
-    try:
-        ids = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (EOFError, ValueError, OSError, TokenError, SyntaxError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{file} is not a plain numpy array: {e}") from None
-    if not isinstance(ids, np.ndarray):
-        raise ValueError(f"{file} is not a plain numpy array: it is an archive of several")
-    return ids
-
-
 def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
     for number, row in files.json_lines(file):
         text = row.get("text")
@@ -285,6 +250,20 @@ def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
                 f"{file}, line {number}: half of a surrogate pair (half an emoji); mend the line"
             )
         yield f"{name}:{number}", text
+
+
+def _csv(name: str, file: Path) -> Iterator[tuple[str, str]]:
+    """The column `text` of a table whose first line names its columns."""
+    csv.field_size_limit(1 << 30)  # characters: the module's own limit, 2^17, is shorter than books
+    with files.reading(file), file.open(encoding="utf-8-sig", newline="") as f:
+        rows = csv.DictReader(f, strict=True)
+        try:
+            for number, row in enumerate(rows, 1):
+                if row.get("text") is None:
+                    raise ValueError(f"{file}, line {rows.line_num}: no column `text`")
+                yield f"{name}:{number}", row["text"]
+        except csv.Error as e:
+            raise ValueError(f"{file}, after line {rows.line_num}: {e}") from None
 
 
 def _table(name: str, file: Path) -> Iterator[tuple[str, str]]:
@@ -353,7 +332,7 @@ def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     One document in HELD_OUT_ONE_IN is held out, by its name alone; where that comes to less than a
     hundredth of the text or to half of it, the last part of the stream instead.
     """
-    out = [zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0 for name, _ in kept]
+    out = [zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0 for name, _ in kept]
     whole = sum(len(ids) for _, ids in kept)
     held = sum(len(ids) for (_, ids), o in zip(kept, out, strict=True) if o)
     if max(1, whole // 100) <= held < whole // 2:

@@ -8,16 +8,22 @@ user can mend.
 This module is imported first and imports nothing heavy, so that a Ctrl-C while torch loads ends
 like any other.
 
+Under torchrun rank 0 speaks for all, and leaves its sentence in the error file from which torchrun
+makes the last lines of its own report.
+
 Limits.  A process that is killed says nothing. Mistakes of this program's own still end in a
-traceback, with code 1.
+traceback, with code 1. torchrun prints about thirty lines whenever a process's code is not 0.
 """
 
+import contextlib
+import json
 import os
 import signal
 import sys
 import time
 
 STOPPED = 3
+STOPPED_SENTENCE = "stopped; what was saved before is kept"
 
 
 class OutOfMemory(ValueError):
@@ -53,10 +59,11 @@ if PROGRAM in ("train.py", "eval.py"):
 
 def ran_out(e: BaseException) -> bool:
     """Is this torch's, or Python's, way of saying that memory ran out?"""
+    said = ("DefaultCPUAllocator", "Cannot allocate memory")  # the second: a file cannot be mapped
     return (
         isinstance(e, MemoryError)
         or type(e).__name__ == "OutOfMemoryError"
-        or (isinstance(e, RuntimeError) and "DefaultCPUAllocator" in str(e))
+        or (isinstance(e, RuntimeError) and any(words in str(e) for words in said))
     )
 
 
@@ -68,12 +75,17 @@ def run(main, program: str) -> None:
         main()
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        _end(program, "stopped; what was saved before is kept", STOPPED)
+        _end(program, STOPPED_SENTENCE, STOPPED)
     except OutOfMemory as e:  # which one rank may meet alone
         _end(program, str(e), 2, alone=True)
-    except (ValueError, OSError) as e:
+    except OSError as e:  # "[Errno 13] Permission denied: 'x'" in a sentence
+        name, why = e.filename2 or e.filename, os.strerror(e.errno).lower() if e.errno else str(e)
+        _end(program, f"cannot use {name}: {why}" if name else why, 2)
+    except ValueError as e:
         _end(program, str(e), 2)
     except (MemoryError, RuntimeError) as e:
+        if isinstance(e.__cause__, KeyboardInterrupt):  # until Python 3.12, of one in a class body
+            _end(program, STOPPED_SENTENCE, STOPPED)
         if not ran_out(e):
             raise
         _end(program, f"memory ran out ({str(e).splitlines()[0][:200]}); use a smaller model, "
@@ -81,9 +93,17 @@ def run(main, program: str) -> None:
 
 
 def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
-    if os.environ.get("RANK", "0") == "0" or alone:
-        print(f"{program}: {' '.join(sentence.split())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1)  # torchrun ends all when one has ended: rank 0 speaks first
+    """Says the sentence and ends the process; alone: no other rank meets the same."""
+    waits = os.environ.get("RANK", "0") != "0" and not alone
+    for number in SIGNALS:
+        signal.signal(number, (lambda *_: os._exit(0)) if waits else signal.SIG_IGN)
+    if waits:  # torchrun ends all when rank 0 has ended; who is still here afterwards must speak
+        time.sleep(5)
+    sentence = f"{program}: {' '.join(sentence.split())}"
+    print(sentence, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
+        with contextlib.suppress(OSError), open(file, "w") as f:
+            json.dump({"message": said}, f)
     sys.stdout.flush()
     os._exit(code)  # not sys.exit, which would wait for ranks that are still at work

@@ -44,7 +44,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     p.error = one_sentence  # instead of argparse's page of usage
     what = p.add_argument_group("what")
     what.add_argument(
-        "--teacher", type=str, help="Hugging Face directory of a LLaMA (default: the demo's)"
+        "--teacher", type=path, help="Hugging Face directory of a LLaMA (default: the demo's)"
     )
     what.add_argument(
         "--scale", type=scale, default=8.0, help="how many times the context, above 1 (8)"
@@ -56,7 +56,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--data",
-        type=Path,
+        type=path,
         nargs="+",
         default=[],
         help="text files or folders (Python's own sources)",
@@ -183,13 +183,13 @@ def require(package: str, flag: str) -> None:
 def check_device(name: str) -> None:
     """Raises ValueError if torch has no such device here."""
     try:
-        device = torch.empty(0, device=name).device
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise ValueError(f"--device {name}: this program computes on cpu or cuda")
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(
             f"--device {name} is not available here: {str(e).splitlines()[0]}"
         ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name}: this program computes on cpu or cuda")
 
 
 # ---- types: each takes the text of a flag and says what it must be
@@ -206,7 +206,7 @@ def _number(text: str, what: str, good, kind=float):
 
 
 def scale(text: str) -> float:
-    return _number(text, "a number above 1, such as 8", lambda v: 1 < v <= 1000)
+    return _number(text, "a number above 1 and up to 1000, such as 8", lambda v: 1 < v <= 1000)
 
 
 def positive(text: str) -> float:
@@ -231,6 +231,13 @@ def whole(text: str) -> int:
 
 def seed(text: str) -> int:
     return _number(text, "a whole number from 0 up to 2^32", lambda v: 0 <= v < 1 << 32, int)
+
+
+def path(text: str) -> Path:
+    """argparse's type of a flag that names what is there: "" would be the current folder."""
+    if text.strip() and "\0" not in text:
+        return Path(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not the name of a file or folder")
 
 
 def folder(text: str) -> Path:

@@ -5,14 +5,15 @@ wrote there. A folder is taken only if it is new, empty, or marked with nothing 
 lists; so whatever is replaced or removed later is on the list. A file is put on the list before it
 appears: a kill between the two leaves a name without a file, never a file without a name.
 
-One at a time.  `.lock` is held by an advisory lock (flock) for as long as the process lives; the
-kernel drops it when the process ends, however it ends. The file says who holds it.
+One at a time.  `.linear-ard.lock` is held by an advisory lock (flock) for as long as the process
+lives; the kernel drops it when the process ends, however it ends. The file says who holds it.
 
 Refused means unchanged.  Until something worth keeping is written there is no mark, and leaving
 removes the lock and the folders that taking it made.
 
-Temporary files live in `.work/`, with unpredictable names, and are renamed into place when they are
-whole and synced.
+Temporary files live in `.linear-ard.work/`, with unpredictable names, and are renamed into place
+when they are whole and synced. These three names are nobody else's: a user's own `.lock` or `.work`
+is a file like any other.
 
 Limits.  flock and rename promise what the file system does: some network file systems have neither
 between machines.
@@ -30,7 +31,7 @@ from pathlib import Path
 
 from hub import files
 
-MARK, LOCK, WORK = ".linear-ard.json", ".lock", ".work"
+MARK, LOCK, WORK = ".linear-ard.json", ".linear-ard.lock", ".linear-ard.work"
 OURS = (MARK, LOCK, WORK)
 
 
@@ -56,7 +57,8 @@ def strangers(path: Path, listed: set[str]):
     A name on the list that ends in "/" owns all below it.
     """
     for entry in sorted(os.scandir(path), key=lambda e: e.name):
-        yield from _strangers(entry, entry.name, listed) if entry.name not in OURS else ()
+        if entry.name not in OURS or entry.is_symlink():
+            yield from _strangers(entry, entry.name, listed)
 
 
 def _strangers(entry: os.DirEntry, name: str, listed: set[str]):
@@ -77,6 +79,10 @@ def check(
     resume: True, go on with the run that is there; False, there must be none; None, replace it.
     apart: {flag: path} of what must not lie in the folder: the teacher, the data.
     """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:  # safetensors writes to no such place
+        raise ValueError(f"{flag} {path.absolute()} is not UTF-8; name a folder that is") from None
     place = next(p for p in (path, *path.absolute().parents) if p.exists() or p.is_symlink())
     if not place.is_dir():
         raise ValueError(f"{flag} {path}: {place} is a file; name a folder")
@@ -90,6 +96,7 @@ def check(
             raise ValueError(f"{flag} {path} does not exist: there is no run to go on with; "
                              "check the name, or leave --resume out")  # fmt: skip
         return
+    _refuse_if_held(path / LOCK)
     mark = read_mark(path)
     if first := next(strangers(path, set(mark["files"]) if mark else set()), None):
         raise ValueError(f"{flag} {path} holds {first}, which this program did not write; name a "
@@ -149,16 +156,20 @@ class Folder:
             shutil.rmtree(self.path / WORK)  # what a kill left half-written
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         self.close()
+        if isinstance(error, OSError):  # a write that nobody else put in a sentence
+            with files.disk_sentences(self.path):
+                raise error
 
     def close(self) -> None:
-        """Lets go of the folder; where nothing worth keeping was written, it is as it was."""
+        """Lets go of the folder; where nothing on the list was written, it is as it was."""
         if not self.active or self.lock is None:
             return
         shutil.rmtree(self.path / WORK, ignore_errors=True)
         with contextlib.suppress(OSError):
-            if not (self.path / MARK).exists():
+            if not any((self.path / name).exists() for name in self.listed):
+                (self.path / MARK).unlink(missing_ok=True)
                 (self.path / LOCK).unlink()
                 for folder in self.made:
                     folder.rmdir()  # only where it is empty
@@ -247,12 +258,36 @@ def _take(file: Path) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+            said = _in_use(file, fd)
             os.close(fd)
-            raise ValueError(f"{file.parent} is in use by {holder}; wait for it, or name another "
-                             "folder") from None  # fmt: skip
+            raise ValueError(said) from None
         if file.exists() and os.path.samestat(os.fstat(fd), file.stat()):
             os.ftruncate(fd, 0)
-            os.write(fd, f"process {os.getpid()} on {os.uname().nodename}\n".encode())
+            os.write(fd, f"{_this_process()}\n".encode())
             return fd
         os.close(fd)  # its last owner removed it between the two calls
+
+
+def _this_process() -> str:
+    return f"process {os.getpid()} on {os.uname().nodename}"
+
+
+def _in_use(file: Path, fd: int) -> str:
+    holder = os.read(fd, 200).decode(errors="replace").strip() or "another process"
+    return f"{file.parent} is in use by {holder}; wait for it, or name another folder"
+
+
+def _refuse_if_held(file: Path) -> None:
+    """Raises ValueError where another process holds the lock. Leaves no trace."""
+    try:
+        fd = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return  # there is none, or taking it will say why not
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        said = _in_use(file, fd)
+        if _this_process() not in said:
+            raise ValueError(said) from None
+    finally:
+        os.close(fd)

@@ -47,6 +47,7 @@ from engine.folder import Folder
 from hub import files
 
 _KEEP = 2
+_PLACES = ("teacher", "data")  # may be other ones: what lies there is compared by its contents
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -103,7 +104,10 @@ def gather(
     tensors = {}
     for name, p in weights.items():
         if not torch.isfinite(parallel.own(p)).all():
-            raise ValueError(f"the update made {name} NaN or infinite; lower the learning rate")
+            raise ValueError(
+                f"the update made {name} NaN or infinite; start anew, in another --out, with a "
+                "lower learning rate"
+            )
         moments = optimiser.state.get(p, {})
         held = {"": p} | {f"{k}.": moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
         for key, t in held.items():
@@ -201,8 +205,8 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) ->
             optimiser.state[p] = {"step": torch.tensor(float(step), device=place), **moments}
 
 
-def matters(args: argparse.Namespace, stages: list, text: str) -> dict:
-    """What decides the result: a resumed run must have the same. text: the corpus' digest."""
+def matters(args: argparse.Namespace, stages: list) -> dict:
+    """What decides the result, but for the text: a resumed run must have the same."""
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout")
     keys += ("logit_weight", "relations", "lookups", "eval_blocks", "dtype")
     out = {k: getattr(args, k) for k in keys}
@@ -211,14 +215,15 @@ def matters(args: argparse.Namespace, stages: list, text: str) -> dict:
         plan |= {"native blocks": s.beside.batch // s.batch} if s.beside else {}
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
-    return out | paths | {"teacher's files": digest(args.teacher), "text": text}
+    return out | paths | {"teacher's files": digest(args.teacher)}
 
 
 def digest(path: Path) -> str:
     """Of the contents of a model directory's config, tokenizer and safetensors, by name."""
     whole = hashlib.sha256()
     for file in sorted(path.iterdir()):
-        if file.name.endswith((".safetensors", ".json", ".model", ".tiktoken", ".txt")):
+        kinds = (".safetensors", ".json", ".model", ".tiktoken", ".txt")
+        if file.name.endswith(kinds) and file.is_file():
             whole.update(f"{file.name} {files.digest(file)}\n".encode())
     return whole.hexdigest()[:16]
 
@@ -241,10 +246,16 @@ def find(out: Path, depends: dict) -> Progress:
 
 def same_run(saved: dict, now: dict) -> None:
     """Raises ValueError naming what has changed since the state was saved, of what matters."""
-    changed = [k for k in now if saved.get(k) != now[k]]
+    changed = [k for k in now if k not in _PLACES and saved.get(k) != now[k]]
     if changed:
         said = "; ".join(f"{k} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
         raise ValueError(f"--resume: {said}; give the old values, or start anew with another --out")
+
+
+def same_text(at: Progress, text: str) -> None:
+    """Raises ValueError where the text, by its digest, is not the one that made the state."""
+    if at.state:
+        same_run(load_info(at.state)["depends"], {"text": text})
 
 
 def cut_log(out: Folder, total: int) -> None:

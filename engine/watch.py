@@ -199,7 +199,7 @@ class Watch:
     def _warn(self, loss: float, stage) -> None:
         """Once per stage, when the loss stands clearly above where it began."""
         self.losses.append(loss)
-        began, now = self.losses[:10], self.losses[-10:]
+        began, now = self.losses[:3], self.losses[-10:]  # few: a high rate does harm at once
         if len(self.losses) == max(20, stage.steps // 5) and sum(now) / len(now) > 1.2 * sum(
             began
         ) / len(began):
@@ -253,11 +253,14 @@ def refuse_non_finite(
         ]
         last = -int(world.min(-max(bad, default=-1)))
         where = f", in the gradient of {names[last]}" if last >= 0 else ""
+    remedy = f"start anew, in another --out, with a lower --lr{stage.name[-1]}"
+    if not at.total:
+        remedy = "no weight has changed yet: the teacher's, or --logit-weight or --lora-alpha, is "
+        remedy += "too large"
     first = step * stage.batch
     raise ValueError(
         f"{stage.name}, step {step}{where}: loss {figures.loss}, gradient norm {norm}, on blocks "
-        f"{first}.."
-        f"{first + stage.batch - 1} of the run's order; lower --lr{stage.name[-1]}{resume.kept(at)}"
+        f"{first}..{first + stage.batch - 1} of the run's order; {remedy}"
     )
 
 

@@ -11,11 +11,10 @@ import argparse
 import math
 import shlex
 import sys
-from pathlib import Path
 
 import torch
 
-from engine.flags import check_device, count, folder, one_sentence, positive, seed
+from engine.flags import check_device, count, folder, one_sentence, path, positive, seed
 from evals.longtext import STRIDE
 from evals.ruler_tasks import TASKS
 from hub import download
@@ -62,8 +61,8 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
 def _add_flags(p: argparse.ArgumentParser) -> None:
     """Every flag. Those that change nothing by themselves have None as their default."""
     add = p.add_argument
-    add("--model", required=True, help="the directory to score")
-    add("--against", help="its teacher: adds the columns teacher and untrained")
+    add("--model", type=path, required=True, help="the directory to score")
+    add("--against", type=path, help="its teacher: adds the columns teacher and untrained")
     add("--out", type=folder, help="a new folder for report.json, report.md and the pictures")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="a torch device (cuda where there is one)")
@@ -74,7 +73,7 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--prompt", help="continue this text, and measure nothing; - reads standard input")
     add("--new-tokens", type=count, help=f"of --prompt, at most ({NEW_TOKENS})")
     add = p.add_argument_group("held-out text").add_argument
-    add("--data", type=Path, nargs="+", default=[], help="text (Python's own sources)")
+    add("--data", type=path, nargs="+", default=[], help="text (Python's own sources)")
     add("--no-text", action="store_true", help="leave the held-out text out")
     add("--native", type=count, help="tokens that count as 1x (the teacher's length)")
     add("--scale", type=positive, help="the longest blocks, in native lengths (the student's)")
@@ -82,16 +81,16 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--cache", type=folder, help="folder to keep tokenised text in (none: it is not kept)")
     add = p.add_argument_group("short text").add_argument
     add("--tasks", nargs="+", default=[], help="task files, folders of them, names, or all")
-    add("--task-dir", type=Path, help="the folder in which named tasks lie (the current one)")
+    add("--task-dir", type=path, help="the folder in which named tasks lie (the current one)")
     add("--limit", type=count, help="at most this many items per task (all)")
     add = p.add_argument_group("long text").add_argument
     add("--lengths", type=count, nargs="+", help="tokens (1, 2, 4, ... native lengths)")
     add("--ppl", action="store_true", help="sliding-window perplexity at each length")
-    add("--documents", type=Path, nargs="+", help="long texts for --ppl (held-out text)")
+    add("--documents", type=path, nargs="+", help="long texts for --ppl (held-out text)")
     add("--positions", action="store_true", help="loss as a function of position")
     add("--passkey", action="store_true", help="passkey by depth and length")
     add("--ruler", nargs="*", metavar="TASK", help="RULER, or some of its tasks")
-    add("--ruler-data", type=Path, help="folder with RULER's word lists, essays and QA sets")
+    add("--ruler-data", type=path, help="folder with RULER's word lists, essays and QA sets")
     add("--ruler-seed", type=seed, help="of RULER's and passkey's prompts (42, as RULER's)")
     said = f"prompts per task and length ({SAMPLES}; RULER: 500, PI's passkey: 320)"
     add("--samples", type=count, help=said)

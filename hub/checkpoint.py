@@ -70,7 +70,9 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
                 f"{path} is truncated or not safetensors: {size} bytes, a header of {length}"
             )
         header = parse_json(f.read(length), f"the header of {path}")
-    header.pop("__metadata__", None)
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(v, str) for v in about.values()):
+        raise ValueError(f"{path}: its __metadata__ must hold strings by name")
     ranges, out = [], {}
     for name, entry in header.items():
         try:
@@ -297,15 +299,16 @@ def _copy_tokenizer(source: Path, work: Path, length: int) -> None:
         file = own(source, name)
         if file.is_file():
             shutil.copyfile(file, work / name)
-    settings = work / "tokenizer_config.json"
-    if settings.is_file():
-        settings.write_bytes(_lengthened(settings.read_bytes(), length))
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        settings = work / name
+        if settings.is_file():
+            settings.write_bytes(_lengthened(settings.read_bytes(), length))
 
 
 def _lengthened(data: bytes, length: int) -> bytes:
-    """tokenizer_config.json with model_max_length = `length` tokens, where it states one, and
-    without auto_map, which names code; every other byte stays."""
-    old = parse_json(data, "tokenizer_config.json")
+    """Settings with model_max_length = `length` tokens, where they state one, and without auto_map,
+    which names code; every other byte stays."""
+    old = parse_json(data, "settings")
     new = {k: v for k, v in old.items() if k != "auto_map"}
     if isinstance(old.get("model_max_length"), int | float) and old["model_max_length"] < 1e18:
         new["model_max_length"] = length
@@ -313,7 +316,7 @@ def _lengthened(data: bytes, length: int) -> bytes:
         return data
     key = rb'("model_max_length"\s*:\s*)[-+.\deE]+'
     changed = re.sub(key, lambda m: m[1] + str(length).encode(), data)
-    if parse_json(changed, "tokenizer_config.json") == new:
+    if parse_json(changed, "settings") == new:
         return changed
     return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
 

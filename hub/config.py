@@ -37,7 +37,7 @@ _ONLY = {
     "hidden_act": ("silu",),
     "partial_rotary_factor": (None, 1.0),
     "no_rope_layers": (None, []),
-    "quantization_config": (None, {}),
+    "quantization_config": (None,),
 }
 # Keys that change nothing here but that transformers 5 checks: what it takes there
 _OTHERS = {
@@ -45,12 +45,15 @@ _OTHERS = {
     "a float from 0 to 1": ("initializer_range",),
     "a number": ("attention_dropout",),
     "an integer": ("chunk_size_feed_forward",),
+    "an integer from 0 to 10 million": ("num_labels",),
     "an integer or null": ("pretraining_tp", "bos_token_id", "pad_token_id"),
     "an integer, a list of them or null": ("eos_token_id",),
     "a list of strings or null": ("architectures",),
     "an object from integers to strings": ("id2label",),
     "an object from strings to integers": ("label2id",),
     "the name of a float type or null": ("dtype", "torch_dtype"),
+    "an object": ("auto_map",),
+    "the name of an attention": ("attn_implementation", "_attn_implementation"),
 }
 
 
@@ -79,6 +82,9 @@ _TAKES = {
     "the name of a float type or null": lambda v: (
         v in (None, "float16", "bfloat16", "float32", "float64")
     ),
+    "an object": lambda v: isinstance(v, dict),
+    "an integer from 0 to 10 million": lambda v: _integer(v) and 0 <= v <= 10_000_000,
+    "the name of an attention": lambda v: v in (None, "eager", "sdpa", "flash_attention_2"),
 }
 # Keys of a source that an export does not keep: written anew, no longer true, or code by reference
 _STALE = (
@@ -119,6 +125,9 @@ def read(config: dict) -> dict:
                 raise ValueError(
                     f"config.json has {key} = {config[key]!r}; it must be {meaning}, or be left out"
                 )
+    pad, size = config.get("pad_token_id"), _size(config, "vocab_size")
+    if pad is not None and not -size <= pad < size:
+        raise ValueError(f"config.json has pad_token_id = {pad}; vocab_size is {size}")
     width, heads = _size(config, "hidden_size"), _size(config, "num_attention_heads")
     kv_heads = config["num_key_value_heads"]
     if kv_heads is not None or family == "mistral":
@@ -134,7 +143,7 @@ def read(config: dict) -> dict:
     bias = family in ("llama", "qwen3") and _flag(config, "attention_bias")
     n_layer = _size(config, "num_hidden_layers", most=1000)
     return {
-        "vocab_size": _size(config, "vocab_size"),
+        "vocab_size": size,
         "width": width,
         "mlp_width": _size(config, "intermediate_size"),
         "n_layer": n_layer,
@@ -199,7 +208,7 @@ def _window(config: dict, family: str, n_layer: int) -> int | None:
         on = _flag(config, "use_sliding_window") and config.get("sliding_window", 4096) is not None
         windowed = max(0, n_layer - first) if on else 0
     value = config.get("sliding_window", 4096)
-    if value is not None and family != "llama":
+    if value is not None:
         value = _size(config, "sliding_window", 4096)
     if windowed not in (0, n_layer) or (names and names != [kinds[windowed > 0]] * n_layer):
         raise ValueError(

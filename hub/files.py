@@ -58,10 +58,8 @@ def read_json(path: Path) -> dict:
     """A JSON object from a file. Raises ValueError in one sentence for all that can be wrong."""
     with reading(path):
         if not path.is_file():
-            raise ValueError(
-                f"{path} does not exist; a model directory holds config.json, safetensors and a "
-                "tokenizer"
-            )
+            holds = "; a model directory holds config.json, safetensors and a tokenizer"
+            raise ValueError(f"{path} does not exist{holds * (path.name == 'config.json')}")
         size = path.stat().st_size
         if size > MAX_JSON:
             raise ValueError(f"{path} has {size:,} bytes; no {path.name} is that large")
@@ -214,7 +212,10 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
 
 @contextlib.contextmanager
 def disk_sentences(folder: Path, promise: str = ""):
-    """A full, read-only or failing disk becomes a ValueError of one sentence and `promise`."""
+    """A full, read-only or failing disk becomes a ValueError of one sentence and `promise`.
+
+    An error that names a file outside `folder` is of reading, and left as it is.
+    """
     try:
         yield
     except SafetensorError as e:
@@ -223,13 +224,15 @@ def disk_sentences(folder: Path, promise: str = ""):
             raise
         raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder) + promise) from None
     except OSError as e:
-        if e.errno not in _DISK:
+        elsewhere = isinstance(e.filename, str) and not Path(e.filename).is_relative_to(folder)
+        if e.errno not in _DISK or elsewhere:
             raise
         raise ValueError(disk_sentence(e, folder) + promise) from None
 
 
 def disk_sentence(e: OSError, folder: Path) -> str:
+    said = f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO).lower()}"
+    if e.errno in (errno.EACCES, errno.EROFS):
+        return said
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free / 2**20
-    why = os.strerror(e.errno or errno.EIO)
-    return f"cannot write to {folder}: {why} ({free:.0f} MiB free)"
+    return f"{said} ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"

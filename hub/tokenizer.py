@@ -30,7 +30,9 @@ import binascii
 import contextlib
 import hashlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,7 +88,25 @@ class Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory. Raises ValueError naming what is wrong and the remedy."""
-    path = Path(path)
+    with _without_panics():
+        return _load(Path(path))
+
+
+@contextlib.contextmanager
+def _without_panics():
+    """Rust prints a panic to descriptor 2, with a backtrace, before Python can say it shortly."""
+    sys.stderr.flush()
+    saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
+
+
+def _load(path: Path) -> Tokenizer:
     config = files.read_json(path / "config.json")
     extra = files.own(path, "tokenizer_config.json")
     settings = files.read_json(extra) if extra.is_file() else {}
@@ -212,11 +232,12 @@ def _ranks(file: Path) -> dict[bytes, int] | None:
         lines = file.read_bytes().splitlines()
     for line in lines:
         parts = line.split()
-        if len(parts) != 2 or not parts[1].isdigit():
-            return None
         try:
-            ranks[base64.b64decode(parts[0], validate=True)] = int(parts[1])
-        except (binascii.Error, ValueError):  # ValueError: more digits than Python reads
+            word, rank = parts
+            ranks[base64.b64decode(word, validate=True)] = int(rank)
+        except (binascii.Error, ValueError):  # ValueError: not two parts, or not a number
+            if file.suffix == ".tiktoken":
+                raise ValueError(f"{file} has lines that are no ranks; it is damaged") from None
             return None
     if sorted(ranks.values()) != list(range(len(lines))):
         raise ValueError(f"{file} has ranks that are not 0 .. {len(lines) - 1}; it is damaged")

@@ -122,6 +122,10 @@ def damage(name: str, path: Path) -> None:
             edit_header(weights, lambda h: h | {norm: h[norm] | {"shape": [10**12]}})
         case "dtype is a list":
             edit_header(weights, lambda h: h | {norm: h[norm] | {"dtype": []}})
+        case "metadata of numbers":
+            edit_header(weights, lambda h: h | {"__metadata__": {"format": 1}})
+        case "metadata is a list":
+            edit_header(weights, lambda h: h | {"__metadata__": [1]})
         case "shard with a zero byte":
             index.write_text(json.dumps({"weight_map": {norm: "a\0.safetensors"}}))
         case "link to itself":
@@ -170,6 +174,8 @@ DAMAGE = {
     "negative offsets": "malformed header",
     "absurd shape": "needs others",
     "dtype is a list": "malformed header",
+    "metadata of numbers": "must hold strings",
+    "metadata is a list": "must hold strings",
     "shard with a zero byte": "must be .safetensors files",
     "link to itself": "leads nowhere|is missing",
     "shard outside": r"\.\./other",

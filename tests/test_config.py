@@ -127,6 +127,16 @@ def test_what_transformers_refuses_is_refused_and_what_both_take_means_the_same(
         ({"head_dim": 2, "rope_scaling": TABLES["dynamic"]}, "head_dim is 2; dynamic"),
         ({"rope_scaling": TABLES["linear"] | {"partial_rotary_factor": 0.5}}, "partial_rotary"),
         ({"use_cache": "x"}, "use_cache = 'x'; it must be true or false"),
+        # what transformers refuses when it builds the model, which the comparison above does not
+        ({"pad_token_id": 4096}, "pad_token_id = 4096; vocab_size is 4096"),
+        ({"pad_token_id": -4097}, "pad_token_id = -4097"),
+        ({"num_labels": 0.5}, "num_labels = 0.5"),
+        ({"num_labels": 10**30}, "num_labels = 10000"),
+        ({"auto_map": None}, "auto_map = None"),
+        ({"attn_implementation": "x"}, "attn_implementation = 'x'"),
+        ({"_attn_implementation": 1}, "_attn_implementation = 1"),
+        ({"quantization_config": {}}, "quantization_config is {}"),
+        ({"sliding_window": "8"}, "sliding_window = '8'"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
             "some layers",

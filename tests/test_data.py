@@ -2,8 +2,10 @@
 gets.
 """
 
+import csv
 import gzip
 import json
+import os
 import time
 
 import numpy as np
@@ -32,13 +34,16 @@ def test_every_kind_of_source_and_the_end_token(tokenizer, tmp_path):
         "c.py": "four()",
         "d.jsonl": "five",
         "e.jsonl.gz": "six",
+        "g.csv": "seven",
     }
     for name, text in texts.items():
         row = json.dumps({"text": text}) + "\n"
+        table = f'\ufeffid,text,more\r\n1,"{text}",x\r\n'  # as spreadsheets write it
         if name.endswith(".gz"):
             (tmp_path / name).write_bytes(gzip.compress(row.encode()))
         else:
-            (tmp_path / name).write_text(row if "jsonl" in name else text)
+            plain = table if "csv" in name else text
+            (tmp_path / name).write_text(row if "jsonl" in name else plain)
     np.save(tmp_path / "f.npy", np.array([7, 8, 9]))
     corpus = corpus_of([tmp_path], tokenizer, tmp_path)
     stream = np.concatenate([corpus.train, corpus.held_out]).tolist()
@@ -96,6 +101,10 @@ def test_the_default_is_the_standard_library_without_tests_and_packages():
         ("x.jsonl", b'{"txt": "a"}\n', "line 1: no string field `text`"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "damaged"),
         ("x.pdf", b"x", "unknown kind of file"),
+        ("x.csv", b"id,txt\n1,a\n", "line 2: no column `text`"),
+        ("x.csv", b"id,text\n1\n", "line 2: no column `text`"),
+        ("x.csv", b'id,text\n1,"a', "after line 1: unexpected end of data"),
+        ("x.csv", b"text\n\xff\n", "not UTF-8"),
     ],
 )
 def test_bad_text_is_named(tokenizer, tmp_path, name, content, said):
@@ -103,6 +112,21 @@ def test_bad_text_is_named(tokenizer, tmp_path, name, content, said):
     with pytest.raises(ValueError, match=said) as e:
         corpus_of([tmp_path / name], tokenizer, tmp_path)
     assert name.split(".")[0] in str(e.value)
+
+
+def test_a_cell_of_a_csv_may_have_commas_quotes_lines_and_a_books_length(tmp_path):
+    text = 'one, "two"\nthree ' * 20_000
+    with (tmp_path / "x.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([["text", "id"], [text, 1], ["four", 2]])
+    found = list(data.documents([("x.csv", tmp_path / "x.csv")]))
+    assert found == [("x.csv:1", text), ("x.csv:2", "four")]
+
+
+def test_names_need_not_be_utf8(tokenizer, tmp_path):
+    file = tmp_path / os.fsdecode(b"\xff.txt")
+    file.write_text("one two three " * 9)
+    whole = corpus_of([tmp_path], tokenizer, tmp_path)
+    assert len(whole.train) + len(whole.held_out) == len(tokenizer.encode(file.read_text())) + 1
 
 
 def test_missing_empty_and_foreign_sources_are_named(tokenizer, tmp_path):

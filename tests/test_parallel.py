@@ -183,9 +183,11 @@ def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and not (tmp_path / "out").exists()
     said = [line for line in errors.splitlines() if line.startswith("train.py:")]
-    assert said == [
-        "train.py: --batch1 is 3 and there are 2 processes; it must be a multiple of that"
-    ]
+    sentence = "train.py: --batch1 is 3 and there are 2 processes; it must be a multiple of that"
+    assert said == [sentence]
+    assert "[rank" not in errors, "no rank but the first says anything"
+    # the last lines of torchrun's own report, which nobody can keep it from printing
+    assert "NO_OTHER_FAILURES" in errors and sentence in errors.splitlines()[-2]
 
 
 def test_shard_alone_is_refused(small, text_dir, tmp_path):

@@ -3,8 +3,11 @@
 nothing foreign is touched, refused means unchanged, resume finds what is best.
 """
 
+import ctypes
+import errno
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_train import refused, same_result, shell
 
 import train
-from engine import data, exits, folder, resume
+from engine import cost, data, exits, folder, resume
 from hub.tokenizer import load_tokenizer
 
 SIZES = [
@@ -120,6 +123,24 @@ def test_a_link_in_out_is_not_followed(teacher, text_dir, tmp_path):
     assert not tree(tmp_path / "elsewhere")
 
 
+@pytest.mark.parametrize("name", [".lock", ".work/mine"])
+def test_a_users_hidden_files_are_not_ours(teacher, text_dir, tmp_path, name):
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("mine")
+    assert f"holds {name}, which" in refused(arguments(teacher, text_dir, out))
+    assert tree(out)[name] == b"mine"
+
+
+@pytest.mark.parametrize("name", folder.OURS)
+def test_a_link_under_a_name_of_ours_is_not_followed(teacher, text_dir, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    assert f"holds {name}, which" in refused(arguments(teacher, text_dir, tmp_path / "out"))
+    assert not tree(tmp_path / "elsewhere")
+
+
 def test_two_runs_in_one_folder(teacher, text_dir, tmp_path):
     out = tmp_path / "out"
     with folder.Folder(out, "train.py"):
@@ -142,10 +163,29 @@ def test_the_lock_goes_with_the_process(tmp_path):
     assert run.stdout.readline() == b"held\n"
     with pytest.raises(ValueError, match=f"process {run.pid}"):
         folder.Folder(tmp_path / "out", "train.py").__enter__()
+    (tmp_path / "out" / "state").write_text("what it wrote since its list was read")
+    with pytest.raises(ValueError, match=f"in use by process {run.pid}"):
+        folder.check(tmp_path / "out", "--out", "train.py", resume=True, apart={})
+    (tmp_path / "out" / "state").unlink()
     run.kill()
     run.wait()
     with folder.Folder(tmp_path / "out", "train.py"):
         pass
+
+
+def test_a_run_that_came_and_went_meanwhile_is_not_replaced(
+    teacher, text_dir, tmp_path, monkeypatch
+):
+    """Between the first look at --out and its lock, another run may have begun and ended."""
+
+    def meanwhile(device) -> int:
+        with folder.Folder(tmp_path / "out", "train.py") as out:
+            out.write("run.json", "the other's")
+        return 1 << 34
+
+    monkeypatch.setattr(cost, "free_memory", meanwhile)
+    assert "holds another run" in refused(arguments(teacher, text_dir, tmp_path / "out"))
+    assert tree(tmp_path / "out")["run.json"] == b"the other's"
 
 
 def test_what_is_at_work_is_not_cleared(tmp_path):
@@ -190,6 +230,11 @@ def test_a_dry_run_on_a_used_folder_prints_the_plan(finished, teacher, text_dir,
         (["--tokens1", "9" * 400], "--tokens1"),
         (["--device", "meta"], "--device meta"),
         (["--out", ""], "--out"),
+        (["--teacher", ""], "--teacher"),
+        (["--data", ""], "--data"),
+        (["--device", "hpu"], "--device hpu"),
+        (["--scale", "1001"], "up to 1000"),
+        (["--batch1", str(1 << 47)], f"--batch1 (now {1 << 47})"),
         (["--length2", "900000"], "longer than all the text"),
     ],
 )
@@ -197,6 +242,21 @@ def test_what_is_refused_leaves_no_trace(teacher, text_dir, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert said in refused([*arguments(teacher, text_dir, tmp_path / "deep" / "out"), *more])
     assert tree(tmp_path) == {}
+
+
+def test_a_rate_of_next_to_nothing_is_a_long_time(teacher, text_dir, tmp_path, capsys):
+    places = arguments(teacher, text_dir, tmp_path / "out")
+    train.main([*places, "--peak-tflops", "1e-320", "--dry-run"])
+    assert "TFLOP/s about 277777777777h46m" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite_leave_no_trace(teacher, text_dir, tmp_path):
+    bad = Path(shutil.copytree(teacher, tmp_path / "bad"))
+    tensors = load_file(bad / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    assert "norm.weight holds NaN" in refused(arguments(bad, text_dir, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_do_not_fit_are_refused_before_any_text_is_read(
@@ -210,23 +270,91 @@ def test_weights_that_do_not_fit_are_refused_before_any_text_is_read(
     assert "missing: model.norm.weight" in refused(arguments(bad, text_dir, tmp_path / "out"))
 
 
-def test_a_tokenizer_file_that_leads_out_is_refused_before_any_text_is_read(
-    teacher, text_dir, tmp_path, monkeypatch
+@pytest.mark.parametrize("name", ["chat_template.jinja", "README.md", "config.json"])
+def test_a_file_that_leads_out_is_refused_before_any_text_is_read(
+    teacher, text_dir, tmp_path, monkeypatch, name
 ):
     """An export would copy what it leads to."""
     bad = Path(shutil.copytree(teacher, tmp_path / "bad"))
-    (bad / "chat_template.jinja").symlink_to("/etc/hostname")
+    if (bad / name).exists():
+        (bad / name).rename(tmp_path / name)
+    else:
+        (tmp_path / name).write_text("a secret")
+    (bad / name).symlink_to(tmp_path / name)
     monkeypatch.setattr(data, "load_corpus", lambda *a, **k: pytest.fail("text was read"))
     assert "is a link to" in refused(arguments(bad, text_dir, tmp_path / "out"))
 
 
 def test_a_full_disk_before_any_state_promises_no_resume(teacher, text_dir, tmp_path):
-    import resource
-
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
     run = shell(arguments(teacher, text_dir, tmp_path / "out"), preexec_fn=limit)
     _, errors = run.communicate()
     assert run.returncode == 2 and "cannot write to" in errors and "--resume" not in errors
+
+
+@pytest.mark.parametrize("place", ["in --out", "new", "there"])
+def test_a_disk_that_is_full_while_text_is_kept_is_left_as_it_was(
+    teacher, text_dir, tmp_path, place
+):
+    more = [] if place == "in --out" else ["--cache", str(tmp_path / "deep" / "cache")]
+    if place == "there":
+        (tmp_path / "deep" / "cache").mkdir(parents=True)
+    before = tree(tmp_path)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
+    run = shell([*arguments(teacher, text_dir, tmp_path / "out"), *more], preexec_fn=limit)
+    _, errors = run.communicate()
+    assert run.returncode == 2 and "cache: " in errors and errors.count("\n") == 1
+    assert tree(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def test_a_write_that_fails_anywhere_names_the_folder(tmp_path):
+    with (
+        pytest.raises(ValueError, match=f"cannot write to {tmp_path / 'out'}: no space left"),
+        folder.Folder(tmp_path / "out", "train.py"),
+    ):
+        raise OSError(errno.ENOSPC, "as a log's print says it, without a name")
+    assert tree(tmp_path) == {}
+
+
+def without_roots_rights() -> None:
+    """Makes root, where tests run as root, meet permissions as anybody does."""
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, from the next exec on
+        ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.parametrize(
+    "closed, mode, said",
+    [
+        ("text/sub", 0o444, "cannot use {}/x.txt: permission denied"),
+        ("text/sub", 0o000, "cannot read {}: permission denied"),
+        ("text/part00.txt", 0o000, "cannot read {}: permission denied"),
+        ("teacher/README.md", 0o000, "cannot read {}: permission denied"),
+        ("teacher/chat_template.jinja", 0o000, "cannot read {}: permission denied"),
+        ("teacher/notes.txt", 0o000, "cannot read {}: permission denied"),
+        ("teacher", 0o111, "cannot use {}: permission denied"),
+        ("out", 0o000, "cannot use {}/.linear-ard.json: permission denied"),
+    ],
+)
+def test_what_may_not_be_read_is_named_before_anything_is_written(
+    teacher, text_dir, tmp_path, closed, mode, said
+):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    shutil.copytree(text_dir, tmp_path / "text")
+    (tmp_path / "text" / "sub").mkdir()
+    (tmp_path / "out").mkdir()
+    for name in ("text/sub/x.txt", "teacher/README.md", "teacher/notes.txt"):
+        (tmp_path / name).write_text("words")
+    (tmp_path / "teacher" / "chat_template.jinja").write_text("words")
+    before = tree(tmp_path)
+    (tmp_path / closed).chmod(mode)
+    run = shell(
+        arguments(tmp_path / "teacher", tmp_path / "text", tmp_path / "out"),
+        preexec_fn=without_roots_rights,
+    )
+    _, errors = run.communicate()
+    (tmp_path / closed).chmod(0o755)
+    assert errors == f"train.py: {said.format(tmp_path / closed)}\n" and run.returncode == 2
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -242,6 +370,41 @@ def test_a_stop_at_any_moment_is_one_line(teacher, text_dir, tmp_path, number, s
     assert run.returncode == exits.STOPPED, errors
     assert "Traceback" not in errors and errors.count("\n") <= 1
     assert (resume.latest(out / "state") is not None) == ("--resume goes on" in said)
+
+
+def test_a_stop_that_python_wraps_is_still_a_stop():
+    """Until 3.12 what is raised in __set_name__, as when a module is imported, is wrapped."""
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom engine import exits\n"
+    script += "class Asked:\n    def __set_name__(*_): raise KeyboardInterrupt\n"
+    script += "def main():\n    class Module: special_tokens = Asked()\n"
+    run = subprocess.run(
+        [sys.executable, "-c", script + "exits.run(main, 'train.py')"], capture_output=True
+    )
+    assert run.returncode == exits.STOPPED and run.stderr.count(b"\n") == 1
+
+
+def test_what_the_system_refuses_is_a_sentence():
+    script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom engine import exits\n"
+    script += "exits.run(lambda: open('/nonexistent/x'), 'train.py')"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stderr == "train.py: cannot use /nonexistent/x: no such file or directory\n"
+    assert run.returncode == 2
+
+
+def test_a_file_that_memory_has_no_room_to_map(teacher):
+    """safetensors' own sentence, in a process that may take no more memory."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
+            load_file(ROOT / "demo" / "teacher" / "model.safetensors")
+        except (MemoryError, RuntimeError) as e:
+            code = 0 if exits.ran_out(e) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # ---- resume finds the best state there is
@@ -298,7 +461,7 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_taken(
     run = shell(arguments(teacher, text_dir, out, "--resume"))
     said, errors = run.communicate()
     assert run.returncode == 0, errors
-    assert "is damaged" in said and newest(half).name in said
+    assert "is damaged" in said and newest(half).name in said and "model directory" not in said
     same_result(finished, out)
 
 
@@ -318,13 +481,29 @@ def test_a_changed_text_or_teacher_is_named(half, teacher, text_dir, tmp_path):
     file.write_text(file.read_text().replace("a", "b", 1))
     os.utime(file, ns=times)
     copy = Path(shutil.copytree(half, tmp_path / "one"))
+    before = tree(copy)
     assert "text was" in refused(arguments(teacher, text, copy, "--resume"))
+    assert tree(copy) == before, "nor is the changed text kept"
 
     other = Path(shutil.copytree(teacher, tmp_path / "teacher"))
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
     assert "teacher's files was" in refused(arguments(other, text_dir, copy, "--resume"))
+
+
+def test_a_teacher_and_a_text_that_were_moved_are_the_same(
+    half, finished, teacher, text_dir, tmp_path
+):
+    text = shutil.copytree(text_dir, tmp_path / "text")
+    moved = shutil.copytree(teacher, tmp_path / "teacher")
+    (moved / "index.json").symlink_to("nowhere")  # nor do links and folders beside the files count
+    (moved / "old.json").mkdir()
+    out = Path(shutil.copytree(half, tmp_path / "out"))
+    run = shell(arguments(moved, text, out, "--resume"))
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+    same_result(finished, out)
 
 
 def test_a_mistyped_out_is_refused(teacher, text_dir, tmp_path):
@@ -364,12 +543,33 @@ def test_weights_that_the_update_broke_are_not_saved(teacher, text_dir, tmp_path
     out = tmp_path / "out"
     run = shell([*arguments(teacher, text_dir, out), "--lr2", "1e308", "--tokens2", "256"])
     _, errors = run.communicate()
-    assert run.returncode == 2 and errors.count("\n") == 1 and "lower" in errors
+    assert run.returncode == 2 and errors.count("\n") == 1
+    assert "another --out, with a lower learning rate" in errors, "this --out keeps its rate"
     for state in (out / "state").glob("step-*"):
         assert all(torch.isfinite(t).all() for t in load_file(state / "state.safetensors").values())
 
 
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--logit-weight", "1e308"], "no weight has changed yet"),
+        (["--lr1", "1e30"], "another --out, with a lower --lr1"),
+    ],
+)
+def test_numbers_that_are_not_finite_say_what_would_help(teacher, text_dir, tmp_path, more, said):
+    assert said in refused([*arguments(teacher, text_dir, tmp_path / "out"), *more])
+
+
 # ---- the token cache
+
+
+def test_a_cache_below_the_text_is_no_text(teacher, text_dir, tmp_path):
+    text, tokenizer = shutil.copytree(text_dir, tmp_path / "text"), load_tokenizer(teacher)
+    first = data.load_corpus([text], tokenizer, text / "cache", quiet=True)
+    again = data.load_corpus([text], tokenizer, text / "cache", quiet=True)
+    assert first.digest == again.digest
+    with pytest.raises(ValueError, match="is a folder of --data"):
+        data.load_corpus([text], tokenizer, text, quiet=True)
 
 
 def test_equal_names_sizes_and_times_do_not_make_texts_equal(teacher, tmp_path):
@@ -386,13 +586,24 @@ def test_equal_names_sizes_and_times_do_not_make_texts_equal(teacher, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content", [("train.npy", b""), ("held_out.npy", b"\x93NUMPY"), ("sizes.json", b"{")]
+    "name, content",
+    [
+        ("train.npy", b""),
+        ("train.npy", b"PK\x03\x04" + b"\0" * 50),
+        ("train.npy", b"\x93NUMPY\x01\x00\x76\x00" + b"(" * 118),
+        ("held_out.npy", b"\x93NUMPY"),
+        ("sums.json", b"{"),
+        ("sums.json", b"[" * 100_000),
+        ("train.npy", None),
+    ],
 )
 def test_an_incomplete_cache_is_made_again(teacher, text_dir, tmp_path, name, content):
     tokenizer = load_tokenizer(teacher)
     first = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
     whole = np.asarray(first.train).copy()
-    next(tmp_path.glob(f"*/{name}")).write_bytes(content)
+    file = next(tmp_path.glob(f"*/{name}"))
+    flipped = file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1])
+    file.write_bytes(flipped if content is None else content)
     again = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
     assert np.array_equal(again.train, whole)
 
@@ -407,6 +618,15 @@ def test_an_incomplete_cache_is_made_again(teacher, text_dir, tmp_path, name, co
         ("x.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "nested too deeply"),
         ("x.npy", b"PK\x03\x04" + b"\0" * 50, "not a plain numpy array"),
         ("x.npy", b"\x93NUMPY\x01\x00\x76\x00{'descr': " + b" " * 107, "not a plain numpy array"),
+        (
+            "x.npy",
+            b"\x93NUMPY\x01\x00\x76\x00{'descr': '<i8', 'fortran_order': False, 'shape': ("
+            + b"9" * 22
+            + b",)}"
+            + b" " * 35
+            + b"\n",
+            "not a plain numpy array",
+        ),
         ("x.parquet", b"PAR1", "parquet"),
     ],
 )

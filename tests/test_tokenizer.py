@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,24 @@ def test_settings_that_do_not_work_are_refused(tmp_path, changes, said):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("words", ["^", " *"])
+def test_a_rule_that_makes_rust_panic_says_one_sentence(tmp_path, capfd, words):
+    """Its hook prints to descriptor 2 before Python hears of it."""
+    path = directory(tmp_path, "tokenizer.tiktoken")
+    settings(path, pat_str=words)
+    with pytest.raises(ValueError, match="cannot be used"):
+        load_tokenizer(path)
+    print("still heard", file=sys.stderr)
+    assert capfd.readouterr().err == "still heard\n"
+
+
+def test_a_rank_file_with_a_damaged_line_is_not_passed_over(tmp_path):
+    path = directory(tmp_path, "tokenizer.tiktoken", "tokenizer.json")
+    (path / "tokenizer.tiktoken").write_bytes(b"".join(RANKS[:-1]) + RANKS[-1].replace(b" ", b" x"))
+    with pytest.raises(ValueError, match="lines that are no ranks"):
+        load_tokenizer(path)
+
+
 def test_a_rank_beyond_32_bits_is_refused(tmp_path):
     path = directory(tmp_path, "tokenizer_config.json")
     token = base64.b64encode(b"never").decode()
@@ -184,3 +203,11 @@ def test_code_references_do_not_survive_and_a_nested_length_does():
     }
     written = checkpoint._lengthened(json.dumps(old).encode(), 32)
     assert json.loads(written) == {"model_max_length": 32, "in": {"model_max_length": 8}}
+
+
+def test_code_references_of_a_generation_config_do_not_survive(tmp_path):
+    path = directory(tmp_path / "from", "tokenizer.json")
+    (path / "generation_config.json").write_text('{"auto_map": {"x": "y.py"}, "top_k": 5}')
+    (tmp_path / "to").mkdir()
+    checkpoint._copy_tokenizer(path, tmp_path / "to", 32)
+    assert json.loads((tmp_path / "to" / "generation_config.json").read_text()) == {"top_k": 5}

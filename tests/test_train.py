@@ -21,7 +21,7 @@ from conftest import ROOT, TEACHER, write_model
 from safetensors.torch import load_file
 
 import train
-from engine import cost, exits, parallel, plan, resume
+from engine import cost, exits, parallel, plan, resume, watch
 
 STEPS1, STEPS2 = 6, 3
 
@@ -195,6 +195,15 @@ def refused(argv: list[str], capsys=None) -> str:
         assert e.value.code == 2
         return capsys.readouterr().err.splitlines()[-1]
     return str(e.value)
+
+
+@pytest.mark.parametrize("losses, warns", [((18, 31, 44, 54, 63), True), ((18, 16, 17), False)])
+def test_a_loss_that_rises_is_said_also_where_the_first_steps_did_it(capsys, losses, warns):
+    log, stage = object.__new__(watch.Watch), cost.Stage("stage1", "relation", 64, 1, 20, 0.5)
+    log.losses = []
+    for loss in (*losses, *losses[-1:] * (20 - len(losses))):
+        log._warn(loss, stage)
+    assert ("lower --lr1 (now 0.5)" in capsys.readouterr().out) == warns
 
 
 @pytest.mark.parametrize("scale", ["0", "1", "-3", "nan", "inf", "eight"])

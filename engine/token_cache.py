@@ -1,0 +1,90 @@
+"""Tokenised text on disk: two numpy files, mapped and not read, and a checksum of each.
+
+What.  A folder, whose name data.py makes of the contents of text and tokenizer, holds train.npy,
+held_out.npy and sums.json, which is written last: a folder without it is incomplete. One whose
+numbers do not agree is written anew, so that damage never reaches a run.
+
+Writing.  Each file is written beside its name, synced and renamed. Where the disk is full, or the
+run is stopped, what is not complete is taken away again, with the folders that were made for it.
+
+Limits.  The checksums are of accidents: whoever may write here may change the text.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+import zlib
+from pathlib import Path
+from tokenize import TokenError
+
+import numpy as np
+
+from hub import files
+
+PARTS = ("train", "held_out")
+# What numpy raises for a file that is not an array of its own
+_NUMPY = (EOFError, ValueError, OverflowError, TokenError, SyntaxError, zipfile.BadZipFile)
+
+
+def read(folder: Path) -> list[np.ndarray] | None:
+    """The streams of a cache, each [tokens], mapped; None where it is not as it was written."""
+    try:
+        parts = [load_ids(folder / f"{part}.npy") for part in PARTS]
+        sums = json.loads((folder / "sums.json").read_text())
+        whole = all(p.ndim == 1 for p in parts) and sums == [zlib.crc32(p) for p in parts]
+        return parts if whole else None
+    except (OSError, ValueError, RecursionError):
+        return None  # made again
+
+
+def write(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
+    """Writes the streams, each [tokens]; nothing is left behind unless both could be."""
+    made = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
+    with contextlib.ExitStack() as undo:
+        for path in reversed(made[1:]):
+            undo.callback(_remove_if_empty, path)
+        if made:
+            undo.callback(shutil.rmtree, folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for part, ids in zip(PARTS, (train, held_out), strict=True):
+            _write_ids(folder / f"{part}.npy", ids)
+        sums = [zlib.crc32(train), zlib.crc32(held_out)]
+        files.write_atomic(folder / "sums.json", json.dumps(sums))
+        undo.pop_all()
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _write_ids(file: Path, ids: np.ndarray) -> None:
+    fd, work = tempfile.mkstemp(dir=file.parent)
+    try:
+        with os.fdopen(fd, "wb") as f:
+            np.save(f, ids)
+            f.flush()
+            os.fchmod(fd, files.readable())
+            os.fsync(fd)
+        os.replace(work, file)
+    except OSError as e:  # of a full disk numpy says "93729 requested and 1984 written"
+        if e.errno:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    finally:
+        Path(work).unlink(missing_ok=True)
+
+
+def load_ids(file: Path) -> np.ndarray:
+    """An array of any shape, mapped. Raises ValueError naming a file that is not one."""
+    try:
+        ids = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (*_NUMPY, OSError) as e:
+        raise ValueError(f"{file} is not a plain numpy array: {e}") from None
+    if not isinstance(ids, np.ndarray):
+        raise ValueError(f"{file} is not a plain numpy array: it is an archive of several")
+    return ids
