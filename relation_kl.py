@@ -306,8 +306,8 @@ def _strips(x, y, padding, scale: float, teacher_scale: float, causal: bool):
         b, n = x_i.shape[1], min(start + BT, T) if causal else T
         three = buffer[:, : len(x_i) * b * n].unflatten(1, (-1, b, n))
         both, (s, u, room) = three[:2], three.unbind()
-        s.baddbmm_(x_i, x[heads, :n].mT, beta=0, alpha=scale * math.log2(math.e))
-        u.baddbmm_(y_i, y[heads, :n].mT, beta=0, alpha=teacher_scale * math.log2(math.e))
+        torch.bmm(x_i * (scale * math.log2(math.e)), x[heads, :n].mT, out=s)
+        torch.bmm(y_i * (teacher_scale * math.log2(math.e)), y[heads, :n].mT, out=u)
         if causal:  # only the last columns cross the diagonal
             both[..., start:].add_(above[:b, :b])
         elif padding is not None:
