@@ -6,14 +6,15 @@
     python eval.py --model DIR --against DIR --passkey --ppl --positions --layers --out NEW
     python eval.py --model DIR --prompt "Once upon a time"
 
-Held-out text.  Long blocks of s times the native length are read twice: whole (loss at s x) and cut
+Held-out text.  Long blocks, s times the native length, are read twice: whole (loss at s x) and cut
 into native blocks (loss at 1x), so that both figures are of the same words. Where s is not a whole
 number, the last native block begins earlier and counts only words that the one before it did not
-read. Loss is the mean over tokens, in nats; perplexity its exponential; accuracy the share of
-tokens that are the likeliest one.
+read. Loss is the mean over tokens, in nats; perplexity is its exponential; next-token accuracy, at
+1x, is the share of tokens that the model holds for the likeliest.
 
-Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, values set
-in the first eighth and asked for in the last; right means that the likeliest token is the value.
+Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, up to s,
+set values in their first eighth and ask for them in their last. Right means that the likeliest
+token is the value.
 
 Tasks.  LAMBADA and multiple choice by the rules of lm-evaluation-harness: evals/likelihood.py.
 
@@ -22,15 +23,16 @@ evals/prompts.py.
 
 Layers.  Where the relations of teacher and student differ: evals/layers.py.
 
-Given --against, a third column is made: the teacher's weights under the student's positions,
-"untrained". With it, the share of the lost loss recovered, and each task's retention with its
-confidence interval (evals/retention.py).
+With --against two columns are added: "teacher", and "untrained" (the teacher's weights under the
+student's positions). The table then also says which share of the lost loss was recovered, and each
+task's retention with its confidence interval (evals/retention.py).
 
-What comes out.  The table on standard output; with --out report.json (evals/report.py lists its
-keys), report.md and report.png, and, as asked for, passkey.png, positions.png and layers.png. Same
-arguments, same machine: same figures.
+What comes out.  The table on standard output. With --out, report.json (evals/report.py lists its
+keys), report.md and report.png, and what was asked for of passkey.png, positions.png and
+layers.png. Same arguments, same machine: same figures.
 
-Exit codes: 0 done; 2 refused, one sentence says why and nothing was written; 3 stopped by Ctrl-C.
+Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
+SIGTERM or SIGHUP.
 
 Limits.  Held-out text runs on across document borders. A standard error says how far other words,
 items or questions would move a figure, not how far another training run would.
@@ -73,9 +75,9 @@ DOCUMENTS = 8  # look-up documents per length, with 8 questions each
 def text_loss(
     model: Llama, blocks: Tensor, scored: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(loss in nats, is the token predicted right) of blocks [n, T + 1], each [n, scored].
+    """(loss in nats, whether the token is predicted right), each [n, scored], of blocks [n, T + 1].
 
-    scored: how many of the last predictions of a block count (all).
+    scored: how many predictions count, the last ones of each block (None: all T).
     """
     T = blocks.shape[1] - 1
     scored = scored or T
@@ -163,7 +165,7 @@ class HeldOut:
         return out
 
     def about(self, row: str) -> dict:
-        """What a row is a figure of."""
+        """What a row was measured on, as report.json says it."""
         if row.startswith("recall"):
             return {"version": "look-ups, far", "seed": self.seed}
         text = {"version": f"held-out text of {self.name}", "seed": None}
@@ -235,7 +237,6 @@ def main(argv: list[str] | None = None) -> None:
         requests = [likelihood.encode(tokenizer, task.pairs) for task in asked]
         wanted = args.ruler if args.ruler else list(RULER_TASKS) if args.ruler is not None else []
         wanted += ["passkey"] if args.passkey else []
-        made = args.samples, args.ruler_seed, args.ruler_data  # how prompts are made
         able, unable = prompts.feasible(
             tokenizer, wanted, lengths, args.ruler_seed, args.ruler_data
         )
@@ -298,10 +299,14 @@ def main(argv: list[str] | None = None) -> None:
             if out:
                 out.write("positions.png", pictures.positions(curve, native))
         if args.passkey:
-            more["passkey"] = prompts.passkey_scores(scores, models, tokenizer, able, *made[:2])
+            more["passkey"] = prompts.passkey_scores(
+                scores, models, tokenizer, able, args.samples, args.ruler_seed
+            )
             if out:
                 out.write("passkey.png", pictures.passkey(more["passkey"]))
-        prompts.ruler_scores(scores, models, tokenizer, able, *made, keep)
+        prompts.ruler_scores(
+            scores, models, tokenizer, able, args.samples, args.ruler_seed, args.ruler_data, keep
+        )
         notes = prompts.variants(scores)
 
         # ---- layers: where the stretched positions hurt
@@ -318,7 +323,7 @@ def main(argv: list[str] | None = None) -> None:
         shares, kept = {}, {}
         if teacher and not args.no_text:
             shares = report.recovered(scores.columns, "loss at 1x")
-        # Of tasks alone: beyond its own length the teacher does not say what there was to keep
+        # Of tasks alone: beyond its own length the teacher's score does not say what could be kept
         judged = {row: x for row, x in scores.values.items() if not row.startswith(prompts.ROWS)}
         if teacher and judged:
             kept = retention(judged, args.seed)

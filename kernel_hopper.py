@@ -58,7 +58,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_triton import GROUP_BYTES, INTERPRETED, LOG2E, Loss, on
+from kernel_triton import GROUP_BYTES, INTERPRETED, LOG2E, Loss, on, row_numbers
 
 LN2 = gl.constexpr(math.log(2))
 NOTHING = gl.constexpr(
@@ -425,21 +425,35 @@ def _layout(D: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([BS.value, D], gl.bfloat16)
 
 
-def _launch(kernel, table: dict, x: Tensor, y: Tensor, *arguments) -> None:
+_compiled: dict = {}  # as in kernel_triton.py
+
+
+def _launch(kernel, table: dict, x: Tensor, y: Tensor, pointers: tuple, numbers: tuple) -> None:
     """One program for the rows of WORKERS groups of each head.
 
-    x, y: of one layout, a matrix for the copy engine.
+    x, y: of one layout, a matrix for the copy engine. Triton's look at every argument is done once
+    for each combination of what it looks at: kernel_triton.py.
     """
     B, H, T, D = x.shape
     workers, stages, registers = table[D]
     (mx, bthd), (my, _) = _matrix(x), _matrix(y)
-    block = [BS.value, D]
+    block, layout = [BS.value, D], _layout(D)
+    grid = -(-T // (BS.value * workers)) * B * H, 1, 1
+    arguments = (
+        TensorDescriptor(mx, mx.shape, mx.stride(), block, layout),
+        TensorDescriptor(my, my.shape, my.stride(), block, layout),
+        *pointers, *numbers, T, H, max(1, min(B * H, GROUP_BYTES // (4 * T * D))),
+        D, bthd, workers, stages, registers, 4,
+    )  # fmt: skip
+    strides = tuple(n for n in numbers if isinstance(n, int))
+    key = kernel is _forward_kernel, x.device, D, bthd, strides
     with on(x.device):
-        kernel[(-(-T // (BS.value * workers)) * B * H,)](
-            *(TensorDescriptor(m, m.shape, m.stride(), block, _layout(D)) for m in (mx, my)), *arguments,
-            T, H, max(1, min(B * H, GROUP_BYTES // (4 * T * D))),
-            D=D, BTHD=bthd, WORKERS=workers, STAGES=stages, REGISTERS=registers, num_warps=4,
-        )  # fmt: skip
+        if any(p.data_ptr() % 16 for p in pointers):
+            kernel[grid](*arguments)
+        elif key in _compiled:
+            _compiled[key][grid](*arguments)
+        else:
+            _compiled[key] = kernel[grid](*arguments)
 
 
 def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -456,22 +470,19 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
 
     Nothing here waits for the GPU.
     """
-    kl, s_lse, t_lse = (
-        torch.empty(x.shape[:3], dtype=torch.float32, device=x.device) for _ in range(3)
-    )
+    numbers = row_numbers(x)
     x, y = _laid_out(x, y)
-    _launch(_forward_kernel, FORWARD, x, y, kl, s_lse, t_lse, s_scale * LOG2E, t_scale * LOG2E)
-    return kl, s_lse, t_lse
+    _launch(_forward_kernel, FORWARD, x, y, numbers, (s_scale * LOG2E, t_scale * LOG2E))
+    return numbers
 
 
 def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
     """dL/dx [B, H, T, D], in x's own layout where x is dense."""
     dx = torch.empty_like(x)
     x, y = _laid_out(x, y)
-    _launch(
-        _backward_kernel, BACKWARD, x, y, s_lse, t_lse, w.contiguous(), dx, s_scale * LOG2E, t_scale * LOG2E, s_scale,
-        *dx.stride()[:3],
-    )  # fmt: skip
+    pointers = s_lse, t_lse, w.contiguous(), dx
+    scales = s_scale * LOG2E, t_scale * LOG2E, float(s_scale)
+    _launch(_backward_kernel, BACKWARD, x, y, pointers, scales + dx.stride()[:3])
     return dx
 
 

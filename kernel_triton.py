@@ -7,9 +7,12 @@ each:
     G_ij    = w_i (P_ij - R_ij),  P_ij = exp(S_ij - lse_i(S)),  R_ij = exp(U_ij - lse_i(U))             (2)
     dL/dx_i = a sum_j (G_ij + G_ji) x_j                                                                 (3)
 
-with S_ij = a x_i.x_j of the student and U_ij = b y_i.y_j of the teacher.  Names: prefix s_ student,
-t_ teacher; suffix _i rows, _j columns, _n tokens; o_ offsets of a block, b_ a block, m_ a mask, i_0
-a program's first row.
+with S_ij = a x_i.x_j of the student and U_ij = b y_i.y_j of the teacher.
+
+Names.  s_ student, t_ teacher; _i rows, _j columns, _n tokens; b_ a block, o_ offsets, m_ a mask, p_
+pointers. Of a program: i_b its batch, i_h its head, i_bh both in one, o_bh where that head begins
+in [B, H, T], i_0 the first row. BD: D, up to a power of two. MASK: some of the block is not seen.
+WIDE: offsets need 64 bits. HEADS: of a group (_place).
 
 Forward.  One program owns BT rows and visits the columns up to its diagonal, BS at a time. It never
 holds more than two [BT, BS] score tiles, which it folds into five numbers a row: pivot and sum of
@@ -26,8 +29,8 @@ on the other side of the diagonal, with the statistics of row j:
 
 A program walks all columns, keeps its own dL/dx_i in registers and writes it once: no atomics, so
 two runs give the same bits. The price is 3 products over T^2 pairs where a walk over the triangle
-would need 4 over T^2 / 2. kernel_hopper.py does the same with products and exponentials at the same
-time, on the one chip it is for.
+would need 4 over T^2 / 2: half again as many. kernel_hopper.py does the same with products and
+exponentials at the same time, on the one chip it is for.
 
 Numerics.  Products accumulate in float32. Exponentials are base 2: scores carry a factor log2(e).
 Scores enter (1) relative to their rows' pivots, so that large logits cancel before they are summed.
@@ -35,9 +38,8 @@ The pivot starts at NOTHING, a finite number: -inf minus -inf never arises. A ro
 has lse = +inf: its P, R and G are 0.
 
 The host.  On a small model what Python does before a launch takes longer than the GPU. Called
-eagerly the loss is an autograd.Function; where someone watches operators (torch.compile, a dispatch
-mode such as selective checkpointing) it is a registered operator, which costs three times as much
-and which they can see (`Loss`).
+eagerly the loss is an autograd.Function. Under torch.compile or a dispatch mode (selective
+checkpointing is one) it is a registered operator: visible to them, three times as slow to call.
 
 Run.  `python kernel_triton.py` checks the kernels against the dense definition on the machine at
 hand: on its GPU, or under Triton's interpreter without one. tests/test_kernel.py needs no GPU;
@@ -72,9 +74,7 @@ import triton.language as tl
 INTERPRETED = triton.knobs.runtime.interpret
 LOG2E = math.log2(math.e)
 LN2: tl.constexpr = tl.constexpr(math.log(2))
-NOTHING: tl.constexpr = tl.constexpr(
-    -1e30
-)  # score of an unseen pair: exp2 gives 0, and differences stay finite
+NOTHING: tl.constexpr = tl.constexpr(-1e30)  # an unseen pair's score: finite, and exp2 gives 0
 # Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200
 # has 50 MB), not timed.
 GROUP_BYTES = 32 * 2**20
@@ -100,9 +100,7 @@ def _place(T, H, HEADS, lengths, BT: tl.constexpr):
     NT = tl.cdiv(T, BT)
     i_group = tl.program_id(0) // (HEADS * NT)
     i_rest = tl.program_id(0) % (HEADS * NT)
-    heads = tl.minimum(
-        HEADS, tl.num_programs(0) // NT - i_group * HEADS
-    )  # the last group may be smaller
+    heads = tl.minimum(HEADS, tl.num_programs(0) // NT - i_group * HEADS)  # fewer in the last group
     i_bh = i_group * HEADS + i_rest % heads
     i_0 = (NT - 1 - i_rest // heads) * BT
     if lengths is None:
@@ -132,8 +130,8 @@ def _load(p_x, o_n, o_d, stride_n, n, D: tl.constexpr, MASK: tl.constexpr):
 
 @triton.jit
 def _start(i, stride_n, WIDE: tl.constexpr):
-    """Offset of row i. In 64 bits only where it must be: those in front of a loop's loads make the
-    compiler wait after every single tensor-core instruction (ptxas says C7515).
+    """Offset of row i. In 64 bits only where it must be: 64-bit offsets in front of a loop's loads
+    make the compiler wait after every single tensor-core instruction (ptxas says C7515).
     """
     return i * (tl.cast(stride_n, tl.int64) if WIDE else stride_n)
 
@@ -225,7 +223,7 @@ def _forward_kernel(
             s_sum = tl.exp2(-s_moved) * s_sum + tl.sum(tl.exp2(b_s), 1)
             s_max = s_new
             t_max = t_new
-    # Equation (1): the pivots that the sum lacks are those that the two lse would add.
+    # Equation (1): S and U stand minus their pivots; the two lse lack the same pivots, so they cancel.
     m_i = o_i < n
     s_log = tl.log2(tl.where(m_i, s_sum, 1.0))
     t_log = tl.log2(tl.where(m_i, t_sum, 1.0))
@@ -250,7 +248,7 @@ def _backward_kernel(
 ):  # fmt: skip
     """Rows i_0 .. i_0 + BT of one head's dL/dx (3), from all columns.
 
-    x, y, dx: [B, H, T, D]; s_lse, t_lse, w: [B, H, T] float32, base 2; w_max: [] or None; lengths:
+    x, y, dx: [B, H, T, D]; s_lse, t_lse (base 2), w: [B, H, T] float32; w_max: [] or None; lengths:
     [B] integers or None.
     """
     i_b, i_h, o_bh, i_0, n = _place(T, H, HEADS, lengths, BT)
@@ -283,21 +281,8 @@ def _backward_kernel(
             o_j = c + tl.arange(0, BS)
             # [BT, BS], the same products as in the forward
             b_s, b_u, b_xj = _products(
-                c,
-                x,
-                y,
-                b_xi,
-                b_yi,
-                s_stride_n,
-                t_stride_n,
-                n,
-                D,
-                BD,
-                BS,
-                PART % 2 == 1,
-                WIDE,
-                PRECISION,
-            )
+                c, x, y, b_xi, b_yi, s_stride_n, t_stride_n, n, D, BD, BS, PART % 2 == 1, WIDE, PRECISION
+            )  # fmt: skip
             b_s *= s_scale
             b_u *= t_scale
             if PART < 2:  # G_ij, equation (2)
@@ -342,28 +327,24 @@ CHIPS = (
     ("a100", (8, 9, 10, 11, 12), 166912),
     ("small", (8, 9, 10, 11, 12), 101376),
 )
-# (largest D, tile). The marked were measured on an H200, torch 2.11, Triton 3.6, bf16, causal
-# (LOG.md has what others took). The others were chosen by what the compiler reports (they fit, and
-# spill nothing or a few bytes: tests/test_kernel.py prints it); no one has timed them.
+# (largest D, tile). "Timed" was measured on an H200, torch 2.11, Triton 3.6, bf16, causal (LOG.md
+# has what others took). The others were chosen by what the compiler reports (they fit, and spill
+# nothing or a few bytes: tests/test_kernel.py prints it); no one has timed them.
+# fmt: off
 TILES = {
-    ("h100", "forward"): (
-        (64, Tile(64, 64, 4, 3)),
-        (128, Tile(128, 128, 8, 2)),
-        (256, Tile(128, 32, 8, 2)),
-    ),  # 64, 128
-    ("h100", "backward"): (
-        (64, Tile(64, 64, 4, 3)),
-        (128, Tile(128, 64, 8, 3)),
-        (256, Tile(128, 32, 8, 2)),
-    ),  # 64, 128
-    ("a100", "forward"): (
-        (128, Tile(128, 64, 8, 2)),
-        (256, Tile(64, 64, 8, 2)),
-    ),  # 128 x 128 spills 88 bytes
+    ("h100", "forward"): ((64, Tile(64, 64, 4, 3)),       # timed
+                          (128, Tile(128, 128, 8, 2)),    # timed
+                          (256, Tile(128, 32, 8, 2))),
+    ("h100", "backward"): ((64, Tile(64, 64, 4, 3)),      # timed
+                           (128, Tile(128, 64, 8, 3)),    # timed
+                           (256, Tile(128, 32, 8, 2))),
+    ("a100", "forward"): ((128, Tile(128, 64, 8, 2)),     # 128 x 128 spills 88 bytes
+                          (256, Tile(64, 64, 8, 2))),
     ("a100", "backward"): ((128, Tile(128, 64, 8, 3)), (256, Tile(64, 32, 8, 2))),
     ("small", "forward"): ((128, Tile(128, 64, 8, 2)), (256, Tile(64, 32, 4, 2))),
     ("small", "backward"): ((128, Tile(128, 32, 8, 2)), (256, Tile(64, 32, 8, 1))),
 }
+# fmt: on
 # IEEE float32 products run on the ordinary cores, with whole rows of the operands in registers: few
 # results a thread.
 FLOAT_TILES = ((64, Tile(64, 32, 8, 2)), (128, Tile(32, 32, 16, 1)), (256, Tile(16, 16, 8, 1)))
@@ -449,20 +430,20 @@ def _launch(kernel, tensors: tuple, scales: tuple, strides: tuple, signs: tuple,
 
     Triton's own call looks at every argument to find the code compiled for its like: at types,
     strides, constants, and which pointers are multiples of 16. That costs more than all else here;
-    so where all pointers are, it is done once for each combination of the rest.
+    so where all pointers are multiples of 16, it is done once for each combination of the rest.
     """
     x = tensors[0]
     B, H, T, D = x.shape
-    *constants, num_warps, num_stages = constants.values()
+    *known, num_warps, num_stages = constants.values()
     heads = max(1, min(B * H, GROUP_BYTES // (2 * T * D * x.element_size())))
-    arguments = (*tensors, *scales, *strides, T, H, heads, *constants, *signs)
-    key, pointers = [id(kernel), x.device, strides, *constants, *signs, num_warps, num_stages], 0
+    arguments = (*tensors, *scales, *strides, T, H, heads, *known, *signs)
+    key, pointers = [id(kernel), x.device, strides, *known, *signs, num_warps, num_stages], 0
     for t in tensors:
         if t is not None:
             pointers |= t.data_ptr()
         key.append(t if t is None else t.dtype)
     key = tuple(key) if pointers % 16 == 0 else None
-    grid = -(-T // constants[2]) * B * H, 1, 1  # constants[2]: BT
+    grid = -(-T // constants["BT"]) * B * H, 1, 1
     with on(x.device):
         if key in _compiled:
             _compiled[key][grid](*arguments)
@@ -479,7 +460,7 @@ def _widened(x: Tensor) -> Tensor:
     return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
 
 
-def _numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def row_numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Three [B, H, T] float32 (torch.empty takes Python three times as long)."""
     kl = x.new_empty(x.shape[:3], dtype=torch.float32)
     return kl, torch.empty_like(kl), torch.empty_like(kl)
@@ -490,7 +471,7 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
 
     Nothing here waits for the GPU.
     """
-    dtype, x, y, numbers = x.dtype, _widened(x), _widened(y), _numbers(x)
+    dtype, x, y, numbers = x.dtype, _widened(x), _widened(y), row_numbers(x)
     _launch(
         _forward_kernel, (x, y, *numbers, lengths), (abs(s_scale) * LOG2E, abs(t_scale) * LOG2E),
         x.stride()[:3] + y.stride()[:3], (s_scale < 0, t_scale < 0), _constants("forward", x, y, dtype, causal),
@@ -522,9 +503,8 @@ class Loss:
 
     forward(x, y, s_scale, t_scale, causal, lengths) -> kl, lse(S), lse(U); backward(w, lse(S),
     lse(U), *the same) -> dL/dx. loss(...) -> kl; `kept`, as in relation_kl.relation_kl, spares the
-    function a second forward (where operators are watched a policy must do it).  `operator` and `operator_backward` are
-    linear_ard::{name} and linear_ard::{name}_backward: what a checkpointing policy that keeps the
-    loss's three numbers a row looks for (relation_kl.keep_losses).
+    function a second forward. An operator needs a checkpointing policy for that, which knows it by
+    its name, linear_ard::{name}, or linear_ard::{name}_backward (relation_kl.keep_losses).
     """
 
     SCHEMA = "Tensor x, Tensor y, float s_scale, float t_scale, bool causal, Tensor? lengths"
@@ -538,7 +518,7 @@ class Loss:
             f"linear_ard::{name}_backward",
             schema=f"(Tensor w, Tensor s_lse, Tensor t_lse, {self.SCHEMA}) -> Tensor",
         )(backward)
-        self.operator.register_fake(lambda x, *_: _numbers(x))
+        self.operator.register_fake(lambda x, *_: row_numbers(x))
         self.operator_backward.register_fake(lambda w, s_lse, t_lse, x, *_: torch.empty_like(x))
         self.operator.register_autograd(self._operator_gradient, setup_context=self._operator_save)
         self.function = _function(forward, backward)

@@ -1,5 +1,4 @@
-"""The LLaMA, in the nanoGPT manner: one file, one forward, Hugging Face's parameter names, and taps
-for Q, K and V.
+"""The LLaMA in the nanoGPT manner: one file, one forward, Hugging Face's names, taps for q, k, v.
 
 What.  A decoder-only transformer. Each of L blocks adds attention and then a gated MLP to the
 residual stream:
@@ -72,7 +71,7 @@ class LlamaConfig:
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    window: int | None = None  # tokens that a query sees, itself included; None: all
+    window: int | None = None  # how many tokens a query sees, itself included; None: all
     family: str = "llama"
     source: tuple[tuple[str, object], ...] = ()
 
@@ -96,8 +95,7 @@ class LlamaConfig:
         return replace(self, rope=self.rope.scaled(kind, factor), window=None)
 
 
-# ----------------------------------------------------------------------- what activations are kept
-# in
+# ---------------------------------------------------------- the dtype that activations are kept in
 
 
 def choose_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dtype, str]:
@@ -318,19 +316,18 @@ class Llama(nn.Module):
         return self.model.norm(h)
 
     def score_scale(self, T: int) -> float:
-        """a of the Q/Q and K/K relations over T tokens: D^-1/2, over YaRN's temperature squared."""
-        _, temperature = frequencies(self.config.rope, self.config.head_dim, T)
-        return self.config.head_dim**-0.5 / temperature**2
+        """The scale of the Q/Q and K/K relations over T tokens: D^-1/2 / attention factor^2."""
+        _, attention_factor = frequencies(self.config.rope, self.config.head_dim, T)
+        return self.config.head_dim**-0.5 / attention_factor**2
 
     @staticmethod
     def from_pretrained(
         path: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu"
     ) -> "Llama":
-        """Reads a Hugging Face directory: built without memory, then filled tensor by tensor from
-        the mapped files.
+        """A Hugging Face directory, built without memory and filled from its mapped files.
 
-        dtype None keeps each tensor's own. Raises ValueError, before any allocation, naming every
-        tensor that is missing, left over or of another shape than config.json says; and for weights
+        dtype None keeps each tensor's own. Raises ValueError naming every tensor that is missing,
+        left over or of another shape than config.json says, before any allocation; and for weights
         that are not finite.
         """
         config = LlamaConfig.from_hf(files.read_json(Path(path) / "config.json"))
@@ -340,8 +337,7 @@ class Llama(nn.Module):
         return model.requires_grad_(False).eval()
 
 
-# ------------------------------------------------------------------- the student, and what it
-# learns
+# -------------------------------------------------------------- the student, and what it learns
 
 
 def make_student(teacher: Llama, config: LlamaConfig, trained: tuple[str, ...] = TRAINED) -> Llama:

@@ -2,11 +2,11 @@
 memory linear in T.
 
 What.  A layer's queries (or keys, or values) relate every token to every other one. For one head,
-with x_i the student's vector of token i, y_i the teacher's, and a scale a (D^-1/2 unless told
-otherwise):
+with x_i the student's vector of token i, y_i the teacher's, and scales a and b (a = D^-1/2, b = a
+unless told otherwise):
 
     S_ij = a x_i.x_j      P_ij = exp(S_ij - lse_i(S))      lse_i(S) = log sum_j exp(S_ij)
-    U_ij = a y_i.y_j      R_ij = exp(U_ij - lse_i(U))
+    U_ij = b y_i.y_j      R_ij = exp(U_ij - lse_i(U))
 
 over the columns j that row i may see: j <= i if causal, j < length with `lengths`. The loss of row
 i is KL(teacher || student), in nats:
@@ -41,11 +41,16 @@ distributions, the last term of stage 1's loss (train.py):
 How it is computed.  S and U are [T, T]: 4 GiB per head at T = 32 768 in float32. So:
 
     dense    the definition, with autograd: memory T^2. All others are tested against it in float64.
-    tiled    strips of BT whole rows, up to the diagonal. The forward keeps KL alone; the backward
-             makes each strip again, forms G (2) and adds both halves of (3). CPU and any GPU.
+    tiled    strips of BT whole rows, up to the diagonal. The forward keeps two numbers per row of
+             each softmax; the backward makes each strip again, forms G (2) and adds both halves of
+             (3). (Where all is one strip, P - R is kept instead.) CPU and any GPU.
     triton   the same two passes as fused GPU kernels (kernel_triton.py). A tile there holds part of
              a row, so the first pass keeps lse(S) and lse(U) and the second rebuilds P and R.
     hopper   those two passes for one chip (kernel_hopper.py): products and exponentials at once.
+
+What it costs.  The triangle has T^2 / 2 pairs, and a product over it 2 D T^2 / 2 flops per head. It
+takes two forward (S, U) and four backward (S and U again, G x, G^T x): 12 D T^2 / 2. The kernels'
+backward walks the whole square with three products, which makes 2 + 6 = 8 instead of 6.
 
 Limits.  The teacher takes no gradient. First derivatives only. Padded rows give 0.
 
@@ -53,16 +58,17 @@ Source.  LinearARD, arXiv 2604.00004, section 3; strips of scores that are made 
 FlashAttention, arXiv 2205.14135; the one-pass softmax: arXiv 1805.02867.
 """
 
+import itertools
 import math
 
 import torch
 import torch.utils.checkpoint
 from torch import Tensor
 
-# Forward + backward in float32 on one core of an Intel Xeon (AVX-512, 2 MiB of L2), torch 2.13,
-# with strips of 32, 64, 96, 128 rows: 216, 180, 176, 176 ms at 9 x 2048 x 64; 5.7, 4.9, 5.4, 5.2 at
-# 3 x 512.
-BT = 64
+# Rows of a strip. With 64, 96, 128, 192 and 256 rows forward + backward take 43, 39, 37, 38 and 44
+# ms at 1 x 2048 x 64, and 28, 30, 30, 32 and 32 ms at 9 x 512 x 64: float32, one core of an AMD
+# EPYC (Zen 3: AVX2, 512 KiB of L2), torch 2.13.
+BT = 128
 CELLS = {"cpu": 2**17}  # scores in a strip, over all its heads: about what a core's cache holds
 MANY_CELLS = 2**24  # elsewhere: enough to fill a GPU; 64 MiB in float32
 HIDDEN = -1e30  # the score of an unseen pair: exp2 gives 0, and differences stay finite
@@ -85,18 +91,19 @@ def relation_kl(
     """KL(teacher || student) of every row of the self-relation softmax, equation (1), in nats.
 
     student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require
-    grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: the teacher's own a, `scale` if
-    None. causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before
-    padding. impl: "auto", "dense", "tiled", "triton" or "hopper". kept: for activation
-    checkpointing, an empty list: the call leaves its numbers per row there, and the same call, made
-    again in the backward, takes them from it ("dense" computes them again). float32 products use
-    tf32 only where torch's own switch allows it. Returns [B, H, T], float32 (float64 for float64
-    input), differentiable in `student`. Raises ValueError for anything else, naming the value.
-    Source: arXiv 2604.00004, section 3.
+    grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: b, `scale` if None. causal: row
+    i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding. impl: "auto",
+    "dense", "tiled", "triton" or "hopper". kept: for activation checkpointing, an empty list. The
+    call leaves its numbers per row there; the same call, made again in the backward, takes them
+    from it. ("dense" computes them again.) float32 products use tf32 only where torch's own switch
+    allows it. Returns [B, H, T], float32 (float64 for float64 input), differentiable in `student`.
+    Raises ValueError for anything else, naming the value. Source: arXiv 2604.00004, section 3.
     """
     _check(student, teacher, lengths, impl)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
     teacher_scale = scale if teacher_scale is None else float(teacher_scale)
+    if not (0 < abs(scale) < math.inf and 0 < abs(teacher_scale) < math.inf):
+        raise ValueError(f"scale is {scale} and teacher_scale {teacher_scale}: finite, and not 0")
     if impl == "auto":
         impl, _ = choose(student, causal, lengths, (scale, teacher_scale))
     if impl == "dense":
@@ -121,8 +128,7 @@ def choose(
     lengths: Tensor | None = None,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> tuple[str, str]:
-    """What "auto" means for a loss of tensors like x [B, H, T, D], and why: the one place that
-    decides.
+    """What "auto" means for a loss of tensors like x [B, H, T, D], and why; decided here alone.
 
     Returns (implementation, reason): "tiled", "triton" or "hopper", and a phrase after "because".
     """
@@ -141,8 +147,7 @@ def choose(
 
 
 def keep_losses(ctx, op, *arguments, **options):
-    """A policy for selective checkpointing: a loss's three numbers per row are kept, not made
-    again.
+    """A policy for selective checkpointing: a loss's KL, lse(S) and lse(U) are kept.
 
     checkpoint(f, *args, use_reentrant=False, context_fn=lambda:
     create_selective_checkpoint_contexts(keep_losses)), both of torch.utils.checkpoint: the backward
@@ -208,93 +213,112 @@ def _dense(
 
 
 class _Tiled(torch.autograd.Function):
-    """Equations (1) to (3), strip by strip; scores are in bits: exp2 is what a machine computes."""
+    """Equations (1) to (3), strip by strip; scores are in bits: exp2 is what a machine computes.
+
+    Products are written into tensors that are there: autocast leaves those as they are.
+    """
 
     @staticmethod
     def forward(ctx, x, y, scale, teacher_scale, causal, lengths, kept):
-        B, H, T, D = x.shape
-        ctx.save_for_backward(x, y, lengths)
         ctx.arguments = (scale, teacher_scale, causal)
-        if kept:  # the backward makes its strips itself, and needs nothing of the forward's
-            return kept[0].clone()
-        kl = torch.empty(B * H, T, dtype=_wide(x), device=x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            for heads, rows, _, s, u, e in _strips(x, y, scale, teacher_scale, causal, lengths):
-                sum_s = torch.exp2(s, out=e).sum(-1, keepdim=True)
-                sum_u = _exp2(u, e).sum(-1, keepdim=True)
-                # log R - log P inside the sum: outside it, large numbers would cancel
-                terms = u.sub_(s).add_((sum_s / sum_u).log2()).mul_(e)
-                kl[heads, rows] = terms.sum(-1) / sum_u[..., 0]
-        kl = kl.mul_(math.log(2)).view(B, H, T)
-        if kept is not None:
-            kept.append(kl.clone())  # a copy: the caller may change the other in place
-        return kl
+        numbers = kept or _numbers(x, y, *ctx.arguments, lengths, short=kept is None)
+        ctx.save_for_backward(x, y, lengths, *numbers[1:])
+        if kept is None:
+            return numbers[0]
+        kept[:] = numbers
+        return kept[0].clone()  # the caller may change it in place
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, w):
-        x, y, lengths = ctx.saved_tensors
-        scale, teacher_scale, causal = ctx.arguments
-        dx = torch.zeros(x.shape, dtype=_wide(x), device=x.device).flatten(0, 1)
-        aw = scale * w.to(dx.dtype).flatten(0, 1)[..., None]  # [BH, T, 1]
-        with torch.autocast(x.device.type, enabled=False):
-            for heads, rows, z, s, u, _ in _strips(x, y, scale, teacher_scale, causal, lengths):
+        x, y, lengths, pivots, sums, g = ctx.saved_tensors
+        shape, dtype = x.shape, x.dtype
+        x, y, padding = _operands(x, y, lengths)
+        # G (2) is g times a factor per row, which is cheaper on D numbers than on n
+        factor = (ctx.arguments[0] * w).to(x.dtype).reshape(-1, shape[2], 1) / sums[0]
+        dx = torch.zeros_like(x)
+
+        def collect(heads, rows, g):
+            x_i, f, n = x[heads, rows], factor[heads, rows], g.shape[-1]
+            dx[heads, :n].baddbmm_(g.mT, f * x_i)  # column i of G
+            row = torch.bmm(g, x[heads, :n], out=torch.empty_like(x_i))
+            dx[heads, rows].addcmul_(f, row)  # row i of G
+
+        if g is not None:
+            collect(slice(None), slice(None), g)
+        else:
+            ratio = sums[0] / sums[1]
+            for heads, rows, both, s, u, _ in _strips(x, y, padding, *ctx.arguments):
+                both.sub_(pivots[:, heads, rows])
                 _exp2(s, s), _exp2(u, u)
-                sum_s, sum_u = s.sum(-1, keepdim=True), u.sum(-1, keepdim=True)
-                # (2), but for a factor per row, which is cheaper on D numbers than on n
-                g = s.addcmul_(u, sum_s / sum_u, value=-1)
-                factor = aw[heads, rows] / sum_s
-                n = s.shape[-1]
-                dx[heads, :n].baddbmm_(g.mT, factor * z[:, rows])  # column i of G
-                dx[heads, rows].addcmul_(factor, g @ z[:, :n])  # row i of G
-        return dx.view(x.shape).to(x.dtype), *[None] * 6
+                collect(heads, rows, s.addcmul_(u, ratio[heads, rows], value=-1))
+        return dx.view(shape).to(dtype), *[None] * 6
 
 
-def _strips(
-    x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
-):
-    """Yields (heads, rows, z, s, u, e) for strips of BT rows, as many heads at once as CELLS holds.
-
-    heads, rows: slices of B*H and of T. z [h, T, D]: the student's vectors, wide, padding zeroed.
-    s, u: scores [h, <=BT, n] in bits less the row's largest, n the columns up to the diagonal (T
-    if not causal). e: room for one more such strip. The next strip overwrites s, u and e.
+def _numbers(x, y, scale, teacher_scale, causal, lengths, short) -> tuple:
+    """KL [B, H, T], and what the backward needs: pivots and sums of exponentials [2, BH, T, 1], of
+    S and of U; g [BH, T, T] = P - R times the sums of S, if `short` and T <= BT, else None.
     """
+    B, H, T, _ = x.shape
+    x, y, padding = _operands(x, y, lengths)
+    kl, pivots, sums = (x.new_empty(k, B * H, T, 1) for k in (1, 2, 2))
+    g = x.new_empty(B * H, T, T) if short and T <= BT else None
+    for heads, rows, both, s, u, room in _strips(x, y, padding, scale, teacher_scale, causal):
+        both.sub_(torch.amax(both, -1, keepdim=True, out=pivots[:, heads, rows]))
+        terms = torch.sub(u, s, out=room)
+        _exp2(s, s), _exp2(u, u)
+        torch.sum(both, -1, keepdim=True, out=sums[:, heads, rows])
+        torch.sum(terms.mul_(u), -1, keepdim=True, out=kl[0, heads, rows])
+        if g is not None:
+            torch.addcmul(s, u, sums[0, heads] / sums[1, heads], value=-1, out=g[heads])
+    sum_s, sum_u = sums.unbind()
+    # (1) for scores relative to their pivots: from the raw ones' lse large numbers would cancel
+    kl = kl.div_(sum_u).add_((sum_s / sum_u).log2_()).mul_(math.log(2))
+    return kl.view(B, H, T), pivots, sums, g
+
+
+def _operands(x: Tensor, y: Tensor, lengths: Tensor | None):
+    """x and y [BH, T, D], wide, padding zeroed; where padding is [BH, T], or None."""
     B, H, T, D = x.shape
-    wide, device = _wide(x), x.device
-    x, y = x.reshape(B * H, T, D), y.reshape(B * H, T, D)
-    in_bits = torch.tensor([scale, teacher_scale], dtype=wide, device=device) * math.log2(math.e)
-    h = min(B * H, max(1, CELLS.get(device.type, MANY_CELLS) // (BT * T)))
-    buffer = torch.empty(3 * h * min(BT, T) * T, dtype=wide, device=device)
-    above = torch.full((BT, BT), HIDDEN, dtype=wide, device=device).triu_(1)
-    if lengths is not None:
-        padding = torch.arange(T, device=device) >= lengths.to(device)[:, None]
-        padding = padding.repeat_interleave(H, 0)  # [BH, T]
-    for first in range(0, B * H, h):
-        heads = slice(first, min(first + h, B * H))
-        xy = torch.stack((x[heads], y[heads])).to(wide)  # [2, h, T, D]
-        if lengths is not None:
-            # A padded row then has S = U = 0 everywhere: KL and G are exactly 0, without a mask
-            xy.masked_fill_(padding[heads, :, None], 0.0)
-        left = (xy * in_bits[:, None, None, None]).flatten(0, 1)
-        right = xy.flatten(0, 1).mT.contiguous()  # stored as [D, T]: the product is a fifth faster
-        for start in range(0, T, BT):
-            rows = slice(start, min(start + BT, T))
-            n, b = rows.stop if causal else T, rows.stop - start
-            s, u, e = buffer[: 3 * len(xy[0]) * b * n].view(3, -1, b, n)
-            both = buffer[: len(left) * b * n].view(len(left), b, n)  # s and u
-            torch.bmm(left[:, rows], right[..., :n], out=both)
-            if causal:  # only the last columns cross the diagonal
-                both[..., start:] += above[:b, :b]
-            elif lengths is not None:
-                both.view(2, -1, b, n).add_(HIDDEN * padding[heads, None].to(wide))
-            both -= both.amax(-1, keepdim=True)
-            yield heads, rows, xy[0], s, u, e
+    x, y = x.reshape(B * H, T, D).to(_wide(x)), y.reshape(B * H, T, D).to(_wide(y))
+    if lengths is None:
+        return x, y, None
+    padding = torch.arange(T, device=x.device) >= lengths.to(x.device)[:, None]
+    padding = padding.repeat_interleave(H, 0)
+    # A padded row then has S = U = 0 everywhere: KL and G are exactly 0, without a mask
+    return *(z.masked_fill(padding[..., None], 0.0) for z in (x, y)), padding
+
+
+def _strips(x, y, padding, scale: float, teacher_scale: float, causal: bool):
+    """Yields (heads, rows, both, s, u, room) for strips of BT rows, as many heads as CELLS holds.
+
+    heads, rows: slices of B*H and of T. both: s and u, scores [h, <=BT, n] in bits, n the columns
+    up to the diagonal (T if not causal). room: for one more. The next strip overwrites them all.
+    """
+    BH, T, _ = x.shape
+    h = min(BH, max(1, CELLS.get(x.device.type, MANY_CELLS) // (BT * T)))
+    # S and U start at multiples of 16 numbers: a product's last bits may depend on it
+    buffer = x.new_empty(3, -(-h * min(BT, T) * T // 16) * 16)
+    above = x.new_full((min(BT, T), min(BT, T)), HIDDEN).triu_(1)
+    for first, start in itertools.product(range(0, BH, h), range(0, T, BT)):
+        heads, rows = slice(first, first + h), slice(start, start + BT)
+        x_i, y_i = x[heads, rows], y[heads, rows]
+        b, n = x_i.shape[1], min(start + BT, T) if causal else T
+        three = buffer[:, : len(x_i) * b * n].unflatten(1, (-1, b, n))
+        both, (s, u, room) = three[:2], three.unbind()
+        s.baddbmm_(x_i, x[heads, :n].mT, beta=0, alpha=scale * math.log2(math.e))
+        u.baddbmm_(y_i, y[heads, :n].mT, beta=0, alpha=teacher_scale * math.log2(math.e))
+        if causal:  # only the last columns cross the diagonal
+            both[..., start:].add_(above[:b, :b])
+        elif padding is not None:
+            both.add_(HIDDEN * padding[heads, None].to(x.dtype))
+        yield heads, rows, both, s, u, room
 
 
 def _exp2(scores: Tensor, out: Tensor) -> Tensor:
     """2^scores into `out`; terms below 2^FLOOR of the row's largest become 0, which no sum notices.
 
-    Left in, they would be subnormal numbers, with which many CPUs compute 100 times more slowly: 6
-    % of the V/V pairs of the demo's last layer are. (torch.exp is as slow wherever it underflows.)
+    Left in, they would be subnormal numbers, with which many CPUs compute 100 times more slowly;
+    6 % of the V/V pairs of the demo's last layer are. (torch.exp is as slow where it underflows.)
     """
     return torch.threshold(scores, FLOOR, HIDDEN, out=out).exp2_()

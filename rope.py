@@ -1,5 +1,4 @@
-"""Rotary positions: which angle each pair of features turns by at each position, and how that is
-stretched.
+"""Rotary positions: the angle that each pair of features turns by, and how it is stretched.
 
 What.  RoPE turns feature pair k of a query or key at position p by the angle p w_k, so that a dot
 product of two rotated vectors depends on their distance alone. The frequencies fall geometrically,
@@ -7,17 +6,16 @@ from one radian per token to a turn in tens of thousands of tokens:
 
     w_k = theta^(-2k/D)          k = 0 .. D/2-1
 
-Beyond the length M that a model was trained at, the slow pairs reach angles it never saw, and it
-breaks. Every way out changes the frequencies (s = `factor`, L = the length at hand, M0 = the length
-before scaling):
+Beyond the length M0 that a model was trained at, the slow pairs reach angles it never saw, and it
+breaks. Every way out changes the frequencies (s = `factor`, n = the length at hand):
 
     default    w_k
     linear     w_k / s                         position interpolation: all angles as in training
     ntk        theta' = theta s^(D/(D-2))      slowest pair / s, fastest / 1; on disk a plain theta
-    dynamic    theta' = theta (s L/M - (s-1))^(D/(D-2))    ntk that grows with L; default if L <= M
+    dynamic    theta' = theta (s n/M0 - (s-1))^(D/(D-2))   ntk that grows with n, from n = M0 on
     yarn       pairs that turn more than 32 times in M0 keep w_k, those that turn less than once
-               get w_k / s, a ramp between; and cos and sin are multiplied by 0.1 ln s + 1, so that
-               attention over more tokens stays as sharp
+               get w_k / s, a ramp between; and cos and sin are multiplied by 0.1 ln s + 1, the
+               attention factor, so that attention over more tokens stays as sharp
     llama3     the same idea with its own ramp, on the wavelength 2 pi / w_k
     longrope   w_k / e_k, with one searched table e for lengths up to M0 and one beyond
 
@@ -25,9 +23,9 @@ Why interpolation blurs near positions.  Two tokens d apart differ by the angle 
 the fast pairs tell neighbours apart. Interpolation slows all pairs: the fastest now turns 1/s
 radian per token, and tokens less than s apart differ by less than one radian in every pair. A share
 ln s / ln theta of the pairs turned faster than that before: 15 of 64 at s = 8, theta = 10^4,
-D = 128. No pair does their work now: distance d looks as d/s did, and training never showed an
-eighth of a token. In one number: a vector of equal pairs differs from itself d tokens on by
-1 - mean_k cos(d w_k), which falls 61-fold at d = 1:
+D = 128. No pair turns that fast any more: distance d looks as d/s did, and training never showed an
+eighth of a token. In one number: a vector whose pairs all have the same length differs from itself
+d tokens on by 1 - mean_k cos(d w_k), which falls 61-fold at d = 1:
         pytest tests/test_rope.py::test_interpolation_blurs_near_positions
 
 Why yarn's ramp does not.  A pair that turns many times within M0 has shown every angle in training:
@@ -92,9 +90,9 @@ class RopeConfig:
 
     @staticmethod
     def from_hf(config: dict) -> "RopeConfig":
-        """Reads either dialect of config.json. Raises ValueError naming a key and value it refuses.
+        """Reads either dialect of config.json; ValueError names the key and value it refuses.
 
-        The one place where the head dimension is read: a key of its own or width / heads.
+        The head dimension is read here alone: a key of its own, or width / heads.
         """
         scaling, parameters = _table(config, "rope_scaling"), _table(config, "rope_parameters")
         table = scaling or parameters
@@ -102,7 +100,7 @@ class RopeConfig:
         if not isinstance(kind, str) or kind not in KINDS:
             known = ", ".join(KINDS)
             raise ValueError(f"rope_type {kind!r} is not supported; the known ones are {known}")
-        # the table's own theta, then the top level's: that of the other dialect's table is not read
+        # The table's own theta, then the top level's; never that of the other dialect's table
         theta = _number("rope_theta", table.get("rope_theta", config.get("rope_theta", 10000.0)))
         key = "max_position_embeddings"
         longest = _whole(key, config.get(key, 2048))
@@ -176,7 +174,7 @@ class RopeConfig:
             theta = self.theta * factor ** (self.head_dim / (self.head_dim - 2))
             return replace(self, theta=theta, max_position=longer)
         factor = float(factor)
-        if kind == "dynamic":  # its formula has M, the length before scaling, in max_position
+        if kind == "dynamic":  # its config.json keeps M0 in max_position_embeddings
             return replace(self, kind=kind, factor=factor)
         original = self.max_position if kind in _NEED_M0 else None
         return replace(self, kind=kind, factor=factor, max_position=longer, original=original)
@@ -199,7 +197,9 @@ class RopeConfig:
         return f"{self.kind} RoPE{factor}, theta {self.theta:g}, {self.length:,} tokens"
 
     def _tuning_to_scale(self) -> tuple[tuple[str, object], ...]:
-        """Without an attention factor that is the derived one: that grows with the factor."""
+        """The tuning for a larger factor: a stored attention_factor equal to the derived one is
+        dropped, so that it is derived anew; any other is refused.
+        """
         given = self._filled().get("attention_factor")
         derived = frequencies(replace(self, tuning=()), self.head_dim)[1]
         if given is not None and abs(given - derived) > 1e-3:
@@ -241,7 +241,9 @@ def frequencies(
 ) -> tuple[Tensor, float]:
     """(w [head_dim/2] float32 on the CPU, attention factor) for sequences of `seq_len` tokens.
 
-    seq_len matters to dynamic and longrope alone; None means no longer than the model's own length.
+    head_dim: of the vectors that are turned. In a model it is rope.head_dim; a RopeConfig made by
+    hand may have left that at its default. Only dynamic and longrope depend on seq_len; None means
+    no longer than the model's own length.
     """
     D, s, tuning = head_dim, rope.factor, rope._filled()
     exponents = torch.arange(0, D, 2, dtype=torch.int64).float() / D  # 2k / D
@@ -269,8 +271,8 @@ def _yarn(rope: RopeConfig, w: Tensor, D: int, tuning: dict) -> tuple[Tensor, fl
         """The index, not rounded, whose wavelength fits `turns` times into M0."""
         return D * math.log(rope.original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    def temperature(scale: float, m: float) -> float:
-        return 1.0 if scale <= 1 else 0.1 * m * math.log(scale) + 1.0
+    def derived(m: float) -> float:
+        return 1.0 if rope.factor <= 1 else 0.1 * m * math.log(rope.factor) + 1.0
 
     low, high = pair_turning(tuning["beta_fast"]), pair_turning(tuning["beta_slow"])
     if tuning["truncate"]:
@@ -279,10 +281,11 @@ def _yarn(rope: RopeConfig, w: Tensor, D: int, tuning: dict) -> tuple[Tensor, fl
     if low == high:
         high += 0.001
     ramp = ((torch.arange(D // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    s, factor = rope.factor, tuning["attention_factor"]
-    if factor is None and tuning["mscale"] and tuning["mscale_all_dim"]:
-        factor = temperature(s, tuning["mscale"]) / temperature(s, tuning["mscale_all_dim"])
-    return w / s * ramp + w * (1 - ramp), temperature(s, 1.0) if factor is None else factor
+    attention = tuning["attention_factor"]
+    if attention is None and tuning["mscale"] and tuning["mscale_all_dim"]:
+        attention = derived(tuning["mscale"]) / derived(tuning["mscale_all_dim"])
+    w = w / rope.factor * ramp + w * (1 - ramp)
+    return w, derived(1.0) if attention is None else attention
 
 
 def _llama3(rope: RopeConfig, w: Tensor, tuning: dict) -> Tensor:
@@ -301,10 +304,10 @@ def rotation(
 
     seq_len: the longest position plus 1.
     """
-    w, factor = frequencies(rope, head_dim, seq_len)
+    w, attention_factor = frequencies(rope, head_dim, seq_len)
     angles = positions[..., None].float() * w.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
-    return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
+    return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

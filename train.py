@@ -1,5 +1,4 @@
-"""Extends a LLaMA's context: interpolate the positions, repair by self-distillation, then a short
-pre-training.
+"""Extends a LLaMA's context: stretch its positions, repair it by self-distillation, train a little.
 
     python train.py --teacher DIR --scale 8       both stages, then an export that loads everywhere
     python train.py                               the same on the teacher and text at hand offline
@@ -20,18 +19,23 @@ relations of all layers are still perfect, and every query looks one token besid
 next-token distributions change, and the gradient of their KL leads back:
         pytest tests/test_model.py::test_the_next_token_kl_sees_the_turn_that_no_relation_sees
 
-Stage 2.  The student predicts the next token at the extended length; beside each long block stand a
-few native ones with stage 1's loss, so that what stage 1 won is kept.
+Stage 2.  The student alone learns to predict the next token: L2 = next-token loss. With
+--native-blocks n, stage 1's L is added, over n blocks of stage 1's length beside each long one, so
+that what stage 1 won is kept.
+
+Lengths.  Stage 1 reads short blocks (512 or 2048 tokens), stage 2 long ones (up to 16K, or the
+native length where that is more), the student under the stretched positions (engine/plan.py).
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
 
---out DIR gets metrics.jsonl (a line per step) and curves.png, run.json (arguments, versions, seed),
-state/ (to --resume from), report.json, .md and .png (what was lost, what came back) and student/,
-the Hugging Face directory.
+--out DIR gets metrics.jsonl (a line per step), curves.png, run.json (arguments, versions, seed),
+state/ (for --resume), cache/ (tokenised text, unless --cache says where), report.json, .md and .png
+(what was lost, what came back) and student/, the Hugging Face directory; with --lora-rank adapter/,
+with --tensorboard tensorboard/. .linear-ard.json lists these; .lock is held by the run at work.
 
-Exit codes: 0 done; 2 refused or cannot go on, one sentence says why; 3 stopped by Ctrl-C, SIGTERM
-or SIGHUP, the state saved if there was one. torchrun has its own: 1 where a process's is not 0.
+Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
+SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.
 
 Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
 number of query heads even where keys are shared: --preset authors does as they do.
@@ -86,14 +90,13 @@ def relation_loss(
     relations: str = "qkv",
     units: list | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Teacher and student in lock-step over ids [B, T]: (loss, its relations [L, 3], next-token
-    KL), in nats.
+    """(loss, relations [L, 3], next-token KL) of both models over ids [B, T], in nats.
 
-    The last two carry no gradient. Both models advance together, so that q, k and v of one layer of
-    each are all that is alive at a time; with `checkpointing` a layer keeps its two inputs [B, T,
-    C] and the losses' numbers per row, and the rest is computed again in the backward. Without the
-    logit term the last layer ends at its q, k and v: what would come after is in no loss. units:
-    with --shard, what gathers layer l of both models while a function runs (engine/parallel.py).
+    The last two carry no gradient. Both models advance together, so that the q, k and v of only one
+    layer of each are alive at a time. With `checkpointing` a layer keeps its two inputs [B, T, C]
+    and the losses' numbers per row; the rest is computed again in the backward. Without the logit
+    term the last layer ends at its q, k and v, as no loss depends on more. units: with --shard,
+    what gathers layer l of both models while a function runs (engine/parallel.py).
     """
     B, T = ids.shape
     L, H, Hkv = (getattr(teacher.config, k) for k in ("n_layer", "n_head", "n_kv_head"))
@@ -101,8 +104,7 @@ def relation_loss(
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
     turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
-    # YaRN multiplies q and k by a temperature: divided out, so that the student is not taught to
-    # undo it
+    # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
     scales = teacher.score_scale(T), student.score_scale(T)
 
     def step(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
@@ -140,18 +142,17 @@ def relation_loss(
 def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool):
     if last:
         return h, layer.self_attn.qkv(layer.input_layernorm(h), turn)
-    return type(layer).forward(
-        layer, h, turn
-    )  # not layer(...): a sharded layer's unit is already gathered
+    # Not layer(...): a sharded layer's unit is gathered already
+    return type(layer).forward(layer, h, turn)
 
 
 def logit_kl(
     teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor, chunk: int = 4096
 ) -> Tensor:
-    """Mean KL(teacher || student) in nats of the next-token distributions, h [B, T, C] being before
-    the last norm.
+    """Mean KL(teacher || student) of the next-token distributions, in nats.
 
-    At most [chunk, V] logits of each exist at once.
+    h_teacher, h_student: [B, T, C] before the last norm. At most [chunk, V] logits of each exist at
+    once.
     """
 
     def part(x: Tensor, y: Tensor) -> Tensor:
@@ -172,38 +173,33 @@ def main(argv: list[str] | None = None) -> None:
     world = parallel.World(args.device)  # this process, or torchrun's many
     device, (dtype, why) = world.device, choose_dtype(world.device, args.dtype)
 
-    # ---- plan: whatever can be refused without text and weights is refused here; nothing is
-    # written
+    # ---- plan: what can be refused without text and weights is refused here; nothing is written
     native = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
     longer = native.extended(args.rope or plan.rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
     stages = plan.make_stages(args, native, longer)
     plan.check(args, native, longer, stages, tokenizer, world.size)
+    if args.data:
+        data.find_files(args.data, [args.cache, args.out])  # they exist and are of kinds read
     apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
     check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
     if not args.dry_run:
         world.on_main(lambda: check(apart=apart))
     free = int(world.min(cost.free_memory(device)))
-    peak = (
-        args.peak_tflops * 1e12
-        if args.peak_tflops
-        else world.on_main(cost.peak_flops, device, dtype)
-    )
+    given = args.peak_tflops
+    peak = given * 1e12 if given else world.on_main(cost.peak_flops, device, dtype)
     shards = world.size if args.shard else 1
-    settled = []  # of each stage: blocks at a time, recompute activations?, memory by part
-    for s in stages:
-        own = s.batch // world.size
-        settled.append(
-            plan.settle(native, s, dtype, device, args.micro, args.lora_rank, shards, own, free)
-        )
+    # of each stage: blocks at a time, recompute activations?, memory by part
+    settle = functools.partial(plan.settle, native, dtype=dtype, device=device, free=free)
+    settle = functools.partial(settle, micro=args.micro, rank=args.lora_rank, shards=shards)
+    settled = [settle(s, own=s.batch // world.size) for s in stages]
     needs = [need for _, _, need in settled]
     print(plan.describe(native, longer, stages, needs, args.lora_rank))
+    print(plan.describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why}")
     impl, why = plan.relation_impl(args, native, dtype, device)
     print(f"relation loss: {impl}, because {why}")
-    print(
-        plan.describe_time(native, stages, args.lora_rank, peak, world.size, bool(args.peak_tflops))
-    )
+    print(plan.describe_time(native, stages, args.lora_rank, peak, world.size, bool(given)))
     for stage, need in zip(stages, needs, strict=True):
         plan.refuse_if_too_large(need, free, stage)
     if args.dry_run:
@@ -215,8 +211,10 @@ def main(argv: list[str] | None = None) -> None:
         # ---- where to begin: at zero, or where the newest good state says
         depends = world.on_main(resume.matters, args, stages)
         at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
+        if args.resume:
+            print(resume.going_on(at, stages))
 
-        # ---- models: the student's tensors ARE the teacher's, except float32 copies of q, k and v
+        # ---- models: the student's tensors ARE the teacher's, but for float32 copies of q, k and v
         teacher = Llama.from_pretrained(
             args.teacher, dtype=dtype, device="cpu" if args.shard else str(device)
         )
@@ -224,8 +222,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.lora_rank:
             torch.manual_seed(args.seed)
             lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
-        # the masters start from the stored numbers, not from their rounding to the compute dtype
-        else:
+        else:  # the copies start from the stored numbers, not from their rounding to `dtype`
             stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
             for name, value in stored.items():
                 student.get_parameter(name).data.copy_(value)
@@ -248,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             world.on_main(lambda: loaded.append(read()))
             corpus = loaded[0] if loaded else read(quiet=True)
         depends["text"] = corpus.digest
+        print(plan.describe_text(corpus, stages))
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
         held_out = evaluation.HeldOut(
             corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
@@ -262,19 +260,16 @@ def main(argv: list[str] | None = None) -> None:
             log = watch.Watch(out, stages, native, args, peak, world.size, about, at.total)
 
         def save() -> None:
-            """All processes gather, the first one writes."""
+            """All processes gather; the first one writes."""
             tensors = resume.gather(weights, optimiser, keep=world.main)
             with files.disk_sentences(args.out, resume.kept(at)):
                 world.on_main(resume.write, out, tensors, at, depends)
 
         def measure(name: str, model: Llama) -> None:
-            """A column of the table; sharded models need all processes."""
+            """A column of the table, filled by the first process, or by all of a sharded model."""
             if held_out.blocks and name not in at.columns:
-                at.columns[name] = (
-                    held_out.measure(model)
-                    if args.shard
-                    else world.on_main(held_out.measure, model)
-                )
+                measured = held_out.measure
+                at.columns[name] = measured(model) if args.shard else world.on_main(measured, model)
 
         measure(report.TEACHER, teacher)
         measure(report.UNTRAINED, student)
@@ -291,9 +286,7 @@ def main(argv: list[str] | None = None) -> None:
             reducer = parallel.Reducer(weights.values(), world)  # averages gradients over processes
 
             def losses(part: cost.Stage, piece: Tensor, again: bool = checkpointing) -> tuple:
-                """The loss of one piece of a step's blocks [n, T + 1], and what else is logged of
-                it.
-                """
+                """The loss of a piece [n, T + 1] of a step's blocks, and what else is logged."""
                 if part.objective == "relation":  # relate tokens as the teacher does
                     return relation_loss(
                         teacher, student, piece[:, :-1], dtype, impl=impl, checkpointing=again,
@@ -323,7 +316,9 @@ def main(argv: list[str] | None = None) -> None:
                         seed = args.seed + 7919 * number + 104729 * (part is stage.beside)
                         ids = corpus.batch(seed, first, mine, part.T)  # [mine, T + 1]
                         ids = lookups.mix(ids, seed, first, args.lookups) if lookups else ids
-                        ids, few = ids.to(device), cost.at_a_time(part, few, mine)
+                        ids = ids.to(device)
+                        few = 1 if args.lora_dropout else few  # whose noise has a seed per block
+                        few = cost.at_a_time(part, few, mine)
                         for begin in range(0, mine, few):
                             piece = ids[begin : begin + few]
                             resume.reseed(args.seed, at.total, first + begin)
@@ -356,25 +351,16 @@ def main(argv: list[str] | None = None) -> None:
                 # log, save
                 at.step, at.total = step + 1, at.total + 1
                 if world.main:
-                    log.step(
-                        at.total - 1,
-                        step,
-                        figures,
-                        float(norm),
-                        group["lr"],
-                        time.time() - began,
-                        device,
-                    )
+                    lr, seconds = group["lr"], time.time() - began
+                    log.step(at.total - 1, step, figures, float(norm), lr, seconds, device)
                 if stopping or saving:
                     save()
                     saved = time.time()
                     if world.main:
                         log.draw(patience=60)
                 if stopping:
-                    print(
-                        f"\nstopped after step {step + 1} of {stage.name}; --resume goes on from "
-                        "here"
-                    )
+                    at_step = f"step {step + 1} of {stage.name}"
+                    print(f"\nstopped after {at_step}; --resume goes on from here")
                     out.close()
                     return world.exit(exits.STOPPED)
             reducer.close()
@@ -422,8 +408,11 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
                 trained=TRAINED,
             )  # fmt: skip
     at = args.out / "student"
-    print(f"\n{text}\n\nexported to {at} ({longer.rope.length:,} tokens of context); next:")
-    print(f"  python eval.py --model {at} --against {args.teacher}")
+    print(f"\n{text}\n" if text else "")
+    print(f"exported to {at} ({longer.rope.length:,} tokens of context); next:")
+    text = "".join(f" {p}" for p in args.data)
+    text = f" --data{text}" if text else ""
+    print(f"  python eval.py --model {at} --against {args.teacher}{text}")
 
 
 if __name__ == "__main__":

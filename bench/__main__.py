@@ -38,9 +38,6 @@ def main() -> None:
     kernel.add_argument(
         "--shapes", nargs="+", metavar="HxTxD[t]", help="instead of the default list"
     )
-    kernel.add_argument(
-        "--only", nargs="+", metavar="NAME", help="these rows, such as triton dense"
-    )
     memory = commands.add_parser("memory", help="peak memory against T, as a figure")
     memory.add_argument(
         "--lengths", nargs="+", type=int, metavar="T", help="instead of the default list"
@@ -51,6 +48,9 @@ def main() -> None:
     step.formatter_class = argparse.RawDescriptionHelpFormatter
     steps.add_flags(step)
     for command in (kernel, memory):
+        command.add_argument(
+            "--only", nargs="+", metavar="NAME", help="these rows, such as triton dense"
+        )
         command.add_argument(
             "--authors", type=Path, metavar="PATH", help="a clone of gracefulning/LinearARD (GPU)"
         )

@@ -14,7 +14,7 @@ graph" (the same work replayed as one CUDA graph) says what share. TFLOP/s: 12 D
 forward and backward, a third of it for the forward, whatever an implementation really does
 (relation_kl.py: 6 products over a triangle). Attention is another computation, here for scale only:
 by its own count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the rate of one large
-product in the same run, 8192^3 in bfloat16 on a GPU, 2048^3 in float32 on a CPU (OMP_NUM_THREADS=1
+product in the same run, 8192^3 in bfloat16 on a GPU, 1024^3 in float32 on a CPU (OMP_NUM_THREADS=1
 where other processes share the machine). Memory: peak of torch's allocator above what the inputs
 hold; on a CPU, growth of a fresh process's resident peak (ru_maxrss), since torch counts no CPU
 memory, with a malloc that gives freed blocks back at once. That is coarse: what fits into pages
@@ -22,6 +22,7 @@ that the process already had shows as 0.
 """
 
 import concurrent.futures
+import gc
 import importlib
 import importlib.metadata
 import json
@@ -52,7 +53,7 @@ GPU_SHAPES = (
     "8x32768x128",
     "32x32768x128",
 )
-CPU_SHAPES = ("3x512x64", "9x2048x64")
+CPU_SHAPES = ("12x64x64", "3x128x64", "3x512x64", "9x2048x64")
 
 
 # ---- the implementations: each takes (x, y) and gives a tensor to differentiate
@@ -104,6 +105,8 @@ def implementations(device: str, authors_path: Path | None) -> dict:
             "(GPU only)."
         )
         return {"dense": ours("dense"), "tiled": ours("tiled")}
+    # a compiled backward gives its buffers away after one call, unless told that there will be more
+    torch._functorch.config.donated_buffer = False
     probe = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16, device=device)
     chip = kernel_hopper.unsupported(probe, True, None, (1.0, 1.0)) is None
     table = {"hopper": ours("hopper")} if chip else {}
@@ -178,12 +181,12 @@ def graphed(f, x: Tensor, y: Tensor):
 
 
 def peak_bytes(f, x: Tensor, y: Tensor) -> int:
-    """Bytes that forward and backward of x and y [B, H, T, D] hold at most, beyond what is held
-    before.
+    """Bytes that forward and backward of x and y [B, H, T, D] hold beyond what is held before.
 
     On a CPU only in a fresh process.
     """
     if x.is_cuda:
+        gc.collect()  # what a call before left in cycles is held by nobody
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()

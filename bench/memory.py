@@ -26,8 +26,14 @@ from bench import kernel
 
 GPU_LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144)
 CPU_LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
-PATIENCE = 20.0  # seconds
-COLOURS = {"dense": "#c44e52", "tiled": "#4c72b0", "triton": "#55a868", "hopper": "#8172b3"}
+PATIENCE = 10.0  # seconds
+COLOURS = {
+    "dense": "#c44e52",
+    "tiled": "#4c72b0",
+    "triton": "#55a868",
+    "hopper": "#8172b3",
+    "authors": "#8c8c8c",
+}
 
 
 def bench_memory(arguments) -> None:
@@ -42,6 +48,8 @@ def bench_memory(arguments) -> None:
     records = []
     with kernel.open_lines(arguments.out, "memory.jsonl") as file:
         for name, f in table.items():
+            if name not in (arguments.only or table):
+                continue
             for T in arguments.lengths or (GPU_LENGTHS if device == "cuda" else CPU_LENGTHS):
                 peak, seconds = _point(name, f, (H, T, D), device)
                 record = {"impl": name, "H": H, "T": T, "D": D, "peak_bytes": peak}
@@ -91,7 +99,8 @@ def draw(records: list[dict], path: Path) -> None:
                 label += f": x{seen[-1][1] / seen[-2][1]:.1f} per doubling"
             if rows[-1]["peak_bytes"] is None:
                 label += f", {_tokens(rows[-1]['T'])} does not fit"
-            axis.plot(*zip(*seen, strict=True), "o-", lw=2, color=COLOURS.get(name), label=label)
+            style = "o--" if name == "triton" else "o-"  # it lies on hopper's line
+            axis.plot(*zip(*seen, strict=True), style, lw=2, color=COLOURS[name], label=label)
         axis.xaxis.set_major_formatter(FuncFormatter(lambda T, _: _tokens(T)))
         axis.yaxis.set_major_locator(LogLocator(base=4, numticks=20))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda b, _: _size(b)))

@@ -71,6 +71,7 @@ def _shape(V, C, M, L, H, Hkv, length, theta=10000.0, tied=False) -> dict:
 SHAPES = {
     "llama2-7b": _shape(32000, 4096, 11008, 32, 32, 32, 4096),
     "llama3-8b": _shape(128256, 4096, 14336, 32, 32, 8, 8192, 500000.0),
+    "llama3-1b": _shape(128256, 2048, 8192, 16, 32, 8, 8192, 500000.0, True),
     "smollm2-135m": _shape(49152, 576, 1536, 30, 9, 3, 8192, 100000.0, True),
     "demo": None,  # read from demo/teacher
 }
@@ -81,13 +82,13 @@ def add_flags(parser) -> None:
     parser.add_argument("--model", choices=list(SHAPES), default="llama2-7b")
     parser.add_argument("--stage", choices=("1", "2", "both"), default="both")
     parser.add_argument(
-        "--length", type=int, metavar="T", help="tokens a block of stage 1 [the shape's own]"
+        "--length", type=int, metavar="T", help="tokens per block of stage 1 [the shape's own]"
     )
     parser.add_argument(
-        "--length2", type=int, metavar="T", help="tokens a block of stage 2 [8 times that]"
+        "--length2", type=int, metavar="T", help="tokens per block of stage 2 [8 times that]"
     )
     parser.add_argument(
-        "--batch", type=int, metavar="B", help="blocks a step [as many as fill 16384 tokens]"
+        "--batch", type=int, metavar="B", help="blocks per step [as many as fill 16384 tokens]"
     )
     parser.add_argument(
         "--micro", type=int, metavar="B", help="blocks at a time [as many as fill 8192 tokens]"

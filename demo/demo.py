@@ -8,7 +8,8 @@ and OUT/demo.png put their reports side by side. An earlier demo's folders are r
 else.
 
 How it is read.  Recovered is (untrained linear - student) / (untrained linear - teacher) at 1x for
-all columns: the share of what position interpolation loses.
+all columns: the share of what position interpolation loses. (In the runs' own reports each kind's
+untrained student stands in linear's place: evals/retention.py.)
 
 Limits.  A model of 5.7M parameters and minutes of two CPU cores: what it shows of a real model is
 the shape of the curves, not their height.
@@ -30,6 +31,9 @@ COLOURS = {"teacher": "0.35", "linear": "#c44e52", "yarn": "#4c72b0"}
 
 def main() -> None:
     flags = sys.argv[1:]
+    if {"-h", "--help"} & set(flags):
+        print(__doc__)
+        return
     out = Path(flags[flags.index("--out") + 1]) if "--out" in flags else Path("out/demo")
     rest = [f for i, f in enumerate(flags) if f != "--out" and (i == 0 or flags[i - 1] != "--out")]
     began = time.time()
@@ -71,7 +75,7 @@ def side_by_side(out: Path) -> str:
     found = columns(out)
     rows = list(found["teacher"])
     shown = [r for r in rows if r.startswith(("loss at", "recall at"))]
-    lines = ["| | " + " | ".join([*shown, "lost loss recovered"]) + " |"]
+    lines = ["| | " + " | ".join([*shown, "recovered of what linear loses"]) + " |"]
     lines.append("|---|" + "---:|" * (len(shown) + 1))
     for label, figures in found.items():
         cells = [f"{figures[r]:.3f}" if "loss" in r else f"{100 * figures[r]:.0f} %" for r in shown]

@@ -3,8 +3,8 @@ library's sources.
 
     python demo/make_teacher.py --out demo/teacher --minutes 60
 
-A quarter of the blocks are look-up documents (recall.py), so that recall over a distance can be
-measured later. The tokenizer is byte-level BPE, kept as a tiktoken rank file and, for other
+A quarter of the blocks are look-up documents (engine/lookups.py), so that recall over a distance
+can be measured later. The tokenizer is byte-level BPE, kept as a tiktoken rank file and, for other
 programs, as tokenizer.json. The weights train with Muon (the matrices) and AdamW (the rest), in
 bf16 with float32 masters, and are stored in bf16.
 
@@ -31,7 +31,7 @@ from hub import checkpoint
 from hub.tokenizer import LLAMA3_WORDS, load_tokenizer
 from model import Llama, LlamaConfig, next_token_loss
 
-T, BATCH, SHARE = 512, 16, 0.25  # native context, blocks a step, share of look-up documents
+T, BATCH, SHARE = 512, 16, 0.25  # native context, blocks per step, share of look-up documents
 END = "<|end|>"
 SHAPE = {
     "model_type": "llama",

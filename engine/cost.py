@@ -16,8 +16,8 @@ product.
 Limits.  Memory is that of one process. The sliding window of a teacher saves work that is counted
 here.
 
-Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; relations as relation_kl.py
-derives them.
+Source.  Counting rules as in PaLM (arXiv 2204.02311), appendix B; a relation's six products:
+relation_kl.py.
 """
 
 import platform
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 
 from model import LlamaConfig
+from relation_kl import BT
 
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # n of the n^3 product that a machine's rate is taken from
 HEAD_CHUNK = 4096  # tokens whose logits exist at once, see model.next_token_loss
@@ -38,7 +39,7 @@ class Stage:
     name: str  # "stage1" or "stage2"
     objective: str  # "relation": as the teacher relates tokens; "next token": cross-entropy
     T: int
-    batch: int  # blocks a step, over all processes
+    batch: int  # blocks per step, over all processes
     steps: int
     lr: float
     logits: bool = False  # "relation": the next-token distributions are compared too
@@ -118,7 +119,6 @@ def activation_bytes(
         checkpointing
     ):  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
         kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
-        kept += c.n_layer * 12 * heads * stage1  # three float32 a row and head of the loss
     else:
         kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, wide, last=True)
         kept -= (
@@ -128,8 +128,11 @@ def activation_bytes(
         0 if cut else b * c.width + 4 * c.width + 4 + 8
     )  # the last norm's input and output, the targets
     beside = {}
-    if stage1:  # the teacher's q, k and v; they are the only ones kept beside the student's
+    if stage1:  # the teacher's q, k and v, the only ones kept beside the student's
         beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
+        # and the loss's numbers, per row and head: the tiled one's, which are the most
+        short = stage.T if stage.T <= BT and not checkpointing else 0
+        beside["relations"] += c.n_layer * tokens * heads * 4 * (short + 4 + checkpointing)
     # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
     if not cut:
         beside["logits"] = (

@@ -3,7 +3,7 @@
     files and folders -> documents -> ids, an end token after each -> one stream -> blocks of T
 
 Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl (a document per
-line, its field `text`), each of them also as .gz, .csv and .parquet (a document per row, its column
+line, its field `text`), .txt.gz and .jsonl.gz, .csv and .parquet (a document per row, its column
 `text`; Parquet where pyarrow is there) and .npy (one stream of ids, already tokenised). Without
 any: the sources of the Python standard library on this machine (tests and site-packages left out),
 about 10 MB of real text that needs no network.
@@ -46,8 +46,7 @@ from hub import files
 from hub.tokenizer import Tokenizer
 
 LINES = (".jsonl", ".jsonl.gz")
-WHOLE = (".txt", ".txt.gz", ".md", ".md.gz", ".py", ".py.gz")
-KINDS = (*WHOLE, *LINES, ".csv", ".parquet", ".npy")
+KINDS = (".txt", ".txt.gz", ".md", ".py", *LINES, ".csv", ".parquet", ".npy")
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 HELD_OUT_ONE_IN = 20
 _BATCH = 256  # documents tokenised at a time

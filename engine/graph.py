@@ -9,7 +9,7 @@ and from then on copies of ids into the recorded input and replays. Gradients ar
 dropped, so that the recorded backward adds to the same memory each time. All shapes share one pool
 of memory, as they run one after another.
 
-When.  One process with a GPU, nothing recomputed in the backward and no dropout, which draw random
+When.  One process with a GPU, no layer recomputed in the backward and no dropout, which draw random
 numbers on the host's word. Otherwise the function is called as it is; `wanted` says which, and why.
 
 Limits.  The pool holds a step's activations for as long as the stage lasts.

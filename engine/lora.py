@@ -40,8 +40,8 @@ class LoraLinear(Linear):
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., inputs] -> [..., outputs] in x's dtype; dropout acts before the adapter, in
-        training.
+        """x [..., inputs] -> [..., outputs] in x's dtype; in training the adapter reads x with
+        dropout.
         """
         inner = F.dropout(
             x, self.dropout, training=torch.is_grad_enabled()

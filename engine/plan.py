@@ -1,23 +1,26 @@
-"""The plan: what a run will do, how much memory it needs, and every reason to refuse it, before
-anything is loaded.
+"""The plan: what a run will do and need, and every reason to refuse it, before anything is loaded.
 
 Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a
 peak learning rate. `make_stages` fills in what the user left out; `settle` decides how a step uses
 the memory that is free; `check` refuses what cannot work, with the flag that helps.
 
-Defaults.  From runs of two sizes (LOG.md), C = 320 and C = 576, and the paper's at C = 4096. Adam
-moves every weight by about its rate per step whatever the gradient's size, and the wider a layer,
-the more such moves add up in its output: two points, 2e-3 at C = 576 and 2e-5 at C = 4096, fix a
-power law, lr = 2e-3 (576 / C)^2.3, never above 2e-3, which was best at C = 320 too. Kinds that
-leave the fast pairs alone (all but linear) lose less before training: they take 0.3 of that rate
-and an eighth to a half of the tokens (TOKENS). Stage 2 takes a quarter of stage 1's rate, or half
-for those kinds. Stage 1 wants many small steps on short blocks: 1024 tokens per step in blocks of
-512 beat 2048 at equal tokens. Stage 2 wants steps more than length: blocks of 16K gave a lower loss
-at 64K than blocks of 64K at equal tokens. A CPU's tokens are meant for about an hour at 135M
-parameters, by an estimate that no run has checked. For widths far from these it is a guess: try a
-few rates.
+Defaults.  From runs at two widths (LOG.md), C = 320 and C = 576, and the paper's at C = 4096.
+
+    Rate      Adam moves every weight by about its rate per step, whatever the gradient's size, and
+              the wider a layer, the more such moves add up in its output. Two points, 2e-3 at
+              C = 576 and 2e-5 at C = 4096, fix a power law: lr = 2e-3 (576 / C)^2.3, never above
+              2e-3, which was best at C = 320 too. Stage 2 takes a quarter of it, whatever --lr1 is.
+    Kinds     All but linear leave the fast pairs alone and lose less before training: they take 0.3
+              of that rate, half of that in stage 2, and an eighth to a half of the tokens (TOKENS).
+    Stage 1   wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat
+              2048 per step at equal tokens. Above C = 1024: 8192 per step in blocks of 2048.
+    Stage 2   wants steps more than length: blocks of 16K gave a lower loss at 64K than blocks of
+              64K at equal tokens. A native length beyond 16K is kept; the extended one is the most.
+    CPU       its tokens are meant for about an hour at 135M parameters, by estimate; yarn's 65,536
+              of stage 1 took 169 s on eight Xeon cores with AMX (bfloat16).
 
 Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
+For widths far from these two the defaults are guesses: try a few rates.
 
 Source.  The measured points: LOG.md; the paper: LinearARD, arXiv 2604.00004.
 """
@@ -39,26 +42,24 @@ TOP_RATE = 2e-3  # the best rate measured; the power law's 0.3 at C = 64 blows a
 GENTLE = 0.3  # of it for kinds that keep the fast pairs as they are
 # Tokens of stage 1 and stage 2, by device and by whether the positions are linear
 TOKENS = {
-    ("cuda", True): (2_097_152, 2_097_152),
+    ("cuda", True): (1_048_576, 3_145_728),
     ("cuda", False): (262_144, 524_288),
     ("cpu", True): (262_144, 131_072),
     ("cpu", False): (65_536, 65_536),
 }
 
 # Fewer tokens at a time might not fill a GPU. At 7B, 4096 at a time and nothing computed twice took
-# XX s per step where 8192 and all layers twice took 3.6 (bench step, H100).
+# 2.3 s per step, where 8192 and all layers twice took 3.6 (bench step, H100).
 FEWEST_TOKENS = 4096
 
 
 def rope_kind(config: LlamaConfig) -> str:
-    """What --rope means where it is left out: the teacher's own kind if that can be stretched, else
-    linear.
-    """
+    """What --rope left out means: the teacher's own kind if that can be stretched, else linear."""
     return config.rope.kind if config.rope.kind in ("yarn", "llama3") else "linear"
 
 
 def make_stages(args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig) -> list[Stage]:
-    """The stages that --stage asks for: stage 1 at the native length, stage 2 at the extended one.
+    """The stages that --stage asks for: stage 1 on short blocks, stage 2 on long ones.
 
     Stage 2 may have `beside`: for each long block, --native-blocks of stage 1's kind at its length,
     so that what stage 1 won is not lost again.
@@ -113,28 +114,29 @@ def check(
 ) -> None:
     """Every refusal that needs no text and no weights. Raises ValueError."""
     if args.shard and processes == 1:
-        raise ValueError(
-            "--shard cuts the models over several processes: torchrun --nproc_per_node N train.py "
-            "..."
-        )
+        command = "torchrun --nproc_per_node N train.py ..."
+        raise ValueError(f"--shard cuts the models over several processes: {command}")
     for s in stages:
         if s.batch % processes:
-            raise ValueError(f"--batch{s.name[-1]} is {s.batch} and there are {processes} "
-                             "processes; "
-                             "it must be a multiple of that")  # fmt: skip
+            raise ValueError(
+                f"--batch{s.name[-1]} is {s.batch} and there are {processes} processes; "
+                "it must be a multiple of that"
+            )
     distils = [s for s in stages for s in (s, s.beside) if s and s.objective == "relation"]
     if student.rope.kind == "dynamic" and any(config.rope.length >= s.T for s in distils):
-        raise ValueError("--rope dynamic changes nothing up to the native length: there is nothing "
-                         "to distil; use "
-                         "--stage 2 --native-blocks 0")  # fmt: skip
+        raise ValueError(
+            "--rope dynamic changes nothing up to the native length: "
+            "there is nothing to distil; use --stage 2 --native-blocks 0"
+        )
     if tokenizer.size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is "
-                         f"{config.vocab_size}: "
-                         "they are not one model's")  # fmt: skip
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is "
+            f"{config.vocab_size}: they are not one model's"
+        )
     if args.lora_rank and args.lora_rank > config.width:
         raise ValueError(
-            f"--lora-rank is {args.lora_rank}; it must be from 1 to the model's width, "
-            f"{config.width}"
+            f"--lora-rank is {args.lora_rank}; "
+            f"it must be from 1 to the model's width, {config.width}"
         )
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
@@ -218,9 +220,8 @@ def refuse_if_too_large(parts: dict[str, int], free: int, stage: Stage) -> None:
     """Raises ValueError where the bytes of a stage's `parts` come to more than `free`."""
     need = sum(parts.values())
     if need > free:
-        raise ValueError(f"{stage.name} needs about {need / 2**30:.1f} GiB and {free / 2**30:.1f} "
-                         "GiB are free; "
-                         f"{remedy(stage)}")  # fmt: skip
+        gib = f"about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
+        raise ValueError(f"{stage.name} needs {gib}; {remedy(stage)}")
 
 
 def remedy(stage: Stage) -> str:
@@ -243,9 +244,7 @@ def out_of_memory(stage: Stage, device: torch.device, kept: str = "") -> OutOfMe
 def describe(
     c: LlamaConfig, student: LlamaConfig, stages: list[Stage], needs: list[dict], rank=None
 ) -> str:
-    """What is printed before the run: the positions old and new, the parameters, the stages and
-    their memory.
-    """
+    """What is printed before the run: positions old and new, parameters, stages, their memory."""
     everything, _ = parameters(c)
     lines = [f"{'':12}{'kind':>10}{'factor':>9}{'theta':>12}{'length':>10}"]
     for name, config in (("teacher", c), ("student", student)):
@@ -253,26 +252,26 @@ def describe(
         lines.append(f"{name:12}{r.kind:>10}{r.factor:>9g}{r.theta:>12g}{r.length:>10,}")
     if student.rope.kind == "linear":
         lines.append(
-            "positions   linear is the paper's kind; --rope yarn loses far less before training "
-            "(README)"
+            "positions   linear is the paper's kind; "
+            "--rope yarn loses far less before training (README)"
         )
     if student.rope.kind == "dynamic":
         lines.append(
-            "positions   dynamic is served by transformers alone: vLLM and llama.cpp read it "
-            "otherwise"
+            "positions   dynamic is served by transformers alone: "
+            "vLLM and llama.cpp read it otherwise"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")
     if c.window:
         lines.append(
-            f"the teacher attends over a sliding window of {c.window:,}; the student over its "
-            "whole length"
+            f"the teacher attends over a sliding window of {c.window:,}; "
+            "the student over its whole length"
         )
     for stage, need in zip(stages, needs, strict=True):
         lines.append(
-            f"{stage.name}      {stage.objective}, {stage.steps:,} steps of {stage.batch} x "
-            f"{stage.T:,} tokens "
-            f"({stage.tokens:,}), learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
+            f"{stage.name}      {stage.objective}, "
+            f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
+            f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
         if b := stage.beside:
             lines.append(
@@ -280,6 +279,26 @@ def describe(
             )
         lines.append("            " + ", ".join(f"{k} {size(v)}" for k, v in need.items() if v))
     return "\n".join(lines)
+
+
+def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
+    """The terms of stage 1's loss, with their weights, and the look-up documents among the text."""
+    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in args.relations]
+    weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
+    terms += [f"{weight}next-token KL"] if args.logit_weight else []
+    if not any(s and s.objective == "relation" for stage in stages for s in (stage, stage.beside)):
+        terms = ["next token"]
+    lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
+    return f"loss        {' + '.join(terms)}{lookups}"
+
+
+def describe_text(corpus, stages: list[Stage]) -> str:
+    """How much text there is, and how often training reads it."""
+    read = sum(s.T * s.batch * s.steps for stage in stages for s in (stage, stage.beside) if s)
+    return (
+        f"text: {len(corpus.train):,} tokens, of which training reads {read:,} "
+        f"({read / len(corpus.train):.2g} times the text); {len(corpus.held_out):,} held out"
+    )
 
 
 def size(b: float) -> str:

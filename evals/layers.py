@@ -4,16 +4,16 @@ What.  Teacher and student read the same block, each with its own positions and 
 every layer the self-relations of q, k and v of the two are compared head by head, by the loss that
 stage 1 minimises (relation_kl.py):
 
-    D[l, r, h] = mean over rows i and blocks of KL_i         r in Q/Q, K/K, V/V
+    KL[l, r, h] = mean over rows i and blocks of KL_i        r in Q/Q, K/K, V/V
                                                              h a head, of H for Q, of Hkv for K, V
 
 "before" is the teacher's weights under the student's positions, "after" is the student: what is
-left of D there is what training did not mend.
+left of it there is what training did not mend.
 
 How it is computed.  Two walks through the layers in lock-step, so that q, k and v of one layer of
-each model are alive. As in training, YaRN's temperature is divided out of the scores of Q and K.
+each model are alive. As in training, YaRN's attention factor is divided out of Q's and K's scores.
 
-Limits.  D is an average over rows: a few lost tokens and a slight blur of all can give one number.
+Limits.  An average over rows: a few lost tokens and a slight blur of all can give one number.
 
 Source.  LinearARD, arXiv 2604.00004, for the divergence.
 """
@@ -31,7 +31,7 @@ HEAD = "Relation KL in nats, mean over heads (worst head)"  # of the table
 
 @torch.no_grad()
 def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """D [L, 3, H] in nats of blocks [n, T] of ids; NaN where K and V have fewer heads than Q."""
+    """KL [L, 3, H] in nats of blocks [n, T] of ids; NaN where K and V have fewer heads than Q."""
     c, T = teacher.config, blocks.shape[1]
     total = np.full((c.n_layer, 3, c.n_head), np.nan)
     total[:, 0], total[:, 1:, : c.n_kv_head] = 0.0, 0.0
@@ -48,7 +48,7 @@ def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtyp
 
 
 def compare(models: dict[str, Llama], blocks: Tensor, dtype: torch.dtype) -> dict[str, np.ndarray]:
-    """{"before": D [L, 3, H], "after": D}, both against the teacher."""
+    """{"before": KL [L, 3, H], "after": the same}, both against the teacher."""
     columns = {"before": models[UNTRAINED], "after": models["student"]}
     return {name: divergence(models[TEACHER], m, blocks, dtype) for name, m in columns.items()}
 

@@ -4,8 +4,10 @@ Formula.  A request (context, continuation) scores the sum of the continuation's
 in nats, s = sum_t log p(token_t | all before it). Over the choices c of an item
 
     accuracy          argmax_c s_c is the right choice (one request: every token is the greedy one)
-    accuracy normed   argmax_c s_c / (characters of choice c) is
+    accuracy normed   argmax_c s_c / (characters of choice c) is the right choice
     perplexity        exp(-mean of s over items)                   LAMBADA: per word, not per token
+
+A sum favours short choices; per character it does not.
 
 How it is computed.  As lm-evaluation-harness does: context and continuation are encoded together
 and cut at the length of the context's own ids; spaces at the context's end go to the continuation;

@@ -1,6 +1,7 @@
-"""Retention: of each short task, the share of the teacher's score kept, and of the lost one won.
+"""Retention: the share of the teacher's score that each short task kept, and of what was lost, task
+or loss, the share recovered.
 
-Formula.  With m a model's mean over items of what is right (of a perplexity, m is the mean
+Tasks.  With m a model's mean over items of what is right (of a perplexity, m is the mean
 log-probability of the answer):
 
     kept      = m_student / m_teacher            of a perplexity: teacher's / student's
@@ -10,6 +11,14 @@ each with the interval that holds 95 % of 1000 bootstrap resamples. One resample
 takes all models' results on them: the models read the same items, so most of the luck in the draw
 cancels in the ratio. Where the 95 % interval of m_teacher - m_untrained is not above 0, nothing was
 measurably lost, and no recovered share is given.
+
+Loss.  With m the held-out loss at 1x in nats, the share of the lost loss recovered is
+
+    recovered = (m_untrained - m_student) / (m_untrained - m_teacher)
+
+and not given where the untrained student lost less than LOST = 0.01 nats. Untrained is the run's
+own, of the student's kind of positions. demo/demo.py, which shows two kinds in one table, divides
+by what linear loses: (m_linear untrained - m_student) / (m_linear untrained - m_teacher).
 
 How it is computed.  Items that every model gets alike are interchangeable, so a resample is one
 multinomial draw over the distinct patterns of results (at most 2^models for accuracies). Averages
@@ -33,10 +42,8 @@ LOST = 0.01  # nats at 1x: a smaller loss of the untrained student is within wha
 def recovered(columns: dict[str, dict[str, float]], row: str) -> dict[str, float]:
     """{column: share of the lost loss won back}, for all columns but teacher and untrained.
 
-        share = (untrained - student) / (untrained - teacher)       1: as good as the teacher
-
-    Empty where the untrained student lost less than LOST nats: the share would be one noise over
-    another.
+    1: as good as the teacher. Empty where the untrained student lost less than LOST nats: the share
+    would be one noise over another.
     """
     top, bottom = columns[TEACHER][row], columns[UNTRAINED][row]
     if not bottom - top >= LOST:

@@ -26,7 +26,7 @@ from hub.files import own
 # What a stage of engine/plan.py does, by its objective
 _OBJECTIVES = {
     "relation": "reproduce the original's Q/Q, K/K and V/V relations (LinearARD, arXiv 2604.00004)",
-    "next token": "predict the next token at the long length",
+    "next token": "predict the next token in long blocks",
 }
 
 

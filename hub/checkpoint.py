@@ -58,8 +58,7 @@ TOKENIZER_FILES = (
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor name: (dtype, shape)} of one safetensors file, from its header, which is checked
-    whole.
+    """{tensor name: (dtype, shape)} of one safetensors file, from its header, all of it checked.
 
     Raises ValueError naming the file and what is wrong in it.
     """
@@ -107,8 +106,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
-    """{tensor name: (file, dtype, shape)} of a model directory, single-file or sharded, from
-    headers.
+    """{tensor name: (file, dtype, shape)} of a model directory, sharded or not, from headers alone.
 
     Raises ValueError where files, index and headers do not agree.
     """
@@ -229,8 +227,7 @@ def _place(
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
-    """Puts `value`, any shape, in the place of the parameter `name`, and of a head that is tied to
-    it.
+    """Puts `value`, any shape, in the place of parameter `name`, and of a head that is tied to it.
 
     A parameter is taken as it is, shared and not copied; a plain tensor becomes one without grad.
     """

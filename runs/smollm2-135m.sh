@@ -5,13 +5,14 @@
 #         [SEED=0] [OUT=out/smollm2] runs/smollm2-135m.sh ROW [more flags of train.py]
 #
 # ROW      linear, yarn, ntk             both stages with the program's defaults
-#          linear-1, yarn-1              stage 1 alone
-#          pretrain                      stage 2 alone, with the tokens of both
-#          relations, kl                 linear, both stages; stage 1 with the relations alone (the paper's loss), or
-#                                        with the next-token KL alone
+#          yarn-1                        stage 1 alone
+#          pretrain                      linear, stage 2 alone, with the tokens of both
+#          262144 ... 2097152            linear, this many tokens in each stage
+#          linear-1                      of that last row, stage 1 alone
+#          relations, kl                 as that last row; stage 1 with the relations alone (the paper's loss), or with
+#                                        the next-token KL alone
+#          adapters                      as that last row, with adapters of rank 64
 #          q k v qk qv kv qkv            linear, stage 1 alone on 1M tokens, these relations and no KL
-#          262144 524288 1048576         linear, this many tokens in each stage
-#          adapters                      linear, both stages, adapters of rank 64
 # Teacher  HuggingFaceTB/SmolLM2-135M-Instruct, a Hugging Face directory of safetensors.
 # Text     some six million tokens of ordinary English (.txt, .jsonl, .npy); LONG: documents of 64K tokens or more.
 # Tasks    lambada_openai, piqa, arc_easy and openbook_qa as .jsonl(.gz), see README.
@@ -24,14 +25,15 @@ row=${1:?the row, see the head of this file}
 shift
 case $row in
     linear | yarn | ntk) flags=(--rope "$row") ;;
-    linear-1 | yarn-1) flags=(--rope "${row%-1}" --stage 1) ;;
+    yarn-1) flags=(--rope yarn --stage 1) ;;
+    linear-1) flags=(--rope linear --stage 1 --tokens1 2097152) ;;
     pretrain) flags=(--rope linear --stage 2 --tokens2 4194304) ;;
-    relations) flags=(--rope linear --logit-weight 0) ;;
-    kl) flags=(--rope linear --relations none) ;;
+    relations) flags=(--rope linear --tokens1 2097152 --tokens2 2097152 --logit-weight 0) ;;
+    kl) flags=(--rope linear --tokens1 2097152 --tokens2 2097152 --relations none) ;;
     q | k | v | qk | qv | kv | qkv)
         flags=(--rope linear --stage 1 --tokens1 1048576 --logit-weight 0 --relations "$row") ;;
     [0-9]*) flags=(--rope linear --tokens1 "$row" --tokens2 "$row") ;;
-    adapters) flags=(--rope linear --lora-rank 64) ;;
+    adapters) flags=(--rope linear --tokens1 2097152 --tokens2 2097152 --lora-rank 64) ;;
     *) echo "smollm2-135m.sh: no row $row; the head of this file lists them" >&2 && exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python} seed=${SEED:-0} out=${OUT:-out/smollm2}

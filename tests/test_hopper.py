@@ -11,7 +11,7 @@ from pathlib import Path
 import gluon_emulator
 import pytest
 import torch
-from test_kernel import SHARED, assert_runs_at_full_rate, compiled, resources
+from test_kernel import SHARED, assert_runs_at_full_rate, compiled, nowhere, resources  # noqa: F401
 
 triton = pytest.importorskip("triton")
 gluon = pytest.importorskip("triton.experimental.gluon")
@@ -173,6 +173,34 @@ def test_compiles_for_hopper(direction, D, tmp_path):
     assert_runs_at_full_rate(
         made, 1 if direction == "forward" else 3, tmp_path
     )  # for both products; for S, for U, for dL/dx
+
+
+@compiled
+def test_a_kept_kernel_is_launched_as_triton_would(nowhere, monkeypatch):  # noqa: F811
+    """Same machine code, same arguments, whatever was launched before: layouts, D, strides and
+    pointers choose the code, numbers do not.
+    """
+    monkeypatch.setattr(kernel_hopper, "_compiled", {})
+    z = torch.randn(2, 40, 3, 64).to(bf16)
+    cases = [z.transpose(1, 2), torch.randn(2, 3, 40, 64).to(bf16)]
+    cases += [torch.randn(2, 3, 40, 128).to(bf16), torch.randn(1, 5, 90, 64).to(bf16)]
+
+    def launches(x):
+        nowhere.calls.clear()
+        numbers = kernel_hopper.forward(x, x.clone(), 0.2, 0.3, True, None)
+        off = torch.empty(numbers[0].numel() + 1)[1:].view_as(numbers[0])  # 4 bytes off
+        for w in (numbers[0], off):
+            kernel_hopper.backward(w, *numbers[1:], x, x.clone(), 0.2, 0.3, True, None)
+        described = lambda a: (a.shape, a.strides, a.block_shape)  # noqa: E731
+        return [
+            [a.dtype if isinstance(a, torch.Tensor) else described(a) if hasattr(a, "block_shape") else a for a in call]
+            for call in nowhere.calls
+        ]  # fmt: skip
+
+    kept = [launches(x) for _ in range(2) for x in cases][len(cases) :]
+    for x, ours in zip(cases, kept, strict=True):
+        kernel_hopper._compiled.clear()
+        assert ours == launches(x) and len(ours) == 3
 
 
 # ---- what it takes

@@ -15,7 +15,7 @@ from model import Llama
 
 HEADING = "## The loss in your own trainer"
 README = (ROOT / "README.md").read_text()
-DEFINITIONS, LOOP, TRAINER = re.findall(r"```python\n(.*?)```", README.split(HEADING)[1], re.S)[:3]
+DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", README.split(HEADING)[1], re.S)[:2]
 IDS = torch.randint(0, 4096, (2, 60), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "llama3": {"rope_theta": 500000.0, "tie_word_embeddings": False},
@@ -97,12 +97,20 @@ def test_the_plain_loop_lowers_the_loss(snippet, tmp_path):
     assert after < 0.9 * snippet["relation_loss"](student, teacher).item()
 
 
-def test_the_trainers_loss_adds_both(snippet, tmp_path):
+def test_a_trainers_loss_adds_both(snippet, tmp_path):
+    """In a Trainer, beside the next-token loss."""
     (_, student), (_, teacher) = pair(tmp_path, FAMILIES["qwen2"], "yarn")
-    names = snippet | {"torch": torch, "transformers": transformers, "teacher": teacher}
-    exec(TRAINER, names)
+
+    class RelationTrainer(transformers.Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            with torch.no_grad():
+                teacher(inputs["input_ids"], inputs.get("attention_mask"), use_cache=False)
+            outputs = model(**inputs, use_cache=False)
+            loss = outputs.loss + snippet["relation_loss"](model, teacher)
+            return (loss, outputs) if return_outputs else loss
+
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
-    compute_loss = names["RelationTrainer"].compute_loss  # unbound: a Trainer needs accelerate
+    compute_loss = RelationTrainer.compute_loss  # unbound: a Trainer needs accelerate
     loss, outputs = compute_loss(None, student, inputs, return_outputs=True)
     relations = snippet["relation_loss"](student, teacher)
     torch.testing.assert_close(loss, outputs.loss + relations)

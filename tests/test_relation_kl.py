@@ -263,6 +263,44 @@ class TestProperties:
         assert torch.equal(torch.autograd.grad(kl, x, upstream(kl.shape, kl.dtype))[0], grad)
 
 
+@pytest.mark.parametrize("rows", [1, 16, 64])
+def test_many_strips_keep_every_rule(rows, monkeypatch):
+    """The lengths above are one or two strips as shipped."""
+    monkeypatch.setattr(sys.modules["relation_kl"], "BT", rows)
+    test_gradcheck_in_float64()
+    test_a_row_much_wider_than_exp_reaches_is_right()
+    test_tiled_error_is_at_most_twice_that_of_low_precision_eager(torch.float32, 3.0)
+    test_tiled_error_is_at_most_twice_that_of_low_precision_eager(torch.bfloat16, 0.0)
+    for causal in (True, False):
+        test_tiled_equals_dense(100, 8, causal)
+        test_whatever_stands_in_the_padding_changes_nothing(causal)
+    for name in dir(TestProperties):
+        if name.startswith("test_"):
+            getattr(TestProperties(), name)("tiled")
+
+
+@pytest.mark.parametrize("T", [3, 7, 10, 127, 129, 300])
+@pytest.mark.parametrize("D", [8, 17, 64])
+def test_a_student_equal_to_its_teacher_costs_exactly_nothing_at_any_length(T, D):
+    """S and U are equal bit for bit only if every step treats both alike, their places in memory
+    included.
+    """
+    x = inputs(B=1, H=3, T=T, D=D, dtype=torch.float32)[0]
+    assert all(z.eq(0).all() for z in value_and_grad(x, x.clone(), impl="tiled"))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("T", [15, 127, 128, 300])
+def test_numbers_kept_for_a_checkpoint_change_no_bit(T, causal):
+    """Short sequences keep P - R where nothing is checkpointed: another way to the same bits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x, y = inputs(H=12, T=T, D=64, dtype=dtype)
+        options, kept = {"causal": causal, "lengths": torch.tensor([T - 7, T])}, []
+        runs = [value_and_grad(x, y, impl="tiled", kept=k, **options) for k in (None, kept, kept)]
+        for run in runs[1:]:
+            assert all(map(torch.equal, runs[0], run))
+
+
 def test_auto_says_what_it_chose_and_why():
     x, y = inputs()
     implementation, reason = choose(x)
@@ -282,6 +320,8 @@ def test_auto_says_what_it_chose_and_why():
         ({"lengths": torch.tensor([True, False])}, "lengths must be"),
         ({"lengths": torch.tensor([3.0, 4.0])}, "lengths must be"),
         ({"impl": "magic"}, "'magic'"),
+        ({"scale": 0.0}, "scale is 0.0"),
+        ({"teacher_scale": float("nan")}, "teacher_scale nan"),
     ],
 )
 def test_refusals_name_the_value(change, said):

@@ -310,7 +310,7 @@ def test_rotation_depends_on_distance_alone():
     assert score(17, 5) == pytest.approx(score(90, 78), abs=1e-4)
 
 
-def test_yarn_on_yarn_derives_its_temperature_anew_or_refuses():
+def test_yarn_on_yarn_derives_its_attention_factor_anew_or_refuses():
     table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     derived = RopeConfig.from_hf(
         dict(BASE, rope_scaling=table | {"attention_factor": 0.1 * math.log(4) + 1})
