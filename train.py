@@ -179,6 +179,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.teacher)
     stages = plan.make_stages(args, native, longer)
     plan.check(args, native, longer, stages, tokenizer, world.size)
+    if args.data:
+        data.find_files(args.data, [args.cache, args.out])  # they exist and are of kinds read
     apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
     check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
     if not args.dry_run:
@@ -193,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     settled = [settle(s, own=s.batch // world.size) for s in stages]
     needs = [need for _, _, need in settled]
     print(plan.describe(native, longer, stages, needs, args.lora_rank))
+    print(plan.describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why}")
     impl, why = plan.relation_impl(args, native, dtype, device)
     print(f"relation loss: {impl}, because {why}")
@@ -208,6 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         # ---- where to begin: at zero, or where the newest good state says
         depends = world.on_main(resume.matters, args, stages)
         at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
+        if args.resume:
+            print(resume.going_on(at, stages))
 
         # ---- models: the student's tensors ARE the teacher's, but for float32 copies of q, k and v
         teacher = Llama.from_pretrained(
@@ -240,6 +245,7 @@ def main(argv: list[str] | None = None) -> None:
             world.on_main(lambda: loaded.append(read()))
             corpus = loaded[0] if loaded else read(quiet=True)
         depends["text"] = corpus.digest
+        print(plan.describe_text(corpus, stages))
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
         held_out = evaluation.HeldOut(
             corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
@@ -310,7 +316,9 @@ def main(argv: list[str] | None = None) -> None:
                         seed = args.seed + 7919 * number + 104729 * (part is stage.beside)
                         ids = corpus.batch(seed, first, mine, part.T)  # [mine, T + 1]
                         ids = lookups.mix(ids, seed, first, args.lookups) if lookups else ids
-                        ids, few = ids.to(device), cost.at_a_time(part, few, mine)
+                        ids = ids.to(device)
+                        few = 1 if args.lora_dropout else few  # whose noise has a seed per block
+                        few = cost.at_a_time(part, few, mine)
                         for begin in range(0, mine, few):
                             piece = ids[begin : begin + few]
                             resume.reseed(args.seed, at.total, first + begin)
@@ -400,8 +408,11 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
                 trained=TRAINED,
             )  # fmt: skip
     at = args.out / "student"
-    print(f"\n{text}\n\nexported to {at} ({longer.rope.length:,} tokens of context); next:")
-    print(f"  python eval.py --model {at} --against {args.teacher}")
+    print(f"\n{text}\n" if text else "")
+    print(f"exported to {at} ({longer.rope.length:,} tokens of context); next:")
+    text = "".join(f" {p}" for p in args.data)
+    text = f" --data{text}" if text else ""
+    print(f"  python eval.py --model {at} --against {args.teacher}{text}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,9 @@ COLOURS = {"teacher": "0.35", "linear": "#c44e52", "yarn": "#4c72b0"}
 
 def main() -> None:
     flags = sys.argv[1:]
+    if {"-h", "--help"} & set(flags):
+        print(__doc__)
+        return
     out = Path(flags[flags.index("--out") + 1]) if "--out" in flags else Path("out/demo")
     rest = [f for i, f in enumerate(flags) if f != "--out" and (i == 0 or flags[i - 1] != "--out")]
     began = time.time()

@@ -143,7 +143,7 @@ def relation_values(models: dict[str, Llama]) -> dict:
 
 
 def draw_relations(values: dict) -> Figure:
-    figure, axes = canvas(3.6 * len(values["R"]), 4.6, len(values["R"]))
+    figure, axes = canvas(3.7 * len(values["R"]), 4.1, len(values["R"]))
     for axis, (name, rows) in zip(axes, values["R"].items(), strict=True):
         drawn = axis.imshow(np.sqrt(rows), cmap="magma", vmin=0, vmax=1, interpolation="nearest")
         apart = "" if name == "teacher" else f"\nKL {values['KL'][name]:.2f} nats per row"
@@ -152,7 +152,7 @@ def draw_relations(values: dict) -> Figure:
         axis.set_xticks(range(0, len(rows), 5))
         axis.set_yticks(range(0, len(rows), 5))
     axes[0].set_ylabel("token that looks")
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.7, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.9, ticks=[0, 0.1**0.5, 0.5**0.5, 1])
     bar.ax.set_yticklabels(["0", "0.1", "0.5", "1"])
     bar.set_label("R (root scale)")
     return figure
@@ -180,7 +180,7 @@ def draw_positions(values: dict) -> Figure:
         at = (np.arange(len(curve)) * 32 + 64) / values["native"]
         axis.plot(at, curve, style, color=COLOURS[name.split()[0]], lw=2.2, label=name)
     axis.axvline(1, color="0.7", lw=1)
-    axis.set_ylim(0)
+    axis.set_ylim(1)
     x = f"position, in native lengths of {values['native']} tokens"
     tidy(axis, "loss by position", x, "nats per token")
     figure.legend(loc="outside lower center", ncols=5, frameon=False)

@@ -16,6 +16,7 @@ traceback, with code 1. torchrun prints about thirty lines whenever a process's 
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -23,7 +24,9 @@ import sys
 import time
 
 STOPPED = 3
-STOPPED_SENTENCE = "stopped; what was saved before is kept"
+STOPPED_SENTENCE = (
+    "stopped; --resume goes on from a state that was saved before; where none was, start again"
+)
 
 
 class OutOfMemory(ValueError):
@@ -55,6 +58,9 @@ PROGRAM = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or
 if PROGRAM in ("train.py", "eval.py"):
     for each in SIGNALS:
         signal.signal(each, _leave)
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(f"{PROGRAM}: this Python has no torch; `make demo` makes one that has, "
+                 ".venv/bin/python, or install requirements.txt")  # fmt: skip
 
 
 def ran_out(e: BaseException) -> bool:

@@ -140,7 +140,7 @@ def check(
         )
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
-    for name in (*checkpoint.TOKENIZER_FILES, "config.json", "README.md"):  # an export copies them
+    for name in (*checkpoint.TOKENIZER_FILES, "README.md"):  # an export reads them, at the end
         file = files.own(args.teacher, name)  # links that lead out are refused
         with files.reading(file):
             if file.is_file():
@@ -279,6 +279,26 @@ def describe(
             )
         lines.append("            " + ", ".join(f"{k} {size(v)}" for k, v in need.items() if v))
     return "\n".join(lines)
+
+
+def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
+    """The terms of stage 1's loss, with their weights, and the look-up documents among the text."""
+    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in args.relations]
+    weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
+    terms += [f"{weight}next-token KL"] if args.logit_weight else []
+    if not any(s and s.objective == "relation" for stage in stages for s in (stage, stage.beside)):
+        terms = ["next token"]
+    lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
+    return f"loss        {' + '.join(terms)}{lookups}"
+
+
+def describe_text(corpus, stages: list[Stage]) -> str:
+    """How much text there is, and how often training reads it."""
+    read = sum(s.T * s.batch * s.steps for stage in stages for s in (stage, stage.beside) if s)
+    return (
+        f"text: {len(corpus.train):,} tokens, of which training reads {read:,} "
+        f"({read / len(corpus.train):.2g} times the text); {len(corpus.held_out):,} held out"
+    )
 
 
 def size(b: float) -> str:

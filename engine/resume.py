@@ -7,10 +7,15 @@ It is written apart, synced and renamed (folder.py), so a name that exists was c
 two are kept. A state that does not read back as it was written is named and passed over for the one
 before it.
 
+When.  A step ends with its line in metrics.jsonl. Every --save-minutes, on a stop, and when a stage
+is done and measured, the state is written, synced and renamed; only then are older ones removed.
+--resume cuts the log back to the step of the state that it takes. So a kill costs the steps since
+the last save, and a measurement that was not over.
+
 Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
 step is one of its number, so weights, moments and the step's number are the whole state: a resumed
 run has the losses and weights of one that was never interrupted, to the bit, on the same hardware
-and library versions.
+and library versions, with as much memory free (which decides how many blocks are read at a time).
 
 What it depends on.  The arguments that decide the result, and the contents of the teacher's files
 and of the text, by their digests. A resumed run must have the same; what changed is named.
@@ -18,10 +23,11 @@ and of the text, by their digests. A resumed run must have the same; what change
 Processes.  A state holds whole tensors, whatever number of processes wrote it: any other number
 reads it.
 
-Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop: the step is finished, the
-state saved, the exit code is 3. A second one kills at once; under torchrun, which passes on to its
-processes the Ctrl-C that they already had, only if it comes a second or more after the first.
-torchrun kills what is not done 30 seconds after a Ctrl-C: then the state before counts.
+Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop, and a line says so: a
+measurement and the step after it are finished, the state is saved, the exit code is 3. After the
+last step the run ends as if nobody had asked. A second one kills at once; under torchrun, which
+passes on to its processes the Ctrl-C that they already had, only if it comes a second or more after
+the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then the state before counts.
 
 Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed.
 """
@@ -67,6 +73,8 @@ class StopRequest:
                 signal.signal(n, signal.SIG_DFL)  # not KeyboardInterrupt, which waits for torch
         if self.asked:
             os.kill(os.getpid(), number)
+        elif os.environ.get("RANK", "0") == "0":  # not print, which a signal may have interrupted
+            os.write(2, b"\nstopping after this step or measurement; once more: at once\n")
         self.asked = time.monotonic()
 
     def close(self) -> None:
@@ -86,6 +94,14 @@ class Progress:
     total: int = 0  # steps done, over all stages
     columns: dict[str, dict[str, float]] = field(default_factory=dict)
     state: Path | None = None  # where weights and moments are to be read from
+
+
+def going_on(at: Progress, stages: list) -> str:
+    """Where a run that was asked to --resume begins."""
+    if not at.state:
+        return "--resume: no state was saved, so it begins at the beginning"
+    done = f"after step {at.step} of {stages[at.stage].name}" if at.step else "between stages"
+    return f"--resume: going on {done}, from {at.state}"
 
 
 def kept(at: Progress) -> str:
@@ -208,7 +224,7 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) ->
 def matters(args: argparse.Namespace, stages: list) -> dict:
     """What decides the result, but for the text: a resumed run must have the same."""
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout")
-    keys += ("logit_weight", "relations", "lookups", "eval_blocks", "dtype")
+    keys += ("logit_weight", "relations", "authors_heads", "lookups", "eval_blocks", "dtype")
     out = {k: getattr(args, k) for k in keys}
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}

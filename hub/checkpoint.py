@@ -110,7 +110,7 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
     Raises ValueError where files, index and headers do not agree.
     """
-    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    index, single = own(path, "model.safetensors.index.json"), path / "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(

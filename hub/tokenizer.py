@@ -30,9 +30,7 @@ import binascii
 import contextlib
 import hashlib
 import json
-import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,26 +86,8 @@ class Tokenizer:
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory. Raises ValueError naming what is wrong and the remedy."""
-    with _without_panics():
-        return _load(Path(path))
-
-
-@contextlib.contextmanager
-def _without_panics():
-    """Rust prints a panic to descriptor 2, with a backtrace, before Python can say it shortly."""
-    sys.stderr.flush()
-    saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nothing)
-
-
-def _load(path: Path) -> Tokenizer:
-    config = files.read_json(path / "config.json")
+    path = Path(path)
+    config = files.read_json(files.own(path, "config.json"))
     extra = files.own(path, "tokenizer_config.json")
     settings = files.read_json(extra) if extra.is_file() else {}
     if settings.get("add_bos_token") not in (None, True, False):
@@ -185,7 +165,10 @@ def _read_fast(file: Path):
     """The `tokenizers` object of a tokenizer.json, without truncation, padding and specials."""
     from tokenizers import Tokenizer as Fast
 
-    files.read_json(file)  # a damaged file is refused by name
+    model = files.read_json(file).get("model")  # a damaged file is refused by name
+    bpe = isinstance(model, dict) and model.get("type") == "BPE"
+    if bpe and (prefix := model.get("continuing_subword_prefix")):  # the library may abort over one
+        raise ValueError(f"{file} has continuing_subword_prefix {prefix!r}; null is supported")
     with _in_a_sentence(f"{file} is not a tokenizer that the tokenizers library reads"):
         fast = Fast.from_buffer(file.read_bytes())
         fast.no_truncation()
@@ -273,6 +256,7 @@ def _specials(file: Path, ranks: dict[bytes, int], config: dict, settings: dict)
 
 
 def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> Tokenizer:
+    import regex  # of tiktoken's own needs
     import tiktoken
 
     special = _specials(file, ranks, config, settings)
@@ -281,6 +265,8 @@ def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> 
         raise ValueError(f"tokenizer_config.json beside {file} has pat_str {words!r}")
     digest = hashlib.sha256(file.read_bytes() + words.encode() + json.dumps(special).encode())
     with _in_a_sentence(f"{file} cannot be used"):
+        if not all(m[0] for m in regex.finditer(words, _PROBE, timeout=5)):  # tiktoken would panic
+            raise ValueError(f"pat_str {words!r} makes words of no characters")
         enc = tiktoken.Encoding(
             digest.hexdigest(), pat_str=words, mergeable_ranks=ranks, special_tokens=special
         )

@@ -144,7 +144,7 @@ def data_case(rng: random.Random, work: Path, base: Path) -> None:
     """Damaged text."""
     text = work / "text"
     text.mkdir()
-    name = rng.choice(["a.txt", "b.jsonl", "c.jsonl.gz", "d.npy", "e.md", "f.txt.gz"])
+    name = rng.choice(["a.txt", "b.jsonl", "c.jsonl.gz", "d.npy", "e.md", "f.txt.gz", "g.csv"])
     shutil.copy(base / "text" / name, text / name)
     for _ in range(rng.randrange(1, 3)):
         if (text / name).stat().st_size:
@@ -153,6 +153,19 @@ def data_case(rng: random.Random, work: Path, base: Path) -> None:
     corpus = data.load_corpus([text], tokenizer, work.parent / "cache", quiet=True)
     if len(corpus.train) and not 0 <= int(corpus.train.max()) < tokenizer.size:
         raise Wrong("ids outside the vocabulary")
+
+
+def cache_case(rng: random.Random, work: Path, base: Path) -> None:
+    """A damaged cache of tokenised text is made again."""
+    cache = Path(shutil.copytree(base / "tokens", work / "tokens"))
+    damage_bytes(rng, rng.choice([p for p in sorted(cache.rglob("*")) if p.is_file()]))
+    tokenizer = load_tokenizer(base / "teacher")
+    whole, corpus = (
+        data.load_corpus([base / "text" / "a.txt"], tokenizer, place, quiet=True)
+        for place in (base / "tokens", cache)
+    )
+    if corpus.train.tolist() != whole.train.tolist():
+        raise Wrong("other ids than those of the text")
 
 
 def state_case(rng: random.Random, work: Path, base: Path) -> None:
@@ -204,6 +217,7 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
 KINDS = {
     "checkpoint": checkpoint_case,
     "data": data_case,
+    "cache": cache_case,
     "state": state_case,
     "folder": folder_case,
     "flag": flag_case,
@@ -221,11 +235,15 @@ def prepare(base: Path) -> None:
     text.mkdir()
     words = "a few plain words, and then some more of them\n" * 60
     lines = "".join(json.dumps({"text": words[: 40 * i]}) + "\n" for i in range(1, 9))
-    for name, content in (("a.txt", words), ("e.md", words), ("b.jsonl", lines)):
+    table = 'id,text\n1,"a few, plain words"\n' + "2,more\n" * 40
+    for name, content in (("a.txt", words), ("e.md", words), ("b.jsonl", lines), ("g.csv", table)):
         (text / name).write_text(content)
     (text / "c.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     (text / "f.txt.gz").write_bytes(gzip.compress(words.encode(), mtime=0))
     np.save(text / "d.npy", np.arange(3000) % 4000)
+    data.load_corpus(
+        [text / "a.txt"], load_tokenizer(base / "teacher"), base / "tokens", quiet=True
+    )
     weight = torch.nn.Parameter(torch.randn(8, 8))
     with folder.Folder(base / "states", "train.py") as out:
         for step in (1, 2):
