@@ -266,7 +266,7 @@ def _numbers(x, y, scale, teacher_scale, causal, lengths, short) -> tuple:
     for heads, rows, both, s, u, room in _strips(x, y, padding, scale, teacher_scale, causal):
         both.sub_(torch.amax(both, -1, keepdim=True, out=pivots[:, heads, rows]))
         terms = torch.sub(u, s, out=room)
-        _exp2(s, s), _exp2(u, u)
+        _exp2(s, s), _exp2(u, u)  # not as one: an element's last bit depends on its place
         torch.sum(both, -1, keepdim=True, out=sums[:, heads, rows])
         torch.sum(terms.mul_(u), -1, keepdim=True, out=kl[0, heads, rows])
         if g is not None:
@@ -297,14 +297,13 @@ def _strips(x, y, padding, scale: float, teacher_scale: float, causal: bool):
     """
     BH, T, _ = x.shape
     h = min(BH, max(1, CELLS.get(x.device.type, MANY_CELLS) // (BT * T)))
-    # S and U start at multiples of 16 numbers: a product's last bits may depend on it
-    buffer = x.new_empty(3, -(-h * min(BT, T) * T // 16) * 16)
+    buffer = x.new_empty(3 * h * min(BT, T) * T)
     above = x.new_full((min(BT, T), min(BT, T)), HIDDEN).triu_(1)
     for first, start in itertools.product(range(0, BH, h), range(0, T, BT)):
         heads, rows = slice(first, first + h), slice(start, start + BT)
         x_i, y_i = x[heads, rows], y[heads, rows]
         b, n = x_i.shape[1], min(start + BT, T) if causal else T
-        three = buffer[:, : len(x_i) * b * n].unflatten(1, (-1, b, n))
+        three = buffer[: 3 * len(x_i) * b * n].view(3, -1, b, n)
         both, (s, u, room) = three[:2], three.unbind()
         torch.bmm(x_i * (scale * math.log2(math.e)), x[heads, :n].mT, out=s)
         torch.bmm(y_i * (teacher_scale * math.log2(math.e)), y[heads, :n].mT, out=u)

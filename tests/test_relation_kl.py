@@ -296,9 +296,11 @@ def test_numbers_kept_for_a_checkpoint_change_no_bit(T, causal):
     for dtype in (torch.float32, torch.bfloat16):
         x, y = inputs(H=12, T=T, D=64, dtype=dtype)
         options, kept = {"causal": causal, "lengths": torch.tensor([T - 7, T])}, []
-        runs = [value_and_grad(x, y, impl="tiled", kept=k, **options) for k in (None, kept, kept)]
-        for run in runs[1:]:
-            assert all(map(torch.equal, runs[0], run))
+        expected = value_and_grad(x, y, impl="tiled", **options)
+        for _ in range(2):
+            run = value_and_grad(x, y, impl="tiled", kept=kept, **options)
+            assert all(map(torch.equal, expected, run))
+            run[0].zero_()  # what a caller does to the rows is no part of what is kept
 
 
 def test_auto_says_what_it_chose_and_why():
