@@ -32,7 +32,7 @@ units, else float32.
 --out DIR gets metrics.jsonl (a line per step), curves.png, run.json (arguments, versions, seed),
 state/ (for --resume), cache/ (tokenised text, unless --cache says where), report.json, .md and .png
 (what was lost, what came back) and student/, the Hugging Face directory; with --lora-rank adapter/,
-with --tensorboard tensorboard/. .linear-ard.json lists these; .lock is held by the run at work.
+with --tensorboard tensorboard/. .linear-ard.json lists these; a run holds .linear-ard.lock.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
 SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.
@@ -179,8 +179,6 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(args.teacher)
     stages = plan.make_stages(args, native, longer)
     plan.check(args, native, longer, stages, tokenizer, world.size)
-    if args.data:
-        data.find_files(args.data, [args.cache, args.out])  # they exist and are of kinds read
     apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
     check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
     if not args.dry_run:
@@ -215,9 +213,8 @@ def main(argv: list[str] | None = None) -> None:
             print(resume.going_on(at, stages))
 
         # ---- models: the student's tensors ARE the teacher's, but for float32 copies of q, k and v
-        teacher = Llama.from_pretrained(
-            args.teacher, dtype=dtype, device="cpu" if args.shard else str(device)
-        )
+        place = "cpu" if args.shard else str(device)
+        teacher = Llama.from_pretrained(args.teacher, dtype=dtype, device=place)
         student = make_student(teacher, longer, trained=() if args.lora_rank else TRAINED)
         if args.lora_rank:
             torch.manual_seed(args.seed)
@@ -238,12 +235,10 @@ def main(argv: list[str] | None = None) -> None:
             resume.same_text(at, corpus.digest)
             out.add(*out.owned(args.cache))  # the text will be worth keeping
 
-        places = args.data, tokenizer, args.cache
-        read = functools.partial(data.load_corpus, *places, without=args.out, check=enough)
         with files.disk_sentences(args.cache):
-            loaded = []  # by the first process; the others find its cache
-            world.on_main(lambda: loaded.append(read()))
-            corpus = loaded[0] if loaded else read(quiet=True)
+            corpus = world.main_first(
+                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=enough
+            )
         depends["text"] = corpus.digest
         print(plan.describe_text(corpus, stages))
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
@@ -251,10 +246,8 @@ def main(argv: list[str] | None = None) -> None:
             corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
         )
         stop, saved = resume.StopRequest(), time.time()
-        about = {
-            "arguments": depends,
-            "versions": evaluation.versions(device) | {"processes": world.size},
-        }
+        versions = evaluation.versions(device) | {"processes": world.size}
+        about = {"arguments": depends, "versions": versions}
         about |= {"text": corpus.name, "command": sys.argv}
         if world.main:
             log = watch.Watch(out, stages, native, args, peak, world.size, about, at.total)
@@ -323,17 +316,15 @@ def main(argv: list[str] | None = None) -> None:
                             piece = ids[begin : begin + few]
                             resume.reseed(args.seed, at.total, first + begin)
                             reducer.last = part is (stage.beside or stage) and begin + few >= mine
-                            figures.add(
-                                part, gradients(part, piece, len(piece) / mine), len(piece) / mine
-                            )
+                            share = len(piece) / mine
+                            figures.add(part, gradients(part, piece, share), share)
                     reducer.finish()
 
                     # all processes agree: on the figures, whether to stop, whether to save
                     late = world.main and time.time() - saved > 60 * args.save_minutes
                     stopping, saving = figures.agree(world, bool(stop), late)
-                    norm = parallel.whole(
-                        torch.nn.utils.get_total_norm([w.grad for w in weights.values()])
-                    )
+                    grads = [w.grad for w in weights.values()]
+                    norm = parallel.whole(torch.nn.utils.get_total_norm(grads))
                     watch.refuse_non_finite(
                         world, stage, step, figures, float(norm), weights, student, ids, at
                     )

@@ -3,7 +3,8 @@ user can mend.
 
     0    done
     2    refused, or cannot go on: one sentence on standard error names the value and the remedy
-    3    stopped by Ctrl-C, SIGTERM or SIGHUP: one line says whether a state was saved
+    3    stopped by Ctrl-C, SIGTERM or SIGHUP; in training the step is finished and saved first
+         (StopRequest in resume.py)
 
 This module is imported first and imports nothing heavy, so that a Ctrl-C while torch loads ends
 like any other.

@@ -99,6 +99,15 @@ class World:
             raise ValueError(said[1])
         return said[0]
 
+    def main_first(self, f, *args, **more):
+        """f(...) of every rank, rank 0's before the others', who find on disk what it left there.
+
+        A ValueError of rank 0's is raised on all.
+        """
+        made = []
+        self.on_main(lambda: made.append(f(*args, **more)))
+        return made[0] if made else f(*args, **more)
+
     def mean(self, values: Tensor) -> Tensor:
         """The mean over ranks of a tensor, any shape, on this rank's device; in place."""
         if self.size > 1:

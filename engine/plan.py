@@ -31,6 +31,7 @@ from dataclasses import replace
 
 import torch
 
+from engine import data
 from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from hub import checkpoint, files
@@ -138,6 +139,8 @@ def check(
             f"--lora-rank is {args.lora_rank}; "
             f"it must be from 1 to the model's width, {config.width}"
         )
+    if args.data:
+        data.find_files(args.data, [args.cache, args.out])  # they exist and are of kinds read
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
     for name in (*checkpoint.TOKENIZER_FILES, "README.md"):  # an export reads them, at the end
