@@ -10,7 +10,9 @@ This module is imported first and imports nothing heavy, so that a Ctrl-C while 
 like any other.
 
 Under torchrun rank 0 speaks for all, and leaves its sentence in the error file from which torchrun
-makes the last lines of its own report.
+makes the last lines of its own report. A signal reaches every rank, as torchrun passes it on; when
+one rank has ended, torchrun sends the others SIGTERM: so a rank that is not the first and is
+stopped says nothing, and its code is 0, lest torchrun's report call it a failure of its own.
 
 Limits.  A process that is killed says nothing. Mistakes of this program's own still end in a
 traceback, with code 1. torchrun prints about thirty lines whenever a process's code is not 0.
@@ -34,6 +36,7 @@ class OutOfMemory(ValueError):
     """The memory of a device, or of the machine, ran out."""
 
 
+_FIRST = os.environ.get("RANK", "0") == "0"  # not so in torchrun's second process and later ones
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -41,6 +44,8 @@ def _leave(number, frame) -> None:
     """While modules are imported: nothing is open and nothing was written, so the process ends
     here.
     """
+    if not _FIRST:
+        os._exit(0)
     print(f"{PROGRAM}: stopped before it began", file=sys.stderr, flush=True)
     os._exit(STOPPED)
 
@@ -101,9 +106,11 @@ def run(main, program: str) -> None:
 
 def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
     """Says the sentence and ends the process; alone: no other rank meets the same."""
-    waits = os.environ.get("RANK", "0") != "0" and not alone
+    waits = not _FIRST and not alone
     for number in SIGNALS:
         signal.signal(number, (lambda *_: os._exit(0)) if waits else signal.SIG_IGN)
+    if waits and code == STOPPED:
+        os._exit(0)
     if waits:  # torchrun ends all when rank 0 has ended; who is still here afterwards must speak
         time.sleep(5)
     sentence = f"{program}: {' '.join(sentence.split())}"

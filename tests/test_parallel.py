@@ -190,6 +190,20 @@ def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
     assert "NO_OTHER_FAILURES" in errors and sentence in errors.splitlines()[-2]
 
 
+@pytest.mark.parametrize("when", ["at work", "while modules are imported"])
+def test_of_all_stopped_processes_the_first_speaks(tmp_path, when):
+    """torchrun ends a slow rank with SIGTERM when another has refused: that is no news."""
+    stop = "os.kill(os.getpid(), signal.SIGTERM), signal.pause()"
+    if when == "at work":
+        stop = f"exits.run(lambda: ({stop}), 'train.py')"
+    script = tmp_path / "train.py"  # the name by which exits knows its programs
+    script.write_text(f"import os, signal\nfrom engine import exits\n{stop}\n")
+    for rank, code, lines in (("0", exits.STOPPED, 1), ("1", 0, 0)):
+        env = os.environ | {"RANK": rank, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+        assert ended.returncode == code and ended.stderr.count("\n") == lines, ended.stderr
+
+
 def test_shard_alone_is_refused(small, text_dir, tmp_path):
     run = start(1, small, text_dir, tmp_path / "out", "--shard")
     _, errors = run.communicate(timeout=120)
