@@ -74,7 +74,8 @@ class StopRequest:
         if self.asked:
             os.kill(os.getpid(), number)
         elif os.environ.get("RANK", "0") == "0":  # not print, which a signal may have interrupted
-            os.write(2, b"\nstopping after this step or measurement; once more: at once\n")
+            said = b"stopping after this step or measurement; once more: at once\n"
+            os.write(2, b"\n" * os.isatty(2) + said)  # a terminal may show a bar
         self.asked = time.monotonic()
 
     def close(self) -> None:
