@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
                             continue
                         mine = part.batch // world.size
                         first = step * part.batch + world.rank * mine
-                        seed = args.seed + 7919 * number + 104729 * (part is stage.beside)
+                        seed = data.seed_of(args.seed, number, part is stage.beside)
                         ids = corpus.batch(seed, first, mine, part.T)  # [mine, T + 1]
                         ids = lookups.mix(ids, seed, first, args.lookups) if lookups else ids
                         ids = ids.to(device)

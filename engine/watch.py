@@ -10,6 +10,8 @@ What.  Every step leaves one JSON line in metrics.jsonl, which is the source of 
                                 [the sum of the three in each layer]
     next_token_kl               with relation blocks, before its weight
     relation_loss               in stage 2, of the native blocks beside the long ones
+    lookups                     with --lookups, the share of the step's blocks (in stage 2: of the
+                                long ones) that are look-up documents
 
 Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's is the next token's. A terminal
 shows a bar, anything else about twenty plain lines per stage. curves.png is drawn at each saved
@@ -36,8 +38,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import cost, curves, parallel, resume
+from engine import cost, curves, data, parallel, resume
 from engine.folder import Folder
+from engine.lookups import chosen
 from relation_kl import RELATIONS
 
 SCHEMA = 2  # of metrics.jsonl, in run.json; raised when a key changes its meaning
@@ -93,6 +96,7 @@ class Watch:
         out.write("run.json", json.dumps(about | {"schema": SCHEMA}, indent=1) + "\n")
         resume.cut_log(out, total)
         self.out, self.stages, self.peak, self.size = out, stages, peak, size
+        self.seed, self.share = args.seed, args.lookups
         self.log = (out.path / "metrics.jsonl").open("a")
         self.writer = None
         if args.tensorboard:
@@ -156,6 +160,10 @@ class Watch:
             row["next_token_kl"] = figures.kl
         if figures.relation_loss is not None:
             row["relation_loss"] = figures.relation_loss
+        if self.share:
+            seed, first = data.seed_of(self.seed, self.number), step * stage.batch
+            documents = [bool(chosen(seed, first + i, self.share)) for i in range(stage.batch)]
+            row["lookups"] = sum(documents) / stage.batch
         print(json.dumps(row), file=self.log, flush=True)
         self._say(row, stage)
         self._warn(row["loss"], stage)
