@@ -13,9 +13,10 @@ What.  Every step leaves one JSON line in metrics.jsonl, which is the source of 
     lookups                     with --lookups, the share of the step's blocks (in stage 2: of the
                                 long ones) that are look-up documents
 
-Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's is the next token's. A terminal
-shows a bar, anything else about twenty plain lines per stage. curves.png is drawn at each saved
-state but at most once a minute.
+gib is the peak so far: on a GPU of its memory; on a CPU of the whole process, with Python and
+torch, which the plan leaves out. Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's
+is the next token's. A terminal shows a bar, anything else about twenty plain lines per stage.
+curves.png is drawn at each saved state but at most once a minute.
 --tensorboard writes the same figures for TensorBoard where that package is installed.
 
 Speed.  tflops is cost.flops over the seconds of the step, for all processes together, recomputation
@@ -96,7 +97,7 @@ class Watch:
         out.write("run.json", json.dumps(about | {"schema": SCHEMA}, indent=1) + "\n")
         resume.cut_log(out, total)
         self.out, self.stages, self.peak, self.size = out, stages, peak, size
-        self.seed, self.share = args.seed, args.lookups
+        self.seed, self.share, self.weight = args.seed, args.lookups, args.logit_weight
         self.log = (out.path / "metrics.jsonl").open("a")
         self.writer = None
         if args.tensorboard:
@@ -186,7 +187,8 @@ class Watch:
         said = [f"loss {row['loss']:.4f}", f"ETA {cost.clock(row['eta_seconds'])}"]
         said += [f"{row['tokens_per_second']:,} tokens/s", f"MFU {row['mfu']:.0%}"]
         said += [f"{name} {value:.3g}" for name, value in row.get("relations", {}).items()]
-        said += [f"KL {row['next_token_kl']:.3g}"] if row.get("next_token_kl") else []
+        times = "" if self.weight == 1 else f"{self.weight:g} x "
+        said += [f"{times}KL {row['next_token_kl']:.3g}"] if row.get("next_token_kl") else []
         said += [
             f"norm {row['grad_norm']:.2f}",
             f"lr {row['lr']:.2g}",

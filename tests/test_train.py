@@ -249,7 +249,17 @@ def test_another_run_in_out_is_refused(whole, small, text_dir):
 def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_dir, tmp_path):
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     said = refused([*arguments(small, text_dir, copy), "--resume", "--lr1", "0.02"])
-    assert "stage1 lr was 0.01 and is 0.02" in said
+    assert "--lr1 was 0.01 and is 0.02" in said
+    more = ["--tokens2", "5120", "--lookups", "0.5"]
+    said = refused([*arguments(small, text_dir, copy), "--resume", "--dry-run", *more])
+    assert "--lookups was 0.0 and is 0.5; the steps of stage2 (--tokens2) was 3 and is 10" in said
+
+
+def test_a_dry_run_says_where_a_resumed_run_would_go_on(whole, small, text_dir, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    train.main([*arguments(small, text_dir, whole), "--resume", "--dry-run"])
+    assert "--resume: going on between stages, from" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path):
