@@ -61,9 +61,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernel_triton import GROUP_BYTES, INTERPRETED, LOG2E, Loss, on, row_numbers
 
 LN2 = gl.constexpr(math.log(2))
-NOTHING = gl.constexpr(
-    -1e30
-)  # product of an unseen pair: exp2 gives 0, and differences stay finite
+# Product of an unseen pair: exp2 gives 0, and differences stay finite
+NOTHING = gl.constexpr(-1e30)
 BS = gl.constexpr(64)  # rows of a group, and columns of a tile
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6's name
 # D -> groups, tiles ahead, registers of a thread. What other choices took: LOG.md.
@@ -290,9 +289,7 @@ def _rows_backward(
     b_yi = b_yi.index(g)
     b_dx = gl.zeros([BS, D], gl.float32, OWN)
     mbarrier.wait(ready.index(STAGES), 0)
-    if (
-        D == 64
-    ):  # there is room in registers: the products then read shared memory for columns alone
+    if D == 64:  # room in registers: the products then read shared memory for columns alone
         b_xi = b_xi.load(gl.DotOperandLayout(0, LAYOUT, 2))
         b_yi = b_yi.load(gl.DotOperandLayout(0, LAYOUT, 2))
     for k in range(0, gl.minimum(diagonal, end)):  # row i sees column j: G_ij but for w_i

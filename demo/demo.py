@@ -79,11 +79,8 @@ def side_by_side(out: Path) -> str:
     lines.append("|---|" + "---:|" * (len(shown) + 1))
     for label, figures in found.items():
         cells = [f"{figures[r]:.3f}" if "loss" in r else f"{100 * figures[r]:.0f} %" for r in shown]
-        share = (
-            ""
-            if label in ("teacher", "linear untrained")
-            else f"{100 * recovered(found, label):.1f} %"
-        )
+        ends = label in ("teacher", "linear untrained")  # 100 % and 0 % by definition
+        share = "" if ends else f"{100 * recovered(found, label):.1f} %"
         lines.append("| " + " | ".join([label, *cells, share]) + " |")
     return "\n".join(lines)
 

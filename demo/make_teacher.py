@@ -136,9 +136,8 @@ def train(model: Llama, corpus: data.Corpus, lookups: Lookups, minutes: float, l
     begin, step, share = time.time(), 0, 0.0
     while share < 1:
         share = (time.time() - begin) / (60 * minutes)
-        rate = min((step + 1) / 100, 1.0) * max(
-            0.02, min(1.0, (1 - share) / 0.5)
-        )  # warm-up, level, then down
+        # Warm-up, level, then down
+        rate = min((step + 1) / 100, 1.0) * max(0.02, min(1.0, (1 - share) / 0.5))
         ids = blocks(corpus, lookups, step)
         h = model.hidden(ids[:, :-1], torch.bfloat16)
         loss = next_token_loss(model, h, ids[:, 1:])

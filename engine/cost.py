@@ -92,9 +92,8 @@ def layer_bytes(
         return projections
     attention = (4 if wide else b) * c.n_head * c.head_dim + 4 * c.n_head  # output, log-sum-exps
     attention += 4 * heads * c.head_dim * wide  # its own q, k and v
-    return (
-        projections + attention + 4 * C + 4 + 3 * b * M
-    )  # the second norm; gate, silu(gate) and up
+    mlp = 4 * C + 4 + 3 * b * M  # its norm; gate, silu(gate) and up
+    return projections + attention + mlp
 
 
 def activation_bytes(
@@ -115,18 +114,15 @@ def activation_bytes(
     one, cut = layer_bytes(c, b, not rank, rank, wide), stage1 and not stage.logits
     if wide and not stage1:  # only the relations keep q, k and v as the layer made them
         one -= b * heads * c.head_dim
-    if (
-        checkpointing
-    ):  # a layer's inputs, of both models in stage 1, and one layer while it is computed again
+    if checkpointing:
+        # a layer's inputs, of both models in stage 1, and one layer while it is computed again
         kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
     else:
         kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, wide, last=True)
-        kept -= (
-            4 * c.width if b == 4 or not rank else 0
-        )  # the embeddings, frozen, need no norm's backward
-    kept += (
-        0 if cut else b * c.width + 4 * c.width + 4 + 8
-    )  # the last norm's input and output, the targets
+        if b == 4 or not rank:
+            kept -= 4 * c.width  # the embeddings, frozen, need no norm's backward
+    if not cut:
+        kept += b * c.width + 4 * c.width + 4 + 8  # the last norm's input and output, the targets
     beside = {}
     if stage1:  # the teacher's q, k and v, the only ones kept beside the student's
         beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
@@ -135,14 +131,13 @@ def activation_bytes(
         beside["relations"] += c.n_layer * tokens * heads * 4 * (short + 4 + checkpointing)
     # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
     if not cut:
-        beside["logits"] = (
-            min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * stage1)
-        )
+        each = (0 if b == 4 else b) + 12 + 8 * stage1
+        beside["logits"] = min(HEAD_CHUNK, tokens) * c.vocab_size * each
+    casts = 0
     if b == 2:  # autograd keeps the bfloat16 copies of float32 weights
-        kept_casts = (
-            (1 if checkpointing else c.n_layer) * b * trained_parameters(c, rank) // c.n_layer
-        )
-    return {"activations": kept * tokens + (kept_casts if b == 2 else 0)} | beside
+        layers = 1 if checkpointing else c.n_layer
+        casts = layers * b * trained_parameters(c, rank) // c.n_layer
+    return {"activations": kept * tokens + casts} | beside
 
 
 def memory(

@@ -43,9 +43,8 @@ class LoraLinear(Linear):
         """x [..., inputs] -> [..., outputs] in x's dtype; in training the adapter reads x with
         dropout.
         """
-        inner = F.dropout(
-            x, self.dropout, training=torch.is_grad_enabled()
-        )  # scoring runs without grad
+        training = torch.is_grad_enabled()  # scoring runs without
+        inner = F.dropout(x, self.dropout, training=training)
         added = F.linear(F.linear(inner, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
         return super().forward(x) + added * self.scale
 

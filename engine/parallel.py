@@ -175,10 +175,8 @@ class _Routed:
     """layer(...) by way of its unit, for whoever runs one model alone (stage 2, measuring)."""
 
     def __init__(self, unit: Unit, layer: nn.Module):
-        self.unit, self.plain = (
-            [unit],
-            layer.forward,
-        )  # in a list: the unit must not become the layer's child
+        # In a list: the unit must not become the layer's child
+        self.unit, self.plain = [unit], layer.forward
 
     def __call__(self, *args):
         return self.unit[0](self.plain, *args)
@@ -204,9 +202,8 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
         for layer in unit.layers:
             layer.forward = _Routed(unit, layer)
     root = fully_shard(Unit(*units), mesh=mesh, mp_policy=policy)
-    root(
-        lambda: None
-    )  # FSDP takes what runs first for the root; from here on units run on their own
+    # FSDP takes what runs first for the root; from here on units run on their own
+    root(lambda: None)
     return units
 
 

@@ -209,9 +209,8 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) ->
             moments = {
                 k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
             }
-            place = (
-                p.device if optimiser.defaults["fused"] else "cpu"
-            )  # where each kind of Adam counts
+            # Each kind of Adam counts its steps elsewhere
+            place = p.device if optimiser.defaults["fused"] else "cpu"
             optimiser.state[p] = {"step": torch.tensor(float(step), device=place), **moments}
 
 

@@ -57,9 +57,8 @@ class Sample:
     outputs: list[str]  # the references
     max_new_tokens: int
     length: int  # tokens of prompt + answer_prefix, plus max_new_tokens
-    depth: (
-        float | None
-    )  # niah: characters before the first reference / characters of the prompt; passkey: as asked
+    # niah: characters before the first reference / characters of the prompt; passkey: as asked
+    depth: float | None
     variant: str  # which RULER this is, or that it is not RULER's and why
 
 

@@ -63,9 +63,8 @@ class World:
         self.np_rng = np.random.RandomState(self.seed)
 
     def shuffled(self, items: list) -> list:
-        random.Random(self.seed).shuffle(
-            items
-        )  # RULER shuffles every list with the first seed anew
+        # RULER shuffles every list with the first seed anew
+        random.Random(self.seed).shuffle(items)
         return items
 
     @property
@@ -118,9 +117,8 @@ def _largest(recipe: Recipe, count: Callable, length: int, budget: int) -> int:
         return count(prompt + prefix)
 
     per_unit = tokens(recipe.probe) / recipe.probe
-    estimate = (
-        int(length // per_unit) * 2 if recipe.slack == 2 else int(length / per_unit * 3)
-    )  # as RULER rounds
+    # As RULER rounds
+    estimate = int(length // per_unit) * 2 if recipe.slack == 2 else int(length / per_unit * 3)
     low, high, best = recipe.step, max(estimate, recipe.step * 2), recipe.step
     while low <= high:
         middle = (low + high) // 2
@@ -323,9 +321,8 @@ def _coded(row: Task, world: World, length: int, samples: int) -> list[tuple] | 
         words, kept = vocabulary(), total - step
         while (size := tokens(words, kept)) > room and kept >= 27:
             kept -= step
-        if (
-            kept < 27
-        ):  # 27 / 4^2 / zeta(2) > 1: the fewest words among which rank 4, the third answer, occurs
+        # 27 / 4^2 / zeta(2) > 1: the fewest words among which rank 4, the third answer, occurs
+        if kept < 27:
             return None
         made.append(
             (size + row.max_new_tokens, prompt(words, kept), row.answer_prefix, words[1:4], None)
