@@ -1,6 +1,6 @@
 """What was kept and what was gained: one model, or a student against its teacher.
 
-    python eval.py --model out/demo/student --against demo/teacher
+    python eval.py --model out/demo/yarn/student --against demo/teacher
     python eval.py --model DIR --tasks piqa.jsonl.gz arc_easy --task-dir DATA --limit 200
     python eval.py --model DIR --against DIR --ruler --lengths 4096 32768 --ruler-data DATA
     python eval.py --model DIR --against DIR --passkey --ppl --positions --layers --out NEW

@@ -94,7 +94,7 @@ def _place(T, H, HEADS, lengths, BT: tl.constexpr):
     """Which (batch, head) and first row this program owns, and how many tokens of that sequence are
     real.
 
-    Within a group of HEADS heads the programs start with the lowest rows, which see the most
+    Within a group of HEADS heads the programs start with the last rows, which see the most
     columns: the last ones to start are the short ones, and the multiprocessors finish together.
     """
     NT = tl.cdiv(T, BT)

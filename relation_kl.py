@@ -38,7 +38,7 @@ three relations can be perfect and the model wrong. What sees it is the KL of th
 distributions, the last term of stage 1's loss (train.py):
         pytest tests/test_relation_kl.py::test_relations_do_not_see_a_rotation_that_attention_does
 
-How it is computed.  S and U are [T, T]: 4 GiB per head at T = 32 768 in float32. So:
+How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in float32. So:
 
     dense    the definition, with autograd: memory T^2. All others are tested against it in float64.
     tiled    strips of BT whole rows, up to the diagonal. The forward keeps two numbers per row of
@@ -92,12 +92,13 @@ def relation_kl(
 
     student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require
     grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: b, `scale` if None. causal: row
-    i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding. impl: "auto",
-    "dense", "tiled", "triton" or "hopper". kept: for activation checkpointing, an empty list. The
-    call leaves its numbers per row there; the same call, made again in the backward, takes them
-    from it. ("dense" computes them again.) float32 products use tf32 only where torch's own switch
-    allows it. Returns [B, H, T], float32 (float64 for float64 input), differentiable in `student`.
-    Raises ValueError for anything else, naming the value. Source: arXiv 2604.00004, section 3.
+    i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding (the range is
+    not checked, which would wait for a GPU). impl: "auto", "dense", "tiled", "triton" or "hopper".
+    kept: for activation checkpointing, an empty list. The call leaves its numbers per row there;
+    the same call, made again in the backward, takes them from it. ("dense" computes them again.)
+    float32 products use tf32 only where torch's own switch allows it. Returns [B, H, T], float32
+    (float64 for float64 input), differentiable in `student`. Raises ValueError for anything else,
+    naming the value. Source: arXiv 2604.00004, section 3.
     """
     _check(student, teacher, lengths, impl)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)

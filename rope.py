@@ -17,7 +17,8 @@ breaks. Every way out changes the frequencies (s = `factor`, n = the length at h
                get w_k / s, a ramp between; and cos and sin are multiplied by 0.1 ln s + 1, the
                attention factor, so that attention over more tokens stays as sharp
     llama3     the same idea with its own ramp, on the wavelength 2 pi / w_k
-    longrope   w_k / e_k, with one searched table e for lengths up to M0 and one beyond
+    longrope   w_k / e_k, with one searched table e for lengths up to M0 and one beyond; and an
+               attention factor, too
 
 Why interpolation blurs near positions.  Two tokens d apart differ by the angle d w_k in pair k, so
 the fast pairs tell neighbours apart. Interpolation slows all pairs: the fastest now turns 1/s

@@ -2,7 +2,7 @@
 
     python train.py --teacher DIR --scale 8       both stages, then an export that loads everywhere
     python train.py                               the same on the teacher and text at hand offline
-    torchrun --nproc_per_node 8 train.py ...      the same on eight GPUs (engine/parallel.py)
+    torchrun --nproc_per_node 8 train.py --batch1 8 --batch2 8 ...     the same on eight GPUs
 
 Stage 1.  Teacher and student read the same block, the teacher with its native RoPE, the student
 with the stretched one, and advance in lock-step, one layer at a time. In every layer the loss of
@@ -24,15 +24,17 @@ Stage 2.  The student alone learns to predict the next token: L2 = next-token lo
 that what stage 1 won is kept.
 
 Lengths.  Stage 1 reads short blocks (512 or 2048 tokens), stage 2 long ones (up to 16K, or the
-native length where that is more), the student under the stretched positions (engine/plan.py).
+native length where that is more), the student under the stretched positions. engine/plan.py
+chooses lengths, rates and tokens that no flag gives.
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
 
---out DIR gets metrics.jsonl (a line per step), curves.png, run.json (arguments, versions, seed),
-state/ (for --resume), cache/ (tokenised text, unless --cache says where), report.json, .md and .png
-(what was lost, what came back) and student/, the Hugging Face directory; with --lora-rank adapter/,
-with --tensorboard tensorboard/. .linear-ard.json lists these; a run holds .linear-ard.lock.
+--out DIR gets cache/ (tokenised text, unless --cache says where); when training begins, run.json
+(arguments, versions, seed) and metrics.jsonl (a line per step); every --save-minutes, state/ (for
+--resume) and curves.png; at the end, report.json, .md and .png (what was lost, what came back) and
+student/, the Hugging Face directory; with --lora-rank adapter/, with --tensorboard tensorboard/.
+.linear-ard.json lists these; a run holds .linear-ard.lock.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
 SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.
@@ -107,7 +109,7 @@ def relation_loss(
     # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
     scales = teacher.score_scale(T), student.score_scale(T)
 
-    def step(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
+    def advance(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
         """Layer l of both: (teacher's h, student's h, mean KL [3]). kept: see relation_kl."""
         last = l + 1 == L and not logit_weight
         with torch.no_grad():
@@ -121,9 +123,9 @@ def relation_loss(
 
     table = []
     for l in range(L):
-        run = step
+        run = advance
         if checkpointing and torch.is_grad_enabled():
-            run = functools.partial(step, kept=([], [], []))
+            run = functools.partial(advance, kept=([], [], []))
             run = functools.partial(recompute, run, use_reentrant=False)
         if units:
             run = functools.partial(units[l], run)
@@ -350,8 +352,7 @@ def main(argv: list[str] | None = None) -> None:
                     if world.main:
                         log.draw(patience=60)
                 if stopping:
-                    at_step = f"step {step + 1} of {stage.name}"
-                    print(f"\nstopped after {at_step}; --resume goes on from here")
+                    print(f"\nstopped after step {step + 1} of {stage.name}; --resume goes on")
                     out.close()
                     return world.exit(exits.STOPPED)
             reducer.close()
@@ -401,8 +402,7 @@ def export(out, args, student, native, longer, stages, columns, about) -> None:
     at = args.out / "student"
     print(f"\n{text}\n" if text else "")
     print(f"exported to {at} ({longer.rope.length:,} tokens of context); next:")
-    text = "".join(f" {p}" for p in args.data)
-    text = f" --data{text}" if text else ""
+    text = " ".join(["", "--data", *map(str, args.data)]) if args.data else ""
     print(f"  python eval.py --model {at} --against {args.teacher}{text}")
 
 

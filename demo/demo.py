@@ -4,8 +4,8 @@
 
 What.  Two runs of train.py on the embedded teacher, `--rope linear` (position interpolation, the
 paper's) and `--rope yarn`, each through both stages, in OUT/linear and OUT/yarn; then OUT/demo.md
-and OUT/demo.png put their reports side by side. An earlier demo's folders are replaced, and nothing
-else.
+and OUT/demo.png put their reports side by side. An earlier demo's two folders, cache and these two
+files are replaced, and nothing else. Ctrl-C stops it; a new demo begins anew.
 
 How it is read.  Recovered is (untrained linear - student) / (untrained linear - teacher) at 1x for
 all columns: the share of what position interpolation loses. (In the runs' own reports each kind's
@@ -15,6 +15,7 @@ Limits.  A model of 5.7M parameters and minutes of two CPU cores: what it shows 
 the shape of the curves, not their height.
 """
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -42,9 +43,12 @@ def main() -> None:
     for kind in KINDS:
         command = [sys.executable, str(ROOT / "train.py"), "--rope", kind, "--out", str(out / kind)]
         print(f"\n$ python train.py --rope {kind} --out {out / kind}", flush=True)
-        done = subprocess.run([*command, "--cache", str(out / "cache"), *rest], check=False)
-        if done.returncode:
-            sys.exit(done.returncode)
+        with subprocess.Popen([*command, "--cache", str(out / "cache"), *rest]) as run:
+            while run.poll() is None:  # a Ctrl-C reaches train.py too, which then ends its step
+                with contextlib.suppress(KeyboardInterrupt):
+                    run.wait()
+        if run.returncode:
+            sys.exit(run.returncode)
     table = side_by_side(out)
     (out / "demo.md").write_text(table + "\n")
     picture(columns(out)).savefig(out / "demo.png", dpi=110)

@@ -161,7 +161,7 @@ def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
         require("tensorboard", "--tensorboard")
     check_device(args.device)
     teacher = download.resolve(args.teacher) if args.teacher else HERE / "demo" / "teacher"
-    name = f"{download.model_name(teacher)}-x{args.scale:g}" if args.teacher else "demo"
+    name = f"{download.model_name(teacher) if args.teacher else 'demo'}-x{args.scale:g}"
     args.teacher, args.out = teacher, args.out or Path("out") / name
     args.cache = args.cache or args.out / "cache"
     return args

@@ -1,7 +1,7 @@
 """Many processes, one result: the global batch split over ranks, gradients averaged, or the layers
 cut with FSDP2.
 
-    torchrun --nproc_per_node 8 train.py --teacher DIR [--shard]
+    torchrun --nproc_per_node 8 train.py --teacher DIR --batch1 8 --batch2 8 [--shard]
 
 What.  torchrun starts the same script N times and sets RANK, LOCAL_RANK and WORLD_SIZE; without
 them there is one process. Rank r of N takes the rows r B/N .. (r+1) B/N - 1 of each step's batch of
@@ -18,9 +18,9 @@ shared or not, is cut over the ranks once. A unit is gathered in the compute dty
 at work and dropped after it; gradients are reduced in float32, onto float32 weights. Embeddings,
 the last norm and the head are frozen and shared: each rank holds them whole.
 
-Limits.  All ranks must see the same files. A block's tokens stay on one rank: the context is
-bounded by what one GPU's memory holds. Stage 2 gathers the teacher's q, k and v with each layer
-without using them.
+Limits.  A step has a block or more for each rank, whence the two flags. All ranks must see the same
+files. A block's tokens stay on one rank: the context is bounded by what one GPU's memory holds.
+Stage 2 gathers the teacher's q, k and v with each layer without using them.
 
 Source.  PyTorch's FSDP2, torch.distributed.fsdp.fully_shard.
 """

@@ -11,7 +11,7 @@ Defaults.  From runs at two widths (LOG.md), C = 320 and C = 576, and the paper'
               C = 576 and 2e-5 at C = 4096, fix a power law: lr = 2e-3 (576 / C)^2.3, never above
               2e-3, which was best at C = 320 too. Stage 2 takes a quarter of it, whatever --lr1 is.
     Kinds     All but linear leave the fast pairs alone and lose less before training: they take 0.3
-              of that rate, half of that in stage 2, and an eighth to a half of the tokens (TOKENS).
+              of that rate, half of that in stage 2, and a sixth to a half of the tokens (TOKENS).
     Stage 1   wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat
               2048 per step at equal tokens. Above C = 1024: 8192 per step in blocks of 2048.
     Stage 2   wants steps more than length: blocks of 16K gave a lower loss at 64K than blocks of

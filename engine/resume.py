@@ -23,13 +23,15 @@ and of the text, by their digests. A resumed run must have the same; what change
 Processes.  A state holds whole tensors, whatever number of processes wrote it: any other number
 reads it.
 
-Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop, and a line says so: a
-measurement and the step after it are finished, the state is saved, the exit code is 3. After the
-last step the run ends as if nobody had asked. A second one kills at once; under torchrun, which
-passes on to its processes the Ctrl-C that they already had, only if it comes a second or more after
-the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then the state before counts.
+Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop, and a line says so: the
+measurements at hand and the next step are finished, the state is saved, the exit code is 3. After
+the last step the run ends as if nobody had asked, with code 0. A second signal kills at once; under
+torchrun, which passes on to its processes the Ctrl-C that they already had, only if it comes a
+second or more after the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then the
+state before counts.
 
-Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed.
+Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed. --impl
+and --micro may change, and then the rounding does.
 """
 
 import argparse
@@ -221,7 +223,8 @@ def matters(args: argparse.Namespace, stages: list) -> dict:
     out = {k: getattr(args, k) for k in keys}
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
-        plan |= {"native blocks": s.beside.batch // s.batch} if s.beside else {}
+        if s.objective != "relation":
+            plan["native blocks"] = s.beside.batch // s.batch if s.beside else 0
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
     return out | paths | {TEACHERS_FILES: digest(args.teacher)}
