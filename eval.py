@@ -27,9 +27,9 @@ With --against two columns are added: "teacher", and "untrained" (the teacher's 
 student's positions). The table then also says which share of the lost loss was recovered, and each
 task's retention with its confidence interval (evals/retention.py).
 
-What comes out.  The table on standard output. With --out, report.json (evals/report.py lists its
-keys), report.md and report.png, and what was asked for of passkey.png, positions.png and
-layers.png. Same arguments, same machine: same figures.
+What comes out.  Each figure on standard error when it is known, then the table on standard output.
+With --out, report.json (evals/report.py lists its keys), report.md and report.png, and what was
+asked for of passkey.png, positions.png and layers.png. Same arguments, same machine: same figures.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
 SIGTERM or SIGHUP.
@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
             frozen = Llama.from_pretrained(args.against, dtype=dtype, device=str(device))
             untrained = make_student(frozen, student, trained=())
             models = {TEACHER: frozen, UNTRAINED: untrained, "student": model}
-        scores = report.Scores({name: {} for name in models}, dtype, args.command)
+        scores = report.Scores({name: {} for name in models}, dtype, args.command, aloud=True)
         more: dict = {"missing": missing}
 
         # ---- the headline: held-out text
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         prompts.ruler_scores(
             scores, models, tokenizer, able, args.samples, args.ruler_seed, args.ruler_data, keep
         )
-        notes = prompts.variants(scores)
+        notes = [*tasks.own(asked), *prompts.variants(scores)]
 
         # ---- layers: where the stretched positions hurt
         if args.layers:

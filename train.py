@@ -181,11 +181,10 @@ def main(argv: list[str] | None = None) -> None:
     plan.check(args, native, longer, stages, world.size)
     apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
     check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
-    if not args.dry_run:
+    if args.resume or not args.dry_run:
         world.on_main(lambda: check(apart=apart))
     free = int(world.min(cost.free_memory(device)))
-    given = args.peak_tflops
-    peak = given * 1e12 if given else world.on_main(cost.peak_flops, device, dtype)
+    peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
     shards = world.size if args.shard else 1
     # of each stage: blocks at a time, recompute activations?, memory by part
     settle = functools.partial(plan.settle, native, dtype=dtype, device=device, free=free)
@@ -197,20 +196,21 @@ def main(argv: list[str] | None = None) -> None:
     print(f"compute: {str(dtype)[6:]}, because {why}")
     impl, why = plan.relation_impl(args, native, dtype, device)
     print(f"relation loss: {impl}, because {why}")
-    print(plan.describe_time(native, stages, args.lora_rank, peak, world.size, bool(given)))
+    print(plan.describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
     for stage, need in zip(stages, needs, strict=True):
         plan.refuse_if_too_large(need, free, stage)
+    if args.dry_run and not args.resume:
+        return world.exit(0)
+    depends = world.on_main(resume.matters, args, stages)
     if args.dry_run:
+        world.on_main(resume.find, args, depends, stages)
         return world.exit(0)
 
     with folder.Folder(args.out, "train.py", active=world.main) as out:
         world.on_main(lambda: check(apart=apart))  # another run may have come and gone since
 
         # ---- where to begin: at zero, or where the newest good state says
-        depends = world.on_main(resume.matters, args, stages)
-        at = world.on_main(resume.find, args.out, depends) if args.resume else resume.Progress()
-        if args.resume:
-            print(resume.going_on(at, stages))
+        at = world.on_main(resume.find, args, depends, stages)
 
         # ---- models: the student's tensors ARE the teacher's, but for float32 copies of q, k and v
         place = "cpu" if args.shard else str(device)
@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
                             continue
                         mine = part.batch // world.size
                         first = step * part.batch + world.rank * mine
-                        seed = args.seed + 7919 * number + 104729 * (part is stage.beside)
+                        seed = data.seed_of(args.seed, number, part is stage.beside)
                         ids = corpus.batch(seed, first, mine, part.T)  # [mine, T + 1]
                         ids = lookups.mix(ids, seed, first, args.lookups) if lookups else ids
                         ids = ids.to(device)

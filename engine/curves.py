@@ -4,8 +4,9 @@ What.  Stage 1: the KL of each relation and of the next token, on a logarithmic 
 layer, so that one sees which layers hold out. Stage 2: the next-token loss, and the relation loss
 of the native blocks beside.
 
-How.  The raw line is faint; the strong one is a running mean over a fortieth of the steps. Steps
-are counted from 1, as on the terminal.
+How.  The raw line is faint; the strong one is a running mean over a fortieth of the steps, or over
+eight. Steps that read look-up documents are drawn apart, dashed: their losses are of another size.
+Steps are counted from 1, as on the terminal.
 
 Limits.  At most 1000 points per line are drawn; the mean is over all.
 """
@@ -41,21 +42,32 @@ def picture(log: Path) -> bytes:
     return out.getvalue()
 
 
-def _line(axis, rows: list[dict], value, label: str, colour: str) -> None:
-    steps = np.asarray([r["step"] + 1 for r in rows])
-    values = np.asarray([value(r) for r in rows], dtype=float)
-    width = max(1, len(values) // 40)
-    mean = np.convolve(np.pad(values, (width - 1, 0), mode="edge"), np.ones(width) / width, "valid")
-    every = max(1, len(values) // POINTS)
-    axis.plot(steps[::every], values[::every], color=colour, alpha=0.25, lw=0.8)
-    axis.plot(steps[::every], mean[::every], color=colour, lw=1.8, label=label)
+def _line(axis, rows: list[dict], value, label: str, colour: str, apart: bool = True) -> None:
+    """One figure; apart: of the steps that read text alone, and dashed of those with look-ups."""
+    text = [r for r in rows if not (apart and r.get("lookups"))]
+    lookups = [r for r in rows if apart and r.get("lookups")]
+    for chosen, style in ((text, "-"), (lookups, "--")):
+        if not chosen:
+            continue
+        steps = np.asarray([r["step"] + 1 for r in chosen])
+        values = np.asarray([value(r) for r in chosen], dtype=float)
+        width = max(1, min(len(values) // 4, 8), len(values) // 40)
+        padded = np.pad(values, (width - 1, 0), mode="edge")
+        mean = np.convolve(padded, np.ones(width) / width, "valid")
+        every = max(1, len(values) // POINTS)
+        axis.plot(steps[::every], values[::every], style, color=colour, alpha=0.25, lw=0.8)
+        named = {"label": label} if chosen is text or not text else {}
+        axis.plot(steps[::every], mean[::every], style, color=colour, lw=1.8, **named)
 
 
 def _finish(axis, title: str, unit: str) -> None:
     axis.set(xlabel="step", ylabel=unit)
     axis.set_title(title, loc="left", fontsize=10)
     axis.grid(alpha=0.25, which="both")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.spines[["top", "right"]].set_visible(False)
+    if any(line.get_linestyle() == "--" for line in axis.lines):
+        axis.plot([], [], "--", color="0.4", label="with look-up documents")
     axis.legend(frameon=False, fontsize=9)
 
 
@@ -86,11 +98,12 @@ def _layers(figure, axis, rows: list[dict]) -> None:
     axis.set(xlabel="step", ylabel="layer")
     axis.set_title("stage 1: relation KL by layer", loc="left", fontsize=10)
     axis.yaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=axis, label="nats (log scale)")
+    figure.colorbar(image, ax=axis).ax.set_title("nats, log", fontsize=9)
 
 
 def _next_token(axis, rows: list[dict]) -> None:
     _line(axis, rows, lambda r: r["loss"], "next token, long blocks", "C0")
     if "relation_loss" in rows[0]:
-        _line(axis, rows, lambda r: r["relation_loss"], "as the teacher, native blocks", "C1")
+        said = "as the teacher, native blocks"
+        _line(axis, rows, lambda r: r["relation_loss"], said, "C1", apart=False)
     _finish(axis, "stage 2", "nats per token")

@@ -52,6 +52,11 @@ HELD_OUT_ONE_IN = 20
 _BATCH = 256  # documents tokenised at a time
 
 
+def seed_of(seed: int, stage: int, beside: bool = False) -> int:
+    """What the order of a stage's blocks, and of those beside them, is drawn with."""
+    return seed + 7919 * stage + 104729 * beside
+
+
 @functools.lru_cache(maxsize=4)
 def _order(seed: int, epoch: int, n: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n)

@@ -29,6 +29,12 @@ PAIRS = 8
 _WORD = re.compile(r" [a-z]{4,9}")
 
 
+def chosen(seed: int, number: int, share: float) -> np.random.Generator | None:
+    """What a run's block of this number is drawn with, if it is one of the share of documents."""
+    rng = np.random.default_rng([seed, number])
+    return rng if rng.random() < share else None
+
+
 class Lookups:
     """Makes look-up documents for one tokenizer out of one stream of filler ids."""
 
@@ -82,9 +88,8 @@ class Lookups:
         """The blocks first .. of a run [n, T + 1], about `share` of them replaced: a function of
         seed and number.
         """
-        for row in range(len(batch) if share else 0):
-            rng = np.random.default_rng([seed, first + row])
-            if rng.random() < share:
+        for row in range(len(batch)):
+            if rng := chosen(seed, first + row, share):
                 batch[row] = torch.from_numpy(self.document(rng, batch.shape[1] - 1, "anywhere")[0])
         return batch
 

@@ -306,7 +306,7 @@ def size(b: float) -> str:
 
 
 def describe_time(
-    c: LlamaConfig, stages: list[Stage], rank, rate: float, processes: int, given: bool
+    c: LlamaConfig, stages: list[Stage], rank, rate: float, processes: int, given: float | None
 ) -> str:
     """The work of each stage, and its time at half of `rate` flop/s on each process's device."""
     lines = []

@@ -54,6 +54,7 @@ from hub import files
 
 _KEEP = 2
 _PLACES = ("teacher", "data")  # may be other ones: what lies there is compared by its contents
+TEACHERS_FILES = "teacher's files"
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -74,7 +75,8 @@ class StopRequest:
         if self.asked:
             os.kill(os.getpid(), number)
         elif os.environ.get("RANK", "0") == "0":  # not print, which a signal may have interrupted
-            os.write(2, b"\nstopping after this step or measurement; once more: at once\n")
+            said = b"stopping after this step or measurement; once more: at once\n"
+            os.write(2, b"\n" * os.isatty(2) + said)  # a terminal may show a bar
         self.asked = time.monotonic()
 
     def close(self) -> None:
@@ -94,14 +96,6 @@ class Progress:
     total: int = 0  # steps done, over all stages
     columns: dict[str, dict[str, float]] = field(default_factory=dict)
     state: Path | None = None  # where weights and moments are to be read from
-
-
-def going_on(at: Progress, stages: list) -> str:
-    """Where a run that was asked to --resume begins."""
-    if not at.state:
-        return "--resume: no state was saved, so it begins at the beginning"
-    done = f"after step {at.step} of {stages[at.stage].name}" if at.step else "between stages"
-    return f"--resume: going on {done}, from {at.state}"
 
 
 def kept(at: Progress) -> str:
@@ -231,7 +225,7 @@ def matters(args: argparse.Namespace, stages: list) -> dict:
         plan |= {"native blocks": s.beside.batch // s.batch} if s.beside else {}
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
-    return out | paths | {"teacher's files": digest(args.teacher)}
+    return out | paths | {TEACHERS_FILES: digest(args.teacher)}
 
 
 def digest(path: Path) -> str:
@@ -244,28 +238,46 @@ def digest(path: Path) -> str:
     return whole.hexdigest()[:16]
 
 
-def find(out: Path, depends: dict) -> Progress:
-    """What --resume goes on from: the newest good state, or the beginning where none was saved.
+def find(args: argparse.Namespace, depends: dict, stages: list) -> Progress:
+    """Where a run begins: with --resume at the newest good state of --out, and says so; else at 0.
 
     Raises ValueError where every state is damaged, and as same_run does.
     """
+    if not args.resume:
+        return Progress()
+    out = args.out
     state = latest(out / "state")
     if state is None:
         if _states(out / "state"):
             raise ValueError(f"no state in {out}/state is whole; start anew with another --out")
-        print("no state was saved yet: starting from the beginning", flush=True)
+        print("--resume: no state was saved, so it begins at the beginning", flush=True)
         return Progress()
     info = load_info(state)
     same_run(info["depends"], depends)
-    return Progress(info["stage"], info["step"], info["total"], info["columns"], state)
+    at = Progress(info["stage"], info["step"], info["total"], info["columns"], state)
+    done = f"after step {at.step} of {stages[at.stage].name}" if at.step else "between stages"
+    print(f"--resume: going on {done}, from {state}", flush=True)
+    return at
 
 
 def same_run(saved: dict, now: dict) -> None:
     """Raises ValueError naming what has changed since the state was saved, of what matters."""
     changed = [k for k in now if k not in _PLACES and saved.get(k) != now[k]]
     if changed:
-        said = "; ".join(f"{k} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
+        said = "; ".join(f"{_flag(k)} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
         raise ValueError(f"--resume: {said}; give the old values, or start anew with another --out")
+
+
+def _flag(key: str) -> str:
+    """What the command line calls a thing that a run depends on."""
+    stage, _, what = key.partition(" ")
+    if stage in ("stage1", "stage2"):
+        name = {"T": "length", "steps": "tokens", "native blocks": "native-blocks"}.get(what, what)
+        flag = f"--{name}" + ("" if "blocks" in name else stage[-1])
+        return f"the steps of {stage} ({flag})" if what == "steps" else flag
+    if key == "authors_heads":
+        return "--preset authors"
+    return key if key in (TEACHERS_FILES, "text") else "--" + key.replace("_", "-")
 
 
 def same_text(at: Progress, text: str) -> None:

@@ -10,10 +10,13 @@ What.  Every step leaves one JSON line in metrics.jsonl, which is the source of 
                                 [the sum of the three in each layer]
     next_token_kl               with relation blocks, before its weight
     relation_loss               in stage 2, of the native blocks beside the long ones
+    lookups                     with --lookups, the share of the step's blocks (in stage 2: of the
+                                long ones) that are look-up documents
 
-Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's is the next token's. A terminal
-shows a bar, anything else about twenty plain lines per stage. curves.png is drawn at each saved
-state but at most once a minute.
+gib is the peak so far: on a GPU of its memory; on a CPU of the whole process, with Python and
+torch, which the plan leaves out. Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's
+is the next token's. A terminal shows a bar, anything else about twenty plain lines per stage.
+curves.png is drawn at each saved state but at most once a minute.
 --tensorboard writes the same figures for TensorBoard where that package is installed.
 
 Speed.  tflops is cost.flops over the seconds of the step, for all processes together, recomputation
@@ -36,8 +39,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import cost, curves, parallel, resume
+from engine import cost, curves, data, parallel, resume
 from engine.folder import Folder
+from engine.lookups import chosen
 from relation_kl import RELATIONS
 
 SCHEMA = 2  # of metrics.jsonl, in run.json; raised when a key changes its meaning
@@ -93,6 +97,7 @@ class Watch:
         out.write("run.json", json.dumps(about | {"schema": SCHEMA}, indent=1) + "\n")
         resume.cut_log(out, total)
         self.out, self.stages, self.peak, self.size = out, stages, peak, size
+        self.seed, self.share, self.weight = args.seed, args.lookups, args.logit_weight
         self.log = (out.path / "metrics.jsonl").open("a")
         self.writer = None
         if args.tensorboard:
@@ -156,6 +161,10 @@ class Watch:
             row["next_token_kl"] = figures.kl
         if figures.relation_loss is not None:
             row["relation_loss"] = figures.relation_loss
+        if self.share:
+            seed, first = data.seed_of(self.seed, self.number), step * stage.batch
+            documents = [bool(chosen(seed, first + i, self.share)) for i in range(stage.batch)]
+            row["lookups"] = sum(documents) / stage.batch
         print(json.dumps(row), file=self.log, flush=True)
         self._say(row, stage)
         self._warn(row["loss"], stage)
@@ -178,7 +187,8 @@ class Watch:
         said = [f"loss {row['loss']:.4f}", f"ETA {cost.clock(row['eta_seconds'])}"]
         said += [f"{row['tokens_per_second']:,} tokens/s", f"MFU {row['mfu']:.0%}"]
         said += [f"{name} {value:.3g}" for name, value in row.get("relations", {}).items()]
-        said += [f"KL {row['next_token_kl']:.3g}"] if row.get("next_token_kl") else []
+        times = "" if self.weight == 1 else f"{self.weight:g} x "
+        said += [f"{times}KL {row['next_token_kl']:.3g}"] if row.get("next_token_kl") else []
         said += [
             f"norm {row['grad_norm']:.2f}",
             f"lr {row['lr']:.2g}",

@@ -45,7 +45,7 @@ def bars(
     shares: dict[str, float],
     kept: dict[str, dict],
 ) -> bytes:
-    """Losses, figures in percent and, where there is any, the tasks' retention, side by side.
+    """Losses, below them figures in percent; beside both, where there is any, tasks' retention.
 
     columns: {model: {row: figure}}; losses, percent: rows in nats, and between 0 and 1;
     shares: {model: lost loss recovered}; kept: what `retention` found.
@@ -53,19 +53,22 @@ def bars(
     panels = [("loss (nats per token)", losses, 1.0), ("right (%)", percent, 100.0)]
     panels = [panel for panel in panels if panel[1]] or panels[:1]
     drawn = {row: found for row, found in kept.items() if any(found["kept"].values())}
-    count = len(panels) + (1 if drawn else 0)
-    most = max([len(drawn), 3, *(len(names) for _, names, _ in panels)])  # as thick in all panels
-    figure = canvas(5.2 * count, most * (0.16 * len(columns) + 0.14) + 1.1)
-    axes = figure.subplots(1, count, squeeze=False)[0]
-    for axis, (title, names, times) in zip(axes, panels, strict=False):
+    heights = [max(1, len(names)) for _, names, _ in panels]  # a row is as thick in all panels
+    tall = sum(heights) * (0.16 * len(columns) + 0.14) + 0.6 * len(panels) + 0.6
+    figure = canvas(13 if drawn else 7.5, max(tall, 3.5))
+    grid = figure.add_gridspec(len(panels), 2 if drawn else 1, height_ratios=heights)
+    axes = [figure.add_subplot(grid[i, 0]) for i in range(len(panels))]
+    for axis, (title, names, times) in zip(axes, panels, strict=True):
         _bars(axis, columns, names, times)
         axis.set_title(title, fontsize=10, loc="left")
+        axis.set_ylim(max(1, len(names)) - 0.5, -0.5)
     if drawn:
+        axes.append(figure.add_subplot(grid[:, 1]))
         _kept(axes[-1], drawn)
+        axes[-1].set_ylim(len(drawn) - 0.5, -0.5)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-        axis.set_ylim(most - 0.5, -0.5)
     said = [f"{n} ({100 * shares[n]:.0f} % recovered)" if n in shares else n for n in columns]
     handles = axes[0].containers
     figure.legend(handles, said, fontsize=9, frameon=False, loc="outside upper left", ncols=5)
@@ -80,7 +83,7 @@ def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: f
         values = [times * figures.get(name, math.nan) for name in names]
         values = [v if math.isfinite(v) else math.nan for v in values]
         drawn = axis.barh(y, values, 0.92 * thick, label=column, color=colour(i))
-        said = ["" if math.isnan(v) else f"{v:.0f}" if times > 1 else f"{v:.2f}" for v in values]
+        said = ["" if math.isnan(v) else f"{v:.1f}" if times > 1 else f"{v:.3f}" for v in values]
         axis.bar_label(drawn, said, padding=2, fontsize=min(7, 60 * thick / len(columns) + 4))
     axis.set_yticks(range(len(names)), names)
     axis.margins(x=0.12)

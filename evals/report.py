@@ -27,6 +27,7 @@ Limits.  `error` says how far other items would move a figure, not another train
 
 import json
 import math
+import sys
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -48,12 +49,15 @@ class Scores:
     command: str = ""
     facts: dict[str, dict] = field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # row, column: [items]
+    aloud: bool = False  # say each figure on standard error as it is added
 
     def add(
         self, column: str, row: str, value: float, *, error=None, values=None, items=None, **facts
     ) -> None:
         """One figure. values: the items' own, whose mean it is; facts: version, seed and so on."""
         self.columns[column][row] = float(value)
+        if self.aloud:
+            print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
         if values is not None:
             self.values.setdefault(row, {})[column] = values
             items = len(values)
@@ -134,7 +138,12 @@ def retention_table(kept: dict[str, dict]) -> str:
                 _interval(found["kept"][name], "-"),
                 _interval(found["recovered"].get(name), "none lost, or within noise"),
             ]
-    return _aligned(rows)
+    said = []
+    if any("perplexity" in row for row in kept):
+        said.append("A perplexity's share kept is the teacher's perplexity over the student's.")
+    if any(cell == "-" for row in rows[1:] for cell in row):
+        said.append("-: the teacher's own score is within noise of 0.")
+    return "\n\n".join([_aligned(rows), *([" ".join(said)] if said else [])])
 
 
 def nothing_lost(columns: dict[str, dict[str, float]], row: str = "loss at 1x") -> str | None:

@@ -24,6 +24,7 @@ from evals.formats import LAYOUTS, Item, listed, number, text
 from hub.files import json_lines
 
 ACC, NORMED, PERPLEXITY = "accuracy", "accuracy normed", "perplexity"
+OWN = "own task"
 ENDS = (".jsonl", ".jsonl.gz")
 UTF8 = "utf-8-sig"  # with or without the mark that some editors put first
 
@@ -157,7 +158,13 @@ def load(file: Path, limit: int | None = None) -> Task:
         metrics = BOTH if layout == "query/choices/gold" else next(alike, ONE)
     if known and known.layout == layout:
         return Task(name, items, metrics, f"lm-eval {known.version}")
-    return Task(name, items, metrics, f"own task, {layout}, not lm-eval's prompts")
+    return Task(name, items, metrics, f"{OWN}, {layout}, not lm-eval's prompts")
+
+
+def own(found: list[Task]) -> list[str]:
+    """A sentence for each task that is not one of DATASETS: as what its rows were read."""
+    mine = [task for task in found if task.version.startswith(OWN)]
+    return [f"{t.name}: {t.version}; evals/formats.py says what that layout asks." for t in mine]
 
 
 def _layout(file: Path, line: int, row: dict) -> str:
@@ -166,7 +173,8 @@ def _layout(file: Path, line: int, row: dict) -> str:
             return name
     keys = ", ".join(map(repr, row))[:200]
     raise ValueError(
-        f"{file}, line {line}: not a task row, its keys {keys} are those of none of {[*LAYOUTS]}"
+        f"{file}, line {line}: not a task row, its keys {keys} are those of no layout in "
+        'evals/formats.py; the simplest is {"query": "2 + 2 =", "choices": ["3", "4"], "gold": 1}'
     )
 
 

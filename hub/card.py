@@ -73,7 +73,8 @@ def model_card(
         f"Trained in {len(stages)} stage{'s' if len(stages) > 1 else ''} ({did}); {kept}. {law}",
         "| stage | objective | steps x blocks x tokens | learning rate |\n|---|---|---|---|\n"
         + "\n".join(rows),
-        f"Arguments: {said}.",
+        f"Arguments: {said}. The last two are digests of what the teacher's directory and the text "
+        "held.",
     ]
     if scores:
         parts.append(f"Measured at the end of the run:\n\n{scores.strip()}")
@@ -181,7 +182,8 @@ llama-cli -m model.gguf -c {length}
 lm-evaluation-harness:
 
 ```bash
-lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} --tasks lambada_openai
+lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} --tasks \
+    lambada_openai,piqa,arc_easy,openbookqa
 ```
 
 To the Hub:

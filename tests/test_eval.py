@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -203,7 +204,7 @@ def test_an_empty_bar_still_has_its_number():
 
     axis, columns = Figure().subplots(), {"a": {"x": 0.0, "y": 0.5}, "b": {"y": 0.25}}
     pictures._bars(axis, columns, ["x", "y"], 100.0)
-    assert [text.get_text() for text in axis.texts] == ["0", "50", "", "25"]
+    assert [text.get_text() for text in axis.texts] == ["0.0", "50.0", "", "25.0"]
 
 
 # The headline
@@ -487,6 +488,9 @@ def test_same_seed_same_report_and_every_figure_says_what_it_is(pair, text_dir, 
     items = (tmp_path / "one" / "predictions" / "student.openbookqa.jsonl").read_text().splitlines()
     assert len(items) == 12 and set(json.loads(items[0])) == {"gold", "prediction", "logps"}
     said = capsys.readouterr()
+    for line in (f"{name}: {row}" for name in body["columns"] for row in body["rows"]):
+        told = re.findall(rf"^{re.escape(line)} [\d.,]+( %)?$", said.err, re.MULTILINE)
+        assert len(told) == 2, f"{line} once per run"
     assert (
         "boolq: expected as" in said.err
         and "kept of the teacher" in said.out

@@ -15,13 +15,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEACHER, write_model
+from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import train
-from engine import cost, exits, parallel, plan, resume, watch
+from engine import cost, curves, exits, parallel, plan, resume, watch
+from engine.lookups import Lookups
+from hub.tokenizer import load_tokenizer
 
 STEPS1, STEPS2 = 6, 3
 
@@ -245,7 +249,17 @@ def test_another_run_in_out_is_refused(whole, small, text_dir):
 def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_dir, tmp_path):
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     said = refused([*arguments(small, text_dir, copy), "--resume", "--lr1", "0.02"])
-    assert "stage1 lr was 0.01 and is 0.02" in said
+    assert "--lr1 was 0.01 and is 0.02" in said
+    more = ["--tokens2", "5120", "--lookups", "0.5"]
+    said = refused([*arguments(small, text_dir, copy), "--resume", "--dry-run", *more])
+    assert "--lookups was 0.0 and is 0.5; the steps of stage2 (--tokens2) was 3 and is 10" in said
+
+
+def test_a_dry_run_says_where_a_resumed_run_would_go_on(whole, small, text_dir, capsys):
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("*")}
+    train.main([*arguments(small, text_dir, whole), "--resume", "--dry-run"])
+    assert "--resume: going on between stages, from" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("*")} == before
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path):
@@ -394,6 +408,24 @@ def test_watching(whole):
     assert (whole / "curves.png").read_bytes().startswith(b"\x89PNG")
     said = (whole.parent / "said.txt").read_text()
     assert "MFU" in said and "ETA" in said and "K/K" in said and said.count("stage1 step") == STEPS1
+
+
+def test_the_log_says_which_steps_read_look_up_documents(text_dir, tmp_path):
+    roomy = write_model(tmp_path / "teacher", max_position_embeddings=256)
+    train.main([*arguments(roomy, text_dir, tmp_path / "out"), "--lookups", "0.5"])
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    lookups = Lookups(load_tokenizer(roomy), np.arange(4000))
+    for r in rows:
+        stage, batch, T = ("1", 4, 256) if r["stage"] == "stage1" else ("2", 1, 1024)
+        mine = lookups.mix(
+            torch.full((batch, T + 1), -1), 7919 * (stage == "2"), r["step"] * batch, 0.5
+        )
+        assert r["lookups"] == (mine[:, 0] >= 0).double().mean().item()
+    assert 0 < sum(r["lookups"] for r in rows) < len(rows)
+    axis = Figure().subplots()
+    curves._line(axis, rows, lambda r: r["loss"], "loss", "C0")
+    drawn = {line.get_linestyle(): len(line.get_xdata()) for line in axis.lines}
+    assert drawn["--"] == sum(r["lookups"] > 0 for r in rows) == len(rows) - drawn.get("-", 0)
 
 
 def test_tensorboard_without_the_package_is_one_sentence(small, text_dir, tmp_path, monkeypatch):
