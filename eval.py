@@ -61,7 +61,7 @@ from evals import flags, layers, likelihood, longtext, pictures, prompts, report
 from evals.generate import stream
 from evals.retention import TEACHER, UNTRAINED, retention
 from evals.ruler_tasks import RULER_TASKS
-from hub import files
+from hub import checkpoint, files
 from hub.tokenizer import Tokenizer, load_tokenizer
 from model import Llama, LlamaConfig, choose_dtype, make_student
 
@@ -343,16 +343,24 @@ def claim(args) -> None:
 
 def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig | None]:
     """Both config.json; ValueError where they are not one network under two kinds of position."""
-    student = LlamaConfig.from_hf(files.read_json(model / "config.json"))
+    student = config_of(model)
     if against is None:
         return student, None
-    teacher = LlamaConfig.from_hf(files.read_json(against / "config.json"))
+    teacher = config_of(against)
     positions = {"rope": student.rope, "window": student.window, "source": student.source}
     if replace(teacher, **positions) != student:
         raise ValueError(
             f"--against {against} is another network than --model {model}: not its teacher"
         )
     return student, teacher
+
+
+def config_of(path: Path) -> LlamaConfig:
+    """config.json, which the weights beside it must fit: by their headers, in milliseconds."""
+    config = LlamaConfig.from_hf(files.read_json(path / "config.json"))
+    with torch.device("meta"):
+        checkpoint.check_fits(Llama(config), path)
+    return config
 
 
 def talk(args) -> None:

@@ -180,7 +180,7 @@ def main(argv: list[str] | None = None) -> None:
     longer = native.extended(args.rope or plan.rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
     stages = plan.make_stages(args, native, longer)
-    plan.check(args, native, longer, stages, tokenizer, world.size)
+    plan.check(args, native, longer, stages, world.size)
     apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
     check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
     if args.resume or not args.dry_run:

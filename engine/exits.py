@@ -27,9 +27,7 @@ import sys
 import time
 
 STOPPED = 3
-STOPPED_SENTENCE = (
-    "stopped; --resume goes on from a state that was saved before; where none was, start again"
-)
+_GOES_ON = "--resume goes on from a state that was saved before; where none was, "
 
 
 class OutOfMemory(ValueError):
@@ -60,10 +58,18 @@ def _stop(number, frame) -> None:
     raise KeyboardInterrupt
 
 
+def _import_failed(kind, e, trace) -> None:
+    """Memory may be short even for torch's own code."""
+    if ran_out(e):
+        _end(PROGRAM, _out_of_memory(e), 2, alone=True)
+    sys.__excepthook__(kind, e, trace)
+
+
 PROGRAM = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
 if PROGRAM in ("train.py", "eval.py"):
     for each in SIGNALS:
         signal.signal(each, _leave)
+    sys.excepthook = _import_failed
     if importlib.util.find_spec("torch") is None:
         sys.exit(f"{PROGRAM}: this Python has no torch; `make demo` makes one that has, "
                  ".venv/bin/python, or install requirements.txt")  # fmt: skip
@@ -72,22 +78,30 @@ if PROGRAM in ("train.py", "eval.py"):
 def ran_out(e: BaseException) -> bool:
     """Is this torch's, or Python's, way of saying that memory ran out?"""
     said = ("DefaultCPUAllocator", "Cannot allocate memory")  # the second: a file cannot be mapped
+    said += ("failed to map segment",)  # nor a library
     return (
         isinstance(e, MemoryError)
         or type(e).__name__ == "OutOfMemoryError"
-        or (isinstance(e, RuntimeError) and any(words in str(e) for words in said))
+        or (isinstance(e, RuntimeError | ImportError) and any(words in str(e) for words in said))
     )
+
+
+def _out_of_memory(e: BaseException) -> str:
+    reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+    return f"memory ran out ({reason}); use a smaller model, shorter blocks or a larger machine"
 
 
 def run(main, program: str) -> None:
     """main(), and the end that it deserves."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
+    stopped = f"stopped; {_GOES_ON * (program == 'train.py')}start again"
     try:
         for number in SIGNALS:
             signal.signal(number, _stop)
         main()
     except KeyboardInterrupt:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        _end(program, STOPPED_SENTENCE, STOPPED)
+        _end(program, stopped, STOPPED)
     except OutOfMemory as e:  # which one rank may meet alone
         _end(program, str(e), 2, alone=True)
     except OSError as e:  # "[Errno 13] Permission denied: 'x'" in a sentence
@@ -95,13 +109,12 @@ def run(main, program: str) -> None:
         _end(program, f"cannot use {name}: {why}" if name else why, 2)
     except ValueError as e:
         _end(program, str(e), 2)
-    except (MemoryError, RuntimeError) as e:
+    except (MemoryError, RuntimeError, ImportError) as e:
         if isinstance(e.__cause__, KeyboardInterrupt):  # until Python 3.12, of one in a class body
-            _end(program, STOPPED_SENTENCE, STOPPED)
+            _end(program, stopped, STOPPED)
         if not ran_out(e):
             raise
-        _end(program, f"memory ran out ({str(e).splitlines()[0][:200]}); use a smaller model, "
-             "shorter blocks or a larger machine", 2, alone=True)  # fmt: skip
+        _end(program, _out_of_memory(e), 2, alone=True)
 
 
 def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:

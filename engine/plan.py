@@ -35,7 +35,6 @@ from engine import data
 from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from hub import checkpoint, files
-from hub.tokenizer import Tokenizer
 from model import TRAINED, Llama, LlamaConfig, attention_dtype
 from relation_kl import choose
 
@@ -110,7 +109,6 @@ def check(
     config: LlamaConfig,
     student: LlamaConfig,
     stages: list[Stage],
-    tokenizer: Tokenizer,
     processes: int,
 ) -> None:
     """Every refusal that needs no text and no weights. Raises ValueError."""
@@ -128,11 +126,6 @@ def check(
         raise ValueError(
             "--rope dynamic changes nothing up to the native length: "
             "there is nothing to distil; use --stage 2 --native-blocks 0"
-        )
-    if tokenizer.size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.size} ids, config.json's vocab_size is "
-            f"{config.vocab_size}: they are not one model's"
         )
     if args.lora_rank and args.lora_rank > config.width:
         raise ValueError(

@@ -14,6 +14,7 @@ Limits.  A folder, or "all", means the known names alone; a task of your own is 
 Source.  lm-evaluation-harness 0.4.13: the tasks' yaml files.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -137,7 +138,7 @@ def load(file: Path, limit: int | None = None) -> Task:
     """The task in a file, of at most `limit` items. Raises ValueError naming the malformed line."""
     if not file.is_file():
         raise ValueError(f"--tasks {file} does not exist; a task is a .jsonl or .jsonl.gz file")
-    stem = file.name.split(".")[0]
+    stem = os.fsencode(file.name).decode(errors="replace").split(".")[0]  # names need not be UTF-8
     name = next((n for n, d in DATASETS.items() if stem in (n, *d.names)), stem)
     items, layout, shots = [], "", ()
     for line, row in islice(json_lines(file, "task row"), limit):

@@ -85,7 +85,7 @@ def adapter_card(name: str, positions: dict, base_model: str | None = None) -> s
     """The README of a LoRA adapter: what PEFT cannot restore, the positions, as keys to set."""
     lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
     if base_model:
-        lines.append(f"base_model: {json.dumps(base_model)}")
+        lines.append(f"base_model: {_quoted(base_model)}")
     lines += ["tags: [lora, long-context, rope-scaling]", "---"]
     return "\n".join(lines) + (
         f"\n# A LoRA adapter for {_plain(name)}, in PEFT's format\n\n"
@@ -116,9 +116,14 @@ def _front_matter(name: str, base_model: str | None, licence: dict[str, str]) ->
     keys = {"model_name": name} | licence
     if base_model:
         keys["base_model"] = base_model
-    given = [f"{k}: {json.dumps(v)}" for k, v in keys.items()]
+    given = [f"{k}: {_quoted(v)}" for k, v in keys.items()]
     fixed = ["library_name: transformers", "pipeline_tag: text-generation"]
     return "\n".join(["---", *fixed, *given, "tags: [long-context, rope-scaling]", "---"])
+
+
+def _quoted(text: str) -> str:
+    """A string that YAML takes literally, and that is no HTML to who reads the page without it."""
+    return json.dumps(text).replace("<", "\\u003c")
 
 
 def _plain(text: str) -> str:

@@ -138,8 +138,8 @@ def read(config: dict) -> dict:
         )
     if family == "llama" and width % heads:
         raise ValueError(f"hidden_size {width} is not a multiple of num_attention_heads {heads}")
-    if family == "qwen3":
-        _size(config, "head_dim")  # null is not taken here, where the others derive it
+    if family in ("qwen2", "qwen3"):
+        _size(config, "head_dim", 1)  # null is not taken here, where the others derive it
     bias = family in ("llama", "qwen3") and _flag(config, "attention_bias")
     n_layer = _size(config, "num_hidden_layers", most=1000)
     return {

@@ -13,7 +13,7 @@ one that does not, gets none: the rule is read from the tokenizer's files, never
 family's name.
 
 Refused when it is loaded, in a sentence: a vocabulary with holes or one that is cut short (a rank
-file must end where the special tokens begin, and agree with a tokenizer.json beside it), BOS or EOS
+file must end where the special tokens begin, and agree with a tokenizer.json beside it), an id
 outside the model's vocabulary, a splitting rule that does not work, text that cannot be encoded.
 
 Limits.  Special tokens inside a text are read as ordinary characters, so that no document can
@@ -119,6 +119,11 @@ def _probed(tokenizer: Tokenizer, file: Path, config: dict) -> Tokenizer:
                 f"config.json beside {file} has {name} {value!r}; it must be an id below its "
                 f"vocab_size, {size}"
             )
+    if type(size) is int and tokenizer.size > size:
+        raise ValueError(
+            f"{file} has {tokenizer.size} ids, the vocab_size of config.json beside it is {size}: "
+            "they are not one model's"
+        )
     with _in_a_sentence(f"{file} cannot be used"):
         ids = tokenizer.encode(_PROBE)
         if not ids or not tokenizer.decode(ids):

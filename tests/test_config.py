@@ -137,6 +137,7 @@ def test_what_transformers_refuses_is_refused_and_what_both_take_means_the_same(
         ({"_attn_implementation": 1}, "_attn_implementation = 1"),
         ({"quantization_config": {}}, "quantization_config is {}"),
         ({"sliding_window": "8"}, "sliding_window = '8'"),
+        ({"model_type": "qwen2", "head_dim": None}, "head_dim = None"),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
             "some layers",

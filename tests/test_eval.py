@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_model, write_model
+from safetensors.torch import load_file, save_file
 
 import eval as evaluation
 import train
@@ -566,6 +567,19 @@ def test_tasks_that_are_not_there_are_refused_before_a_weight_is_read(pair, argu
         evaluation.main(["--model", model, "--no-text", "--tasks", arguments, "--device", "cpu"])
 
 
+@pytest.mark.parametrize("more", ["", "--prompt x --new-tokens 500"])
+def test_weights_that_do_not_fit_are_refused_before_any_text_is_read(
+    model_copy, monkeypatch, capsys, more
+):
+    tensors = load_file(model_copy / "model.safetensors")
+    tensors.pop("model.norm.weight")
+    save_file(tensors, model_copy / "model.safetensors")
+    monkeypatch.setattr(data, "load_corpus", lambda *a, **k: pytest.fail("text was read"))
+    with pytest.raises(ValueError, match=r"missing: model\.norm\.weight"):
+        evaluation.main(["--model", str(model_copy), "--device", "cpu", *more.split()])
+    assert capsys.readouterr().err == "", "nor is a warning given of what will not be"
+
+
 def test_recall_is_the_likeliest_token_at_each_question(text_dir, tmp_path):
     """The demo's teacher, which answers most: read in batches as it is read one by one."""
     teacher = ROOT / "demo" / "teacher"
@@ -658,3 +672,4 @@ def test_ctrl_c_is_one_line_and_code_3(pair, text_dir, tmp_path):
         lines = [line for line in said.splitlines() if "it/s" not in line and line.strip()]
         assert run.returncode == 3 and len(lines) == 1 and lines[0].startswith("eval.py: stopped")
         assert "Traceback" not in said and tree(tmp_path) == {}
+        assert "--resume" not in said, "which is train.py's"

@@ -250,6 +250,17 @@ def test_a_rate_of_next_to_nothing_is_a_long_time(teacher, text_dir, tmp_path, c
     assert "TFLOP/s about 277777777777h46m" in capsys.readouterr().out
 
 
+def test_names_that_are_not_utf8_are_said_in_print(teacher, text_dir, tmp_path):
+    """The run was over when its last line, which names the text, could not be printed."""
+    text = shutil.copytree(text_dir, tmp_path / os.fsdecode(b"caf\xe9"))
+    run = shell(
+        arguments(teacher, text, tmp_path / "out"), env={"PYTHONIOENCODING": "utf-8:strict"}
+    )
+    said, errors = run.communicate()
+    assert run.returncode == 0, errors
+    assert r"caf\udce9" in said.splitlines()[-1]
+
+
 def test_weights_that_are_not_finite_leave_no_trace(teacher, text_dir, tmp_path):
     bad = Path(shutil.copytree(teacher, tmp_path / "bad"))
     tensors = load_file(bad / "model.safetensors")
@@ -381,6 +392,23 @@ def test_a_stop_that_python_wraps_is_still_a_stop():
         [sys.executable, "-c", script + "exits.run(main, 'train.py')"], capture_output=True
     )
     assert run.returncode == exits.STOPPED and run.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("while_importing", [True, False])
+@pytest.mark.parametrize(
+    "error", ["MemoryError", "ImportError('x.so: failed to map segment from shared object')"]
+)
+def test_memory_that_runs_out_anywhere_is_one_sentence(tmp_path, error, while_importing):
+    """Python's own MemoryError has no words, and torch's libraries may find no room."""
+    script = tmp_path / "train.py"  # the name by which exits knows its programs
+    script.write_text(
+        f"from engine import exits\ndef main(): raise {error}\n"
+        + ("main()" if while_importing else "exits.run(main, 'train.py')")
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.startswith("train.py: memory ran out (")
+    assert run.stderr.count("\n") == 1
 
 
 def test_what_the_system_refuses_is_a_sentence():

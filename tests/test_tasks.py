@@ -7,6 +7,7 @@ running both.
 import gzip
 import json
 import math
+import os
 import statistics
 
 import numpy as np
@@ -506,3 +507,10 @@ def test_a_score_is_labelled_by_its_layout_not_by_its_file(tmp_path):
     task = tasks.load(write(tmp_path / "winogrande.jsonl", [asked]))
     assert task.items[0].requests == (("Ann ran; Ann", " won"), ("Ann ran; Eva", " won"))
     assert task.metrics == ("accuracy",) and task.version.startswith("own task, context_options")
+
+
+def test_a_tasks_name_can_be_written_whatever_its_files_is(tmp_path):
+    """report.md, which has it, could not be."""
+    file = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    file.write_text(json.dumps({"query": "a", "choices": [" b", " c"], "gold": 0}) + "\n")
+    assert tasks.load(file).name == "caf\ufffd"

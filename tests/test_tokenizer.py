@@ -62,12 +62,24 @@ def test_a_bos_outside_the_vocabulary_is_refused(tmp_path, bos, name):
 
 
 def test_an_id_hole_in_a_tokenizer_json_counts_to_the_largest_id(tmp_path):
-    path = directory(tmp_path, "tokenizer.json")
+    path = directory(tmp_path, "tokenizer.json", vocab_size=50_001)
     data = json.loads((path / "tokenizer.json").read_text())
     last = max(data["model"]["vocab"], key=data["model"]["vocab"].get)
     data["model"]["vocab"][last] = 50_000
     (path / "tokenizer.json").write_text(json.dumps(data))
-    assert load_tokenizer(path).size == 50_001  # the plan compares this with config.json
+    assert load_tokenizer(path).size == 50_001
+    with pytest.raises(
+        ValueError, match=r"has 50001 ids, the vocab_size of config\.json beside it"
+    ):
+        load_tokenizer(directory(tmp_path, vocab_size=50_000))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.tiktoken"])
+def test_ids_that_the_model_lacks_are_refused(tmp_path, name):
+    """Every program that reads text would end in "index out of range"."""
+    path = directory(tmp_path, name, "tokenizer_config.json", vocab_size=1000, eos_token_id=5)
+    with pytest.raises(ValueError, match=r"has 409. ids, .* is 1000: they are not one"):
+        load_tokenizer(path)
 
 
 @pytest.mark.parametrize(
