@@ -15,6 +15,7 @@ Limits.  A model of 5.7M parameters and minutes of two CPU cores: what it shows 
 the shape of the curves, not their height.
 """
 
+import argparse
 import contextlib
 import json
 import subprocess
@@ -31,12 +32,14 @@ COLOURS = {"teacher": "0.35", "linear": "#c44e52", "yarn": "#4c72b0"}
 
 
 def main() -> None:
-    flags = sys.argv[1:]
-    if {"-h", "--help"} & set(flags):
-        print(__doc__)
-        return
-    out = Path(flags[flags.index("--out") + 1]) if "--out" in flags else Path("out/demo")
-    rest = [f for i, f in enumerate(flags) if f != "--out" and (i == 0 or flags[i - 1] != "--out")]
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="a folder (out/demo)")
+    args, rest = parser.parse_known_args()
+    out = args.out
     began = time.time()
     for kind in KINDS:
         folder.clear(out / kind)

@@ -250,6 +250,8 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))
     said = refused([*arguments(small, text_dir, copy), "--resume", "--lr1", "0.02"])
     assert "--lr1 was 0.01 and is 0.02" in said
+    said = refused([*arguments(small, text_dir, copy), "--resume", "--native-blocks", "2"])
+    assert "--native-blocks was 0 and is 2" in said
     more = ["--tokens2", "5120", "--lookups", "0.5"]
     said = refused([*arguments(small, text_dir, copy), "--resume", "--dry-run", *more])
     assert "--lookups was 0.0 and is 0.5; the steps of stage2 (--tokens2) was 3 and is 10" in said
