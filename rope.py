@@ -61,7 +61,7 @@ from torch import Tensor
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # what a config.json may say
 STUDENT_KINDS = ("linear", "ntk", "dynamic", "yarn", "llama3")  # what --rope offers
 _NEED_M0 = ("yarn", "llama3", "longrope")
-_MULTIPLY = ("linear", "yarn", "llama3")  # scaled by their own kind, the factors multiply
+MULTIPLY = ("linear", "yarn", "llama3")  # scaled by their own kind, the factors multiply
 # The optional numbers of each kind, with transformers' defaults (None: derived)
 _TUNING = {
     "yarn": {
@@ -158,12 +158,12 @@ class RopeConfig:
                 f"the scale is {factor:g}: {self.length:,} tokens times that is beyond 2^31, the "
                 "most that programs number; lower --scale"
             )
-        if self.kind == kind and kind in _MULTIPLY:
+        if self.kind == kind and kind in MULTIPLY:
             tuning = self._tuning_to_scale()
             return replace(self, factor=self.factor * factor, max_position=longer, tuning=tuning)
         if self.kind != "default":
             remedy = "use a teacher with plain RoPE"
-            if self.kind in _MULTIPLY:
+            if self.kind in MULTIPLY:
                 remedy = f"use --rope {self.kind}"
             raise ValueError(
                 f"the teacher's RoPE is already scaled ({self.kind}, factor {self.factor:g}): "

@@ -37,6 +37,7 @@ from engine.exits import OutOfMemory
 from hub import checkpoint, files
 from model import TRAINED, Llama, LlamaConfig, attention_dtype
 from relation_kl import choose
+from rope import MULTIPLY
 
 TOP_RATE = 2e-3  # the best rate measured; the power law's 0.3 at C = 64 blows a model up
 GENTLE = 0.3  # of it for kinds that keep the fast pairs as they are
@@ -55,7 +56,7 @@ FEWEST_TOKENS = 4096
 
 def rope_kind(config: LlamaConfig) -> str:
     """What --rope left out means: the teacher's own kind if that can be stretched, else linear."""
-    return config.rope.kind if config.rope.kind in ("yarn", "llama3") else "linear"
+    return config.rope.kind if config.rope.kind in MULTIPLY else "linear"
 
 
 def make_stages(args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig) -> list[Stage]:

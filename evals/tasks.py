@@ -77,14 +77,17 @@ DATASETS = {
 # fmt: on
 
 
-def fetch(name: str) -> str:
-    """The command that writes a data set's file; the package `datasets` is needed for it alone."""
-    path, config, split = DATASETS[name].hub.split()
-    which = f"'{path}'" + (f", '{config}'" if config != "-" else "")
-    write = f"load_dataset({which}, split='{split}').to_json('{name}.jsonl')"
-    if name == "mmlu":
-        write += "; " + write.replace("'test'", "'dev'").replace("mmlu.jsonl", "mmlu_dev.jsonl")
-    return f'python -c "from datasets import load_dataset; {write}"'
+def fetch(*names: str) -> str:
+    """The command that writes data sets' files; the package `datasets` is needed for it alone."""
+    writes = []
+    for name in names:
+        path, config, split = DATASETS[name].hub.split()
+        which = f"'{path}'" + (f", '{config}'" if config != "-" else "")
+        writes.append(f"load_dataset({which}, split='{split}').to_json('{name}.jsonl')")
+        if name == "mmlu":
+            dev = writes[-1].replace("'test'", "'dev'")
+            writes.append(dev.replace("mmlu.jsonl", "mmlu_dev.jsonl"))
+    return f'python -c "from datasets import load_dataset; {"; ".join(writes)}"'
 
 
 # ---------------------------------------------------------------- files
@@ -97,13 +100,12 @@ def find(words: list[str], folder: Path | None, limit: int | None) -> tuple[list
     Raises ValueError where a file that was named is malformed, or where nothing is left; of "all"
     and of a folder a malformed file is left out.
     """
-    found, lacking = {}, []
+    found, absent, lacking = {}, {}, []
     for word in words:
         for name, places in _places(word, folder):
             file = next((place for place in places if place.is_file()), None)
             if file is None:
-                made_by = f"; made by  {fetch(name)}" if name in DATASETS else ""
-                lacking.append(f"{name}: expected as {places[0]} (or .gz){made_by}")
+                absent[name] = str(places[0])
             elif name == word:
                 found[file] = load(file, limit)
             else:
@@ -111,9 +113,12 @@ def find(words: list[str], folder: Path | None, limit: int | None) -> tuple[list
                     found[file] = load(file, limit)
                 except ValueError as e:
                     lacking.append(f"{name}: {e}")
+    if absent:
+        places = " ".join(absent.values())
+        made_by = f"made, after pip install datasets, by  {fetch(*absent)}"
+        lacking.insert(0, f"{', '.join(absent)}: expected as {places} (or .gz); {made_by}")
     if lacking and not found:
-        more = f", and {len(lacking) - 1} more likewise" if len(lacking) > 1 else ""
-        raise ValueError(f"none of the --tasks can be used: {lacking[0]}{more}")
+        raise ValueError(f"none of the --tasks can be used: {'; '.join(lacking)}")
     return list(found.values()), lacking
 
 

@@ -59,7 +59,7 @@ def test_loss_and_gradient_equal_ours(family, kind, snippet, tmp_path):
     with torch.no_grad():
         their_teacher(IDS, use_cache=False)
     theirs(IDS, use_cache=False)
-    loss = snippet["relation_loss"](theirs, their_teacher)
+    loss = snippet["relation_loss"](their_teacher, theirs)
     loss.backward()
     expected, *_ = train.relation_loss(our_teacher, ours, IDS, torch.float64)
     expected.backward()
@@ -86,15 +86,15 @@ def test_the_plain_loop_lowers_the_loss(snippet, tmp_path):
         "batches": [IDS] * 5,
     }
     exec(LOOP, names)
-    after = snippet["relation_loss"](student, teacher).item()  # of the last text read
+    after = snippet["relation_loss"](teacher, student).item()  # of the last text read
     names["batches"] = [IDS]
     exec(LOOP, names)
-    assert snippet["relation_loss"](student, teacher).item() < after
+    assert snippet["relation_loss"](teacher, student).item() < after
     student.load_state_dict(
         pair(tmp_path / "again", FAMILIES["llama3"], "linear")[0][1].state_dict()
     )
     student(IDS, use_cache=False)
-    assert after < 0.9 * snippet["relation_loss"](student, teacher).item()
+    assert after < 0.9 * snippet["relation_loss"](teacher, student).item()
 
 
 def test_a_trainers_loss_adds_both(snippet, tmp_path):
@@ -106,13 +106,13 @@ def test_a_trainers_loss_adds_both(snippet, tmp_path):
             with torch.no_grad():
                 teacher(inputs["input_ids"], inputs.get("attention_mask"), use_cache=False)
             outputs = model(**inputs, use_cache=False)
-            loss = outputs.loss + snippet["relation_loss"](model, teacher)
+            loss = outputs.loss + snippet["relation_loss"](teacher, model)
             return (loss, outputs) if return_outputs else loss
 
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
     compute_loss = RelationTrainer.compute_loss  # unbound: a Trainer needs accelerate
     loss, outputs = compute_loss(None, student, inputs, return_outputs=True)
-    relations = snippet["relation_loss"](student, teacher)
+    relations = snippet["relation_loss"](teacher, student)
     torch.testing.assert_close(loss, outputs.loss + relations)
 
 
@@ -127,7 +127,7 @@ def test_padding_on_the_right_counts_for_nothing(snippet, tmp_path):
         with torch.no_grad():
             teacher(ids, mask, use_cache=False)
         student(ids, mask, use_cache=False)
-        return snippet["relation_loss"](student, teacher, lengths)
+        return snippet["relation_loss"](teacher, student, lengths)
 
     whole = loss_of(IDS[:1], None, None) * 60 + loss_of(IDS[1:, :41], None, None) * 41
     torch.testing.assert_close(loss_of(padded, mask, lengths) * 120, whole, rtol=1e-7, atol=0)
