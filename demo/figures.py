@@ -297,9 +297,11 @@ def main() -> None:
             trained = Llama.from_pretrained(run / kind / "student", dtype=torch.float32)
             models[f"{kind} untrained"] = make_student(teacher, trained.config, trained=())
             models[f"{kind} restored"] = trained
-        columns, curves = demo.columns(run), position_values(models, run)
+        about = json.loads((run / "yarn" / "report.json").read_text())["about"]
+        columns = {"models": demo.columns(run), "versions": about["versions"]}
+        curves = position_values(models, run)
         maps = relation_values({k: v for k, v in models.items() if "yarn" not in k})
-    show("demo", demo.picture, columns)
+    show("demo", lambda values: demo.picture(values["models"]), columns)
     show("relations", draw_relations, maps)
     show("positions", draw_positions, curves)
 
