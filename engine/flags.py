@@ -82,7 +82,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     how.add_argument(
         "--native-blocks",
         type=whole,
-        help="blocks of stage 1's kind beside each of stage 2's (0; the demo 4; SmolLM2 lost by them)",
+        help="blocks of stage 1's kind beside each of stage 2's (0: SmolLM2 lost by them; demo 4)",
     )
     how.add_argument(
         "--lookups",
