@@ -27,7 +27,7 @@ import sys
 import time
 
 STOPPED = 3
-_GOES_ON = "--resume goes on from a state that was saved before; where none was, "
+_GOES_ON = "--resume goes on from a state that was saved before; where none was, start again"
 
 
 class OutOfMemory(ValueError):
@@ -94,7 +94,7 @@ def _out_of_memory(e: BaseException) -> str:
 def run(main, program: str) -> None:
     """main(), and the end that it deserves."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
-    stopped = f"stopped; {_GOES_ON * (program == 'train.py')}start again"
+    stopped = f"stopped; {_GOES_ON if program == 'train.py' else 'start again'}"
     try:
         for number in SIGNALS:
             signal.signal(number, _stop)

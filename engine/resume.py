@@ -77,8 +77,8 @@ class StopRequest:
         if self.asked:
             os.kill(os.getpid(), number)
         elif os.environ.get("RANK", "0") == "0":  # not print, which a signal may have interrupted
-            said = b"stopping after this step or measurement; once more: at once\n"
-            os.write(2, b"\n" * os.isatty(2) + said)  # a terminal may show a bar
+            before = b"\n" if os.isatty(2) else b""  # a terminal may show a bar
+            os.write(2, before + b"stopping after this step or measurement; once more: at once\n")
         self.asked = time.monotonic()
 
     def close(self) -> None:

@@ -170,9 +170,8 @@ def _niah(row: Task, world: World) -> Recipe:
             context = "\n".join(lines)
         asked = rng.sample(range(row.keys), row.queries)
         outputs = [value for i in asked for value in values[i]]
-        query = (
-            ", ".join(keys[i] for i in asked[:-1]) + ", and " * (len(asked) > 1) + keys[asked[-1]]
-        )
+        *first, last = (keys[i] for i in asked)
+        query = f"{', '.join(first)}, and {last}" if first else last
         prompt = template.format(type_needle_v=kind, context=context, query=query)
         return (
             prompt,

@@ -179,9 +179,8 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
     }  # a tied head appears once
     if model.config.tied:
         found.pop("lm_head.weight", None)  # some writers store the tied copy too
-    found = {
-        k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")
-    }  # buffers of old LLaMA files
+    # Old LLaMA files hold these buffers
+    found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}
     wrong = [
         f"{n} is {list(found[n][2])}, not {list(s)}"
         for n, s in wanted.items()
@@ -191,11 +190,8 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
     wrong += [
         f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES
     ]
-    if missing or extra or wrong:
-        said = [f"missing: {_some(missing)}"] * bool(missing) + [
-            f"not in the model: {_some(extra)}"
-        ] * bool(extra)
-        said += [f"of another shape or dtype: {_some(wrong)}"] * bool(wrong)
+    faults = {"missing": missing, "not in the model": extra, "of another shape or dtype": wrong}
+    if said := [f"{what}: {_some(names)}" for what, names in faults.items() if names]:
         raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(said)}")
     return {name: found[name][0] for name in wanted}
 

@@ -67,7 +67,7 @@ def fork(teacher: Path, text: Path, out: Path) -> int:
             "--peak-tflops",
             "1",
         ]
-        train.main(argv + ["--resume"] * (out / folder.MARK).exists())
+        train.main([*argv, "--resume"] if (out / folder.MARK).exists() else argv)
         code = 0
     finally:
         os._exit(code)

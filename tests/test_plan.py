@@ -212,7 +212,7 @@ def test_bench_step_on_a_cpu(tmp_path, monkeypatch, rank, capsys):
     bench_step.add_flags(parser)
     with (tmp_path / "step.jsonl").open("w") as log:
         bench_step.bench_step(
-            parser.parse_args(flags + ["--lora-rank", str(rank)] * bool(rank)),
+            parser.parse_args([*flags, "--lora-rank", str(rank)] if rank else flags),
             {"device": "CPU"},
             log,
         )
