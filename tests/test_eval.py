@@ -95,6 +95,8 @@ def test_noise_is_not_read_as_a_result():
     }
     nothing = {name: np.zeros(9) for name in columns}
     assert retention({"a, accuracy": nothing})["a, accuracy"]["kept"] == {"student": None}
+    said = report.retention_table(retention({"a, accuracy": nothing}))
+    assert said.endswith("\n\n-: the teacher's own score is within noise of 0.")
     seldom = {
         name: np.asarray([1.0] * 4 + [0.0] * 36) for name in columns
     }  # a few draws get none: still a ratio
