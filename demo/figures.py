@@ -255,7 +255,7 @@ def draw_retention(values: dict) -> Figure:
     figure, axes = canvas(11, 4.8, 2)
     found = [found for kinds in values.values() for found in kinds.values()]
     longest = max(tokens for each in found for which in WHICH.values() for tokens, _ in each[which])
-    powers = [2**k for k in range(18, 32) if 2**k <= 1.5 * longest]
+    powers = [2**k for k in range(16, 32, 2) if 2**k <= 1.5 * longest]
     zero = powers[0] / 2  # where a logarithmic axis has room for 0
     for axis, (title, kinds) in zip(axes, values.items(), strict=True):
         axis.set_xscale("log", base=2)
