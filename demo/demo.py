@@ -16,8 +16,8 @@ the shape of the curves, not their height.
 """
 
 import argparse
-import contextlib
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -46,10 +46,19 @@ def main() -> None:
     for kind in KINDS:
         command = [sys.executable, str(ROOT / "train.py"), "--rope", kind, "--out", str(out / kind)]
         print(f"\n$ python train.py --rope {kind} --out {out / kind}", flush=True)
-        with subprocess.Popen([*command, "--cache", str(out / "cache"), *rest]) as run:
-            while run.poll() is None:  # a Ctrl-C reaches train.py too, which then ends its step
-                with contextlib.suppress(KeyboardInterrupt):
-                    run.wait()
+        command += ["--cache", str(out / "cache"), *rest]
+        # In a session of its own, so that a stop reaches it once, by way of this process
+        run = subprocess.Popen(command, start_new_session=True)
+        try:
+            run.wait()
+        except KeyboardInterrupt:
+            exits.heard()
+            run.send_signal(signal.SIGINT)  # train.py ends its step
+            try:
+                run.wait()
+            finally:
+                run.kill()  # at once, if asked once more
+            raise
         if run.returncode:
             sys.exit(run.returncode)
     table = side_by_side(out)

@@ -58,6 +58,11 @@ def _stop(number, frame) -> None:
     raise KeyboardInterrupt
 
 
+def heard() -> None:
+    """A stop was heard: it is not raised again."""
+    signal.setitimer(signal.ITIMER_REAL, 0.0)
+
+
 def _import_failed(kind, e, trace) -> None:
     """Memory may be short even for torch's own code."""
     if ran_out(e):
@@ -100,7 +105,7 @@ def run(main, program: str) -> None:
             signal.signal(number, _stop)
         main()
     except KeyboardInterrupt:
-        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        heard()
         _end(program, stopped, STOPPED)
     except OutOfMemory as e:  # which one rank may meet alone
         _end(program, str(e), 2, alone=True)

@@ -383,6 +383,26 @@ def test_a_stop_at_any_moment_is_one_line(teacher, text_dir, tmp_path, number, s
     assert (resume.latest(out / "state") is not None) == ("--resume goes on" in said)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_of_the_demo_lets_the_run_at_work_end_its_step(tmp_path, number):
+    """As if it took a while to save; a stop reaches it once, whichever way the demo was stopped."""
+    (tmp_path / "train.py").write_text(
+        "import pathlib, signal, time\nheard = []\n"
+        "signal.signal(signal.SIGINT, lambda *_: heard.append(1))\n"
+        "pathlib.Path('ready').touch()\nwhile not heard: time.sleep(0.01)\n"
+        "time.sleep(0.5)\npathlib.Path('saved').write_text(str(len(heard)))\nraise SystemExit(3)\n"
+    )
+    script = f"import pathlib, sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'demo')!r}]\n"
+    script += "import demo\ndemo.ROOT = pathlib.Path()\ndemo.exits.run(demo.main, 'demo.py')\n"
+    run = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.PIPE)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert errors == b"demo.py: stopped; start again\n" and run.returncode == exits.STOPPED
+    assert (tmp_path / "saved").read_text() == "1"
+
+
 def test_a_stop_that_python_wraps_is_still_a_stop():
     """Until 3.12 what is raised in __set_name__, as when a module is imported, is wrapped."""
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom engine import exits\n"

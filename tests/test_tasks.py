@@ -501,6 +501,9 @@ def test_a_score_is_labelled_by_its_layout_not_by_its_file(tmp_path):
     task = tasks.load(write(tmp_path / "boolq.jsonl", [plain]))
     assert task.name == "boolq" and task.metrics == ("accuracy",)
     assert task.version == "own task, query/choices/gold, not lm-eval's prompts"
+    assert tasks.load(write(tmp_path / "mine.jsonl", [ROWS["boolq"]])).version.startswith(
+        "own task"
+    )
     mine = tasks.load(write(tmp_path / "mine.jsonl", [{"text": "a b c"}]))
     assert mine.version == "own task, LAMBADA, not lm-eval's prompts"
     assert [said[:22] for said in tasks.own([task, mine])] == [

@@ -252,6 +252,16 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     assert "--lr1 was 0.01 and is 0.02" in said
     said = refused([*arguments(small, text_dir, copy), "--resume", "--native-blocks", "2"])
     assert "--native-blocks was 0 and is 2" in said
+    state = resume.latest(copy / "state") / "state.json"
+    info = json.loads(state.read_text())
+    info["depends"]["stage2 native blocks"] = 4  # and that they were dropped is named as well
+    info["own checksum"] = resume._info_checksum(info)
+    state.write_text(json.dumps(info))
+    said = refused([*arguments(small, text_dir, copy), "--resume"])
+    assert "--native-blocks was 4 and is 0" in said
+    info["depends"]["stage2 native blocks"] = 0
+    info["own checksum"] = resume._info_checksum(info)
+    state.write_text(json.dumps(info))
     more = ["--tokens2", "5120", "--lookups", "0.5"]
     said = refused([*arguments(small, text_dir, copy), "--resume", "--dry-run", *more])
     assert "--lookups was 0.0 and is 0.5; the steps of stage2 (--tokens2) was 3 and is 10" in said
