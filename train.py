@@ -57,10 +57,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-import eval as evaluation
 from engine import cost, data, flags, folder, graph, lora, parallel, plan, resume, watch
 from engine.lookups import Lookups
 from evals import report
+from evals.held_out import HeldOut
 from hub import checkpoint, download, files
 from hub.card import licence_of, model_card
 from hub.tokenizer import load_tokenizer
@@ -244,11 +244,9 @@ def main(argv: list[str] | None = None) -> None:
         depends["text"] = corpus.digest
         print(plan.describe_text(corpus, stages))
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
-        held_out = evaluation.HeldOut(
-            corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks
-        )
+        held_out = HeldOut(corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks)
         stop, saved = resume.StopRequest(), time.time()
-        versions = evaluation.versions(device) | {"processes": world.size}
+        versions = report.versions(device) | {"processes": world.size}
         about = {"arguments": depends, "versions": versions}
         about |= {"text": corpus.name, "command": sys.argv}
         if world.main:
@@ -262,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
 
         def measure(name: str, model: Llama) -> None:
             """A column of the table, filled by the first process, or by all of a sharded model."""
-            if held_out.blocks and name not in at.columns:
+            if held_out.n_blocks and name not in at.columns:
                 measured = held_out.measure
                 at.columns[name] = measured(model) if args.shard else world.on_main(measured, model)
 
@@ -376,8 +374,7 @@ def main(argv: list[str] | None = None) -> None:
 def export(out, args, student, native, longer, stages, columns, about) -> None:
     """The table, the adapter, and the Hugging Face directory."""
     with files.disk_sentences(args.out, ". The last saved state is kept: --resume goes on from it"):
-        shares = report.recovered(columns, "loss at 1x") if columns else {}
-        text = report.write(out, columns, shares, about) if columns else ""
+        text = report.write(out, columns, about) if columns else ""
         if args.lora_rank:
             with out.directory("adapter") as work:
                 lora.write_adapter(student, work, str(args.teacher), TRAINED)

@@ -30,36 +30,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from evals import report
+from evals.next_token import batch_tokens, token_scores
 from evals.tasks import ACC, NORMED, PERPLEXITY, Task
 from hub.tokenizer import Tokenizer
 from model import Llama
-
-
-def batch_tokens(device: torch.device) -> int:
-    """Tokens to read at a time: enough to fill a GPU; few enough for a CPU's caches."""
-    return 65536 if device.type == "cuda" else 2048
-
-
-def token_scores(model: Llama, h: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss [N] in nats, float32; is it the greedy token [N]) of goals [N] after h [N, C].
-
-    The logits are made once for both, for some rows at a time: on a CPU 8 MB of them, which its
-    caches hold (twice as fast as 4096 rows at V = 4096), on a GPU 4096 rows.
-    """
-    V = model.config.vocab_size
-    rows = 4096 if h.is_cuda else max(128, (1 << 21) // V)
-    losses, greedy = [], []
-    for x, goal in zip(h.split(rows), goals.split(rows), strict=True):
-        logits = model.lm_head(x).float()  # [rows, V]
-        losses.append(F.cross_entropy(logits, goal, reduction="none"))
-        greedy.append(logits.max(-1).indices == goal)
-    return torch.cat(losses), torch.cat(greedy)
-
 
 # ---------------------------------------------------------------- requests
 

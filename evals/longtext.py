@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import data
-from evals.likelihood import batch_tokens
+from evals.next_token import batch_tokens
 from evals.report import Scores
 from hub.tokenizer import Tokenizer
 from model import Llama, next_token_loss

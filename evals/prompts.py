@@ -28,13 +28,12 @@ from tqdm import tqdm
 
 from evals import ruler, ruler_tasks
 from evals.generate import generate
-from evals.likelihood import batch_tokens
+from evals.next_token import batch_tokens
 from evals.report import Scores
 from hub.tokenizer import Tokenizer
 from model import Llama
 
 REACHED = 0.2  # the share of passkeys that makes a length count
-ROWS = ("RULER", "passkey")  # how the rows begin that are made here
 
 
 def make(

@@ -27,16 +27,17 @@ Limits.  `error` says how far other items would move a figure, not another train
 
 import json
 import math
+import platform
 import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from evals import pictures
-from evals.retention import AVERAGED, TEACHER, UNTRAINED, recovered
+from evals.retention import AVERAGED, LOSS, TEACHER, UNTRAINED, recovered
 
-__all__ = ["Scores", "averages", "recovered", "render", "summary", "table", "write"]
 SCHEMA = 2
 
 
@@ -47,17 +48,22 @@ class Scores:
     columns: dict[str, dict[str, float]]
     dtype: torch.dtype = torch.float32
     command: str = ""
+    out: Any = None  # what has write(name, data), or None
     facts: dict[str, dict] = field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # row, column: [items]
-    aloud: bool = False  # say each figure on standard error as it is added
+    kept: dict[str, dict] = field(default_factory=dict)  # what `retention` found
+    more: dict = field(default_factory=dict)  # further keys of report.json
+    notes: list[str] = field(default_factory=list)  # paragraphs below the table
 
     def add(
         self, column: str, row: str, value: float, *, error=None, values=None, items=None, **facts
     ) -> None:
-        """One figure. values: the items' own, whose mean it is; facts: version, seed and so on."""
+        """One figure, which is also printed on standard error.
+
+        values: of each item, whose mean it is; facts: version, seed and so on.
+        """
         self.columns[column][row] = float(value)
-        if self.aloud:
-            print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
+        print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
         if values is not None:
             self.values.setdefault(row, {})[column] = values
             items = len(values)
@@ -146,16 +152,14 @@ def retention_table(kept: dict[str, dict]) -> str:
     return "\n\n".join([_aligned(rows), *([" ".join(said)] if said else [])])
 
 
-def nothing_lost(columns: dict[str, dict[str, float]], row: str = "loss at 1x") -> str | None:
+def nothing_lost(columns: dict[str, dict[str, float]]) -> str | None:
     """Why no share of the lost loss is given, where none is."""
-    if not {TEACHER, UNTRAINED} <= set(columns) or row not in columns[TEACHER]:
+    teacher, untrained = (columns.get(name, {}).get(LOSS) for name in (TEACHER, UNTRAINED))
+    if teacher is None or untrained is None or recovered(columns):
         return None
-    if recovered(columns, row):
-        return None
-    top, bottom = columns[TEACHER][row], columns[UNTRAINED][row]
     return (
-        f"Nothing was measurably lost at 1x (teacher {top:.3f}, untrained {bottom:.3f} nats), so "
-        "no share of it can have been recovered."
+        f"Nothing was measurably lost at 1x (teacher {teacher:.3f}, untrained {untrained:.3f} "
+        "nats), so no share of it can have been recovered."
     )
 
 
@@ -203,49 +207,43 @@ def _figure(key: str, value: float | None) -> str:
 # ---------------------------------------------------------------- files
 
 
-def write(out, columns: dict[str, dict[str, float]], shares: dict[str, float], about: dict) -> str:
+def write(out, columns: dict[str, dict[str, float]], about: dict) -> str:
     """Writes report.json, .md and .png by out.write(name, data); returns the table."""
-    return render(out, Scores(columns), shares, about)
+    return render(Scores(columns, out=out), about)
 
 
-def render(
-    out,
-    scores: Scores,
-    shares: dict[str, float],
-    about: dict,
-    *,
-    kept: dict | None = None,
-    more: dict | None = None,
-    notes: list[str] | tuple = (),
-) -> str:
-    """The Markdown of a whole evaluation; also written, with JSON and picture, where `out` is one.
-
-    out: None, or what has write(name, data); kept: what `retention` found; more: further keys of
-    the JSON; notes: paragraphs below the table.
-    """
-    columns = scores.columns
+def render(scores: Scores, about: dict) -> str:
+    """The Markdown of a whole evaluation; also written, with JSON and picture, to scores.out."""
+    columns, kept, shares = scores.columns, scores.kept, recovered(scores.columns)
     parts = [table(columns, shares)] if any(columns.values()) else []
     parts += [why] if (why := nothing_lost(columns)) else []
     parts += [retention_table(kept)] if kept else []
-    text = "\n\n".join([*parts, *notes])
-    if out:
-        body = _body(scores, shares, about, kept) | (more or {})
-        out.write("report.json", _json(body))
-        out.write("report.md", text + "\n")
-        rows = _rows(columns)
+    text = "\n\n".join([*parts, *scores.notes])
+    if scores.out:
+        rows = {row: {name: columns[name].get(row) for name in columns} for row in _rows(columns)}
+        body = {"schema": SCHEMA, "columns": list(columns), "rows": rows, "figures": scores.flat()}
+        body |= {"recovered": shares, "about": about}
+        body |= {"facts": scores.facts} if scores.facts else {}
+        body |= {"retention": kept} if kept else {}
+        scores.out.write("report.json", _json(body | scores.more))
+        scores.out.write("report.md", text + "\n")
         losses = [row for row in rows if row.startswith("loss")]
         percent = [row for row in rows if is_share(row)]
-        out.write("report.png", pictures.bars(columns, losses, percent, shares, kept or {}))
+        scores.out.write("report.png", pictures.bars(columns, losses, percent, shares, kept))
     return text
 
 
-def _body(scores: Scores, shares: dict[str, float], about: dict, kept: dict | None) -> dict:
-    columns = scores.columns
-    rows = {row: {name: columns[name].get(row) for name in columns} for row in _rows(columns)}
-    body = {"schema": SCHEMA, "columns": list(columns), "rows": rows, "figures": scores.flat()}
-    body |= {"recovered": shares, "about": about}
-    body |= {"facts": scores.facts} if scores.facts else {}
-    return body | ({"retention": kept} if kept else {})
+def versions(device: torch.device) -> dict:
+    """What the figures were measured with."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": name,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _json(body: dict) -> str:

@@ -19,8 +19,9 @@ import eval as evaluation
 import train
 from engine import data, folder
 from engine.lookups import Lookups
+from evals import held_out, longtext, pictures, prompts, report
 from evals import layers as diagnose
-from evals import longtext, pictures, prompts, report
+from evals.held_out import HeldOut
 from evals.retention import retention
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
@@ -140,8 +141,8 @@ def test_write_keeps_its_keys(tmp_path):
         "untrained": {"loss at 1x": 4.0},
         "stage1": {"loss at 1x": 2.5},
     }
-    shares = report.recovered(columns, "loss at 1x")
-    text = report.write(Into(tmp_path), columns, shares, {"command": "x"})
+    shares = report.recovered(columns)
+    text = report.write(Into(tmp_path), columns, {"command": "x"})
     body = json.loads((tmp_path / "report.json").read_text())
     keys = ["schema", "columns", "rows", "figures", "recovered", "about"]
     assert list(body) == keys and body["recovered"] == {"stage1": 0.75}
@@ -159,24 +160,24 @@ def test_a_share_of_a_loss_that_was_not_lost_is_not_given(tmp_path):
         "untrained": {"loss at 1x": 2.9},
         "student": {"loss at 1x": 3.1},
     }
-    assert report.recovered(columns, "loss at 1x") == {}
-    text = report.write(Into(tmp_path), columns, {}, {})
+    assert report.recovered(columns) == {}
+    text = report.write(Into(tmp_path), columns, {})
     assert "Nothing was measurably lost at 1x (teacher 3.000, untrained 2.900 nats)" in text
     columns["untrained"]["loss at 1x"] = 3.005
-    assert report.recovered(columns, "loss at 1x") == {}
+    assert report.recovered(columns) == {}
     columns["untrained"]["loss at 1x"] = 4.0
-    assert report.recovered(columns, "loss at 1x") == {"student": pytest.approx(0.9)}
+    assert report.recovered(columns) == {"student": pytest.approx(0.9)}
     columns["untrained"]["loss at 1x"] = float("nan")
-    assert report.recovered(columns, "loss at 1x") == {}
+    assert report.recovered(columns) == {}
 
 
 def test_the_json_is_flat_for_pandas_and_strict_for_others(tmp_path):
-    scores = report.Scores({"teacher": {}, "student": {}}, command="x")
+    scores = report.Scores({"teacher": {}, "student": {}}, command="x", out=Into(tmp_path))
     scores.add(
         "teacher", "loss at 1x", 2.0, error=0.1, items=9, version="text", seed=None, blocks=3
     )
     scores.add("student", "loss at 1x", float("inf"), items=9, version="text", seed=None, blocks=3)
-    text = report.render(Into(tmp_path), scores, {}, {})
+    text = report.render(scores, {})
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -218,9 +219,9 @@ def test_one_x_reads_every_word_once_at_scales_that_are_no_whole_number(
     """At 1.5 x, "1x" once read 64 of every 96 tokens."""
     tokenizer, model = load_tokenizer(tiny_dir), Llama.from_pretrained(tiny_dir)
     corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
-    held_out = evaluation.HeldOut(corpus, tokenizer, 64, 1.5, 3)
+    text = HeldOut(corpus, tokenizer, 64, 1.5, 3)
     blocks = corpus.held_out_blocks(96, 3)
-    found = held_out.figures(model)
+    found = text.figures(model)
     losses = []
     for block in blocks:
         first, last = block[None, :65], block[None, 32:]  # the second is whole; 32 of it are new
@@ -237,7 +238,7 @@ def test_one_x_reads_every_word_once_at_scales_that_are_no_whole_number(
 def test_held_out_figures_are_the_mean_loss_and_the_greedy_share(tiny_dir, text_dir, tmp_path):
     tokenizer, model = load_tokenizer(tiny_dir), Llama.from_pretrained(tiny_dir)
     corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
-    found = evaluation.HeldOut(corpus, tokenizer, 64, 2.0, 2).measure(model)
+    found = HeldOut(corpus, tokenizer, 64, 2.0, 2).measure(model)
     blocks = corpus.held_out_blocks(128, 2)
     whole = next_token_loss(model, model.hidden(blocks[:, :-1]), blocks[:, 1:])
     assert found["loss at 2x"] == pytest.approx(whole.item(), abs=1e-5)
@@ -589,11 +590,11 @@ def test_recall_is_the_likeliest_token_at_each_question(text_dir, tmp_path):
     corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
     lookups = Lookups(tokenizer, corpus.train)
     found, rng, expected = (
-        evaluation.recall(model, lookups, 512, 3),
+        held_out.recall(model, lookups, 512, 3),
         np.random.default_rng([3, 512]),
         [],
     )
-    for _ in range(evaluation.DOCUMENTS):
+    for _ in range(held_out.DOCUMENTS):
         ids, where = lookups.document(rng, 512, "far")
         with torch.no_grad():
             best = model(torch.from_numpy(ids[None, :-1]))[0].argmax(-1).numpy()

@@ -506,7 +506,7 @@ def test_a_score_is_labelled_by_its_layout_not_by_its_file(tmp_path):
     )
     mine = tasks.load(write(tmp_path / "mine.jsonl", [{"text": "a b c"}]))
     assert mine.version == "own task, LAMBADA, not lm-eval's prompts"
-    assert [said[:22] for said in tasks.own([task, mine])] == [
+    assert [said[:22] for said in tasks.notes([task, mine])] == [
         "boolq: own task, query",
         "mine: own task, LAMBAD",
     ]
