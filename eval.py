@@ -82,9 +82,9 @@ class Subject:
     def long(self) -> int:
         return round(self.native * self.scale)
 
-    def held_out(self, what: str) -> dict:
-        """The facts of a figure of held-out text."""
-        return {"version": f"{what}, held-out text of {self.corpus.name}"}
+    @property
+    def held_out(self) -> str:
+        return f"held-out text of {self.corpus.name}"
 
 
 # ---------------------------------------------------------------- the measurements
@@ -108,21 +108,19 @@ def short_tasks(subject: Subject, scores: Scores) -> None:
 
 
 def sliding_window(subject: Subject, scores: Scores) -> None:
-    s, what = subject, "sliding window (PI)"
-    texts, about = (
-        s.documents,
-        {"version": f"{what}, {', '.join(map(str, s.args.documents or ()))}"},
-    )
+    s, texts = subject, subject.documents
+    source = ", ".join(map(str, s.args.documents or ()))
     if not texts:
         texts = list(s.corpus.held_out_blocks(max(s.lengths), s.args.blocks).numpy())
-        about = s.held_out(what)
-    longtext.sliding_scores(scores, s.models, s.tokenizer, texts, s.lengths, **about, seed=None)
+        source = s.held_out
+    about = {"version": f"sliding window (PI), {source}", "seed": None}
+    longtext.sliding_scores(scores, s.models, s.tokenizer, texts, s.lengths, **about)
 
 
 def loss_by_position(subject: Subject, scores: Scores) -> None:
     s = subject
     blocks = s.corpus.held_out_blocks(max(s.lengths), s.args.blocks)
-    about = s.held_out("loss by position") | {"seed": None}
+    about = {"version": f"loss by position, {s.held_out}", "seed": None}
     curve = longtext.position_scores(scores, s.models, blocks, s.native, **about)
     scores.more["positions"] = curve
     if scores.out:
@@ -150,7 +148,7 @@ def relation_kl_by_layer(subject: Subject, scores: Scores) -> None:
     s = subject
     blocks = s.corpus.held_out_blocks(s.long, s.args.blocks)[:, :-1]
     kl = layers.compare(s.models, blocks, scores.dtype)
-    about = {"tokens": s.long, "blocks": len(blocks)} | s.held_out("relation KL")
+    about = {"tokens": s.long, "blocks": len(blocks), "version": f"relation KL, {s.held_out}"}
     scores.more["layers"] = layers.as_lists(kl) | about
     scores.notes.append(f"{layers.HEAD}, {s.long} tokens:\n\n{layers.table(kl)}")
     if scores.out:

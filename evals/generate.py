@@ -1,13 +1,13 @@
 """Text out: greedy generation with a key/value cache.
 
 How it is computed.  The prompts are read once, in one batch, by the forward that training uses
-(prefill), and their keys and values are kept. Then every step reads one token per sequence: its
-query against the kept keys, each sequence at its own position. The cache is
+(prefill), and their keys and values are cached. Then every step reads one token per sequence: its
+query against the cached keys, each sequence at its position. The cache is
 [B, Hkv, prompt + new, D] per layer; shorter prompts are padded on the right, where nothing looks.
 
 Under "dynamic" and "longrope" positions the frequencies depend on the length at hand. A step then
-takes those of the current length, while kept keys hold those of the length at which they were made:
-so do transformers. Prompts of such a model are continued one by one.
+takes those of the current length, while cached keys hold those of the length at which they were
+made: so do transformers. Prompts of such a model are continued one by one.
 
 Limits.  Greedy only. For every other kind of position, cache and no cache give the same tokens.
 """
@@ -104,20 +104,20 @@ def generate(
     prompts: list[list[int]],
     new: int,
     dtype: torch.dtype,
-    eos: int | None = None,
+    stop: frozenset[int] = frozenset(),
     vocabulary: int | None = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, at most `new` tokens, cut before the end token."""
+    """The greedy continuation of each prompt, of at most `new` tokens, cut before one of `stop`."""
     if model.config.rope.kind in BY_LENGTH and len(prompts) > 1:
-        return [generate(model, [p], new, dtype, eos, vocabulary)[0] for p in prompts]
+        return [generate(model, [p], new, dtype, stop, vocabulary)[0] for p in prompts]
     out: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
+    going = set(range(len(prompts)))
     for token in steps(model, prompts, new, dtype, vocabulary):
-        for b, t in enumerate(token.tolist()):
-            done[b] = done[b] or t == eos
-            if not done[b]:
-                out[b].append(t)
-        if all(done):
+        ids = token.tolist()
+        going = {b for b in going if ids[b] not in stop}
+        for b in going:
+            out[b].append(ids[b])
+        if not going:
             break
     return out
 
@@ -125,18 +125,18 @@ def generate(
 def stream(
     model: Llama, tokenizer: Tokenizer, ids: list[int], new: int, dtype: torch.dtype
 ) -> Iterator[tuple[str, int]]:
-    """(a piece of text, tokens so far) of the continuation of one prompt, until the end token.
+    """(a piece of text, tokens so far) of the continuation of one prompt, until a stop token.
 
     A character whose bytes are not all there yet waits for the next piece. A piece is what decoding
     adds to the piece before it, so that the time per token does not grow with the text.
     """
     out: list[int] = []
-    last, said = 0, 0  # out[last:said] is the piece before
+    start, end = 0, 0  # out[start:end] is the piece before
     for token in steps(model, [ids], new, dtype, tokenizer.size):
-        if token.item() == tokenizer.eos_id:
+        if token.item() in tokenizer.stop_ids:
             break
         out.append(token.item())
-        text = tokenizer.decode(out[last:])
+        text = tokenizer.decode(out[start:])
         if not text.endswith("\ufffd"):
-            yield text[len(tokenizer.decode(out[last:said])) :], len(out)
-            last, said = said, len(out)
+            yield text[len(tokenizer.decode(out[start:end])) :], len(out)
+            start, end = end, len(out)

@@ -82,7 +82,7 @@ def answers(
         rows = max(1, max(8192, batch_tokens(model.device)) // len(prompts[order[0]]))
         now, order = order[:rows], order[rows:]
         new, asked = max(samples[i].max_new_tokens for i in now), [prompts[i] for i in now]
-        wrote = generate(model, asked, new, dtype, tokenizer.eos_id, tokenizer.size)
+        wrote = generate(model, asked, new, dtype, tokenizer.stop_ids, tokenizer.size)
         for i, ids in zip(now, wrote, strict=True):
             said[i] = tokenizer.decode(ids)
         bar.update(len(now))

@@ -22,6 +22,7 @@ from engine.lookups import Lookups
 from evals import held_out, longtext, pictures, prompts, report
 from evals import layers as diagnose
 from evals.held_out import HeldOut
+from evals.next_token import block_scores
 from evals.retention import retention
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
@@ -273,7 +274,7 @@ def test_every_prediction_is_scored_once_with_enough_before_it():
 def test_sliding_loss_is_the_definition():
     model, rng = random_model(), np.random.default_rng(0)
     texts = [rng.integers(0, 4095, n) for n in (50, 45)]
-    found = longtext.sliding_loss(model, texts, 16, torch.float32, stride=6)
+    found = longtext.sliding_loss(model, texts, 16, stride=6)
     for ids, losses in zip(texts, found, strict=True):
         for p in range(len(ids) - 1):  # prediction p is of token p + 1
             window = 0 if p < 16 else 6 * math.ceil((p - 15) / 6)
@@ -281,7 +282,7 @@ def test_sliding_loss_is_the_definition():
             expected = next_token_loss(model, h, torch.tensor([[ids[p + 1]]]))
             assert losses[p] == pytest.approx(expected.item(), abs=1e-3)
     with pytest.raises(ValueError, match="a window of 128 tokens is shorter than the stride 256"):
-        longtext.sliding_loss(model, texts, 128, torch.float32)
+        longtext.sliding_loss(model, texts, 128)
 
 
 def test_documents_are_whole_and_long_enough(tiny_dir, tmp_path):
@@ -299,7 +300,7 @@ def test_documents_are_whole_and_long_enough(tiny_dir, tmp_path):
 def test_loss_by_position_and_its_octaves():
     model = random_model()
     blocks = torch.randint(0, 4095, (3, 65), generator=torch.Generator().manual_seed(0))
-    losses = longtext.loss_by_position(model, blocks, torch.float32)
+    losses = block_scores(model, blocks)[0].mean(0)
     expected = next_token_loss(
         model, model.hidden(blocks[:, :-1]), blocks[:, 1:], reduction="none"
     ).mean(0)
@@ -316,7 +317,7 @@ def oracle(monkeypatch, tiny_dir):
     """A generator that reads the passkey off its prompt, unless it stands in the first tenth."""
     tokenizer = load_tokenizer(tiny_dir)
 
-    def generate(model, asked, new, dtype, eos, vocabulary):
+    def generate(model, asked, new, dtype, stop, vocabulary):
         out = []
         for ids in asked:
             text = tokenizer.decode(ids)

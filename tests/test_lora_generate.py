@@ -12,7 +12,7 @@ from conftest import random_model, write_model
 import eval as evaluation
 import train
 from engine import lora
-from evals import generate
+from evals import generate, prompts, ruler
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
 from model import TRAINED, Llama, make_student, trainable
@@ -112,8 +112,33 @@ def test_cache_and_no_cache_give_the_same_tokens(name):
 def test_generation_stops_at_the_end_token():
     model = random_model()
     free = generate.generate(model, [IDS[0].tolist()], 8, torch.float32)[0]
-    cut = generate.generate(model, [IDS[0].tolist()], 8, torch.float32, eos=free[3])[0]
+    cut = generate.generate(model, [IDS[0].tolist()], 8, torch.float32, stop=frozenset({free[3]}))[
+        0
+    ]
     assert cut == free[: free.index(free[3])]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_any_of_a_models_end_tokens_stops_it(tmp_path, capsys, first):
+    """LLaMA 3 Instruct has [128001, 128009]: only the first once ended a text."""
+    path = write_model(tmp_path / "model", seed=1)
+    asked = "--model", path, "--prompt", "def main(", "--new-tokens", "12", "--dtype", "float32"
+    free, _ = say(capsys, *asked)
+    tokenizer, model = load_tokenizer(path), Llama.from_pretrained(path)
+    ids = tokenizer.encode("def main(", bos=True)
+    wrote = generate.generate(model, [ids], 12, torch.float32)[0]
+    ends = [wrote[4], 4095] if first == 0 else [4095, wrote[4]]
+    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": ends}
+    (path / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.stop_ids == set(ends)
+    before = wrote[: wrote.index(wrote[4])]
+    cut = generate.generate(model, [ids], 12, torch.float32, tokenizer.stop_ids)[0]
+    assert cut == before
+    sample = ruler.Sample("vt", 0, "def main(", "", ["x"], 12, 0, None, "")
+    assert prompts.answers(model, tokenizer, [sample], torch.float32) == [tokenizer.decode(before)]
+    cut, _ = say(capsys, *asked)
+    assert free.startswith(cut.rstrip("\n")) and len(cut) < len(free)
 
 
 def test_an_empty_prompt_is_refused():
@@ -141,7 +166,9 @@ def test_a_prompt_is_continued_as_a_stream_of_text(tiny_dir, capsys):
     )
     out, err = say(capsys, *asked)
     ids = tokenizer.encode("def main(", bos=True)
-    wrote = generate.generate(model, [ids], 40, torch.float32, tokenizer.eos_id, tokenizer.size)[0]
+    wrote = generate.generate(model, [ids], 40, torch.float32, tokenizer.stop_ids, tokenizer.size)[
+        0
+    ]
     assert out.strip("\n") == tokenizer.decode(wrote).rstrip("\ufffd").strip("\n")
     assert "tokens/s" in err and "exceed" not in err
 
