@@ -72,7 +72,7 @@ class Subject:
     tokenizer: Tokenizer
     tasks: list[tasks.Task]
     requests: list[list[likelihood.Request]]  # of each task
-    prompts: list[tuple[int, str]]  # (length, task): those of which prompts can be made
+    prompts: prompts.Prompts
     documents: list[np.ndarray]  # each [tokens + 1]
     missing: list[str]  # what was asked for and is left out, and why
     corpus: data.Corpus | None = None
@@ -128,19 +128,14 @@ def loss_by_position(subject: Subject, scores: Scores) -> None:
 
 
 def passkey(subject: Subject, scores: Scores) -> None:
-    s, args = subject, subject.args
-    found = prompts.passkey_scores(
-        scores, s.models, s.tokenizer, s.prompts, args.samples, args.ruler_seed
-    )
-    scores.more["passkey"] = found
+    found = scores.more["passkey"] = prompts.passkey_scores(scores, subject.models, subject.prompts)
     if scores.out:
         scores.out.write("passkey.png", pictures.passkey(found))
 
 
 def ruler(subject: Subject, scores: Scores) -> None:
-    s, args = subject, subject.args
-    about = args.samples, args.ruler_seed, args.ruler_data, predictions(s, scores)
-    prompts.ruler_scores(scores, s.models, s.tokenizer, s.prompts, *about)
+    s = subject
+    prompts.ruler_scores(scores, s.models, s.prompts, predictions(s, scores))
     scores.notes += prompts.variants(scores)
 
 
@@ -220,7 +215,9 @@ def prepare(args: argparse.Namespace) -> Subject:
     requests = [likelihood.encode(tokenizer, task.pairs) for task in found]
     names = list(RULER_TASKS) if args.ruler == [] else args.ruler or []
     names = [*names, "passkey"] if args.passkey else names
-    able, unable = prompts.feasible(tokenizer, names, lengths, args.ruler_seed, args.ruler_data)
+    able, unable = prompts.feasible(
+        tokenizer, names, lengths, args.samples, args.ruler_seed, args.ruler_data
+    )
     texts = args.documents or []
     if texts:
         texts = longtext.documents(texts, tokenizer, max(lengths), args.blocks)

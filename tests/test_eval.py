@@ -333,7 +333,8 @@ def oracle(monkeypatch, tiny_dir):
 def test_passkey_map(oracle, tmp_path):
     scores = report.Scores({"model": {}})
     able = [(1024, "passkey"), (1024, "vt"), (2048, "passkey")]
-    grid = prompts.passkey_scores(scores, {"model": random_model()}, oracle, able, 20, 42)
+    asked = prompts.Prompts(oracle, able, 20, 42)
+    grid = prompts.passkey_scores(scores, {"model": random_model()}, asked)
     assert (
         grid["lengths"] == [1024, 2048]
         and len(grid["depths"]) == 20
@@ -360,16 +361,14 @@ def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp
 
     monkeypatch.setattr(prompts, "answers", answers)
     scores, names = report.Scores({"model": {}}), ["vt", "vt_typo", "niah_single_1", "qa_1"]
-    able, lacking = prompts.feasible(tokenizer, names, [512, 1024], 42, None)
-    assert able == [
+    made, lacking = prompts.feasible(tokenizer, names, [512, 1024], 2, 42, None)
+    assert made.able == [
         (512, "niah_single_1"),
         (1024, "vt"),
         (1024, "vt_typo"),
         (1024, "niah_single_1"),
     ]
-    prompts.ruler_scores(
-        scores, {"model": None}, tokenizer, able, 2, 42, None, Into(tmp_path).write
-    )
+    prompts.ruler_scores(scores, {"model": None}, made, Into(tmp_path).write)
     assert any("qa_1 needs squad.json" in why for why in lacking)
     assert any("length 512 cannot hold vt:" in why for why in lacking)
     column = scores.columns["model"]
@@ -387,7 +386,7 @@ def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp
     ]
     assert [row["score"] for row in kept] == [0.2, 0.2]
     with pytest.raises(ValueError, match=r"none of qa_1 can be made: qa_1 needs squad\.json"):
-        prompts.feasible(tokenizer, ["qa_1"], [512], 42, None)
+        prompts.feasible(tokenizer, ["qa_1"], [512], 2, 42, None)
 
 
 # Diagnosis
