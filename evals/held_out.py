@@ -22,6 +22,7 @@ import torch
 from engine.data import Corpus
 from engine.lookups import Lookups
 from evals.next_token import block_scores
+from evals.report import mean_and_error
 from hub.tokenizer import Tokenizer
 from model import Llama
 
@@ -66,18 +67,14 @@ class HeldOut:
     def figures(self, model: Llama) -> dict[str, Figure]:
         near, right = self.native_scores(model)
         far, _ = block_scores(model, self.blocks)
-        out = {}
-        for times, losses in ((1, near), (self.scale, far)):
-            mean, error, items = _mean(losses)
-            perplexity = float(np.exp(min(mean, 50.0)))
-            out[f"loss at {times:g}x"] = mean, error, items
-            out[f"perplexity at {times:g}x"] = perplexity, error and perplexity * error, items
-        out["next-token accuracy"] = _mean(right)
+        rows = {"loss at 1x": near, "perplexity at 1x": -near}
+        rows |= {f"loss at {self.scale:g}x": far, f"perplexity at {self.scale:g}x": -far}
+        rows["next-token accuracy"] = right
         for times in (1, 2, 4, 8) if self.lookups else ():
             if times <= self.scale:
                 answers = recall(model, self.lookups, times * self.native, self.seed)
-                out[f"recall at {times}x"] = _mean(answers)
-        return out
+                rows[f"recall at {times}x"] = answers
+        return {row: (*mean_and_error(row, x), x.size) for row, x in rows.items()}
 
     def native_scores(self, model: Llama) -> tuple[np.ndarray, np.ndarray]:
         """(loss, right) of every token, each [n_blocks, length], read in blocks of native length"""
@@ -98,13 +95,6 @@ class HeldOut:
             return {"version": "look-ups, far", "seed": self.seed}
         text = {"version": f"held-out text of {self.name}", "seed": None}
         return text | {"blocks": self.n_blocks, "tokens each": self.length}
-
-
-def _mean(x: np.ndarray) -> Figure:
-    """Of x [rows] or [rows, tokens]; the error is over rows."""
-    rows = x.reshape(len(x), -1).mean(1)
-    error = float(rows.std(ddof=1) / len(rows) ** 0.5) if len(rows) > 1 else None
-    return float(x.mean()), error, x.size
 
 
 def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:

@@ -18,7 +18,7 @@ question) are read once; as many as fill `batch_tokens` go through together; log
 continuations' tokens alone, in float32, and summed in float64.
 
 Limits.  Under bf16 the harness takes the log-softmax in bf16 and we in float32, so near ties can
-differ there. Its standard errors are those of report.summary but for perplexity (a bootstrap) and
+differ there. Its standard errors are ours but for perplexity (a bootstrap) and
 MMLU (the subjects' own, pooled).
 
 Source.  lm-evaluation-harness 0.4.13: api/task.py, api/model.py, models/huggingface.py.
@@ -33,8 +33,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from evals import report
 from evals.next_token import batch_tokens, token_scores
+from evals.report import Scores
+from evals.retention import AVERAGED
 from evals.tasks import ACC, NORMED, PERPLEXITY, Task
 from hub.tokenizer import Tokenizer
 from model import Llama
@@ -172,28 +173,29 @@ def score(model: Llama, requests: list[Request], task: Task, dtype: torch.dtype)
 
 
 def task_scores(
-    scores: report.Scores,
+    scores: Scores,
     models: dict[str, Llama],
     tasks: list[Task],
     requests: list[list[Request]],
-    keep: Callable[[str, str], None] | None = None,
+    write: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Adds every task's figures, and their averages over tasks.
+    """Adds every task's figures, and their averages over two or more tasks.
 
-    requests: of each task, its pairs encoded; keep(name, text): takes a file of items.
+    requests: of each task, its pairs encoded; write(name, text): takes a file of items.
     """
     for task, encoded in zip(tasks, requests, strict=True):
         for name, model in models.items():
             result = score(model, encoded, task, scores.dtype)
-            for row, (value, error) in report.summary(result.values).items():
-                facts = {"values": result.values[row], "version": task.version, "seed": None}
-                scores.add(name, row, value, error=error, **facts)
-            if keep:
-                keep(f"predictions/{name}.{task.name}.jsonl", _items(task, result))
+            for row, values in result.values.items():
+                scores.add(name, row, values=values, version=task.version, seed=None)
+            if write:
+                write(f"predictions/{name}.{task.name}.jsonl", _items(task, result))
     about = {"version": "mean over tasks", "items": sum(len(t.items) for t in tasks), "seed": None}
     for name in models:
-        for row, value in report.averages(scores.columns[name]).items():
-            scores.add(name, row, value, **about)
+        for kind in AVERAGED:
+            found = [x for row, x in scores.columns[name].items() if row.endswith(f", {kind}")]
+            if len(found) > 1:
+                scores.add(name, f"average {kind}", sum(found) / len(found), **about)
 
 
 def _items(task: Task, result: Result) -> str:

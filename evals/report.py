@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from evals import pictures
-from evals.retention import AVERAGED, LOSS, TEACHER, UNTRAINED, recovered
+from evals.retention import LOSS, TEACHER, UNTRAINED, recovered
 
 SCHEMA = 2
 
@@ -56,19 +56,19 @@ class Scores:
     notes: list[str] = field(default_factory=list)  # paragraphs below the table
 
     def add(
-        self, column: str, row: str, value: float, *, error=None, values=None, items=None, **facts
+        self, column: str, row: str, value=None, *, error=None, values=None, items=None, **facts
     ) -> None:
         """One figure, which is also printed on standard error.
 
-        values: of each item, whose mean it is; facts: version, seed and so on.
+        values: of each item, which give the value and its error where these are not given;
+        facts: version, seed and so on.
         """
-        self.columns[column][row] = float(value)
-        print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
         if values is not None:
             self.values.setdefault(row, {})[column] = values
-            items = len(values)
-            if error is None and items > 1:
-                error = float(np.std(values, ddof=1) / items**0.5)
+            mean, error = mean_and_error(row, values)
+            value, items = mean if value is None else value, len(values)
+        self.columns[column][row] = float(value)
+        print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
         dtype = str(self.dtype).removeprefix("torch.")
         fixed = {"items": items, "dtype": dtype, "command": self.command, "stderr": {}}
         about = self.facts.setdefault(row, facts | fixed)
@@ -80,39 +80,25 @@ class Scores:
         for column, figures in self.columns.items():
             for row, value in figures.items():
                 about = self.facts.get(row, {})
-                known = {key: about.get(key) for key in ("items", "version", "seed", "dtype")}
                 error = about.get("stderr", {}).get(column)
-                out.append(
-                    {"model": column, "figure": row, "value": value, "error": error, **known}
-                )
+                each = {"model": column, "figure": row, "value": value, "error": error}
+                keys = ("items", "version", "seed", "dtype")
+                out.append(each | {key: about.get(key) for key in keys})
         return out
 
 
-def summary(values: dict[str, np.ndarray]) -> dict[str, tuple[float, float | None]]:
-    """{row: (figure, its standard error)} of per-item values; one item has no error.
+def mean_and_error(row: str, x: np.ndarray) -> tuple[float, float | None]:
+    """(figure, its standard error) of x [items] or [items, tokens]; one item has no error.
 
     error(mean) = sample deviation / sqrt(items)
-    error(perplexity) = perplexity * error(mean), by its slope
+    error(perplexity) = perplexity * error(mean), by its slope; x are log-probabilities
     """
-    out = {}
-    for row, x in values.items():
-        mean = float(x.mean())
-        error = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else None
-        if row.endswith("perplexity"):
-            mean = float(np.exp(min(-mean, 700.0)))
-            error = error if error is None else mean * error
-        out[row] = (mean, error)
-    return out
-
-
-def averages(column: dict[str, float]) -> dict[str, float]:
-    """{"average accuracy": ..., "average accuracy normed": ...}, of two or more tasks each."""
-    out = {}
-    for kind in AVERAGED:
-        found = [value for row, value in column.items() if row.endswith(f", {kind}")]
-        if len(found) > 1:
-            out[f"average {kind}"] = sum(found) / len(found)
-    return out
+    mean, n = float(x.mean()), len(x)
+    error = float(x.reshape(n, -1).mean(1).std(ddof=1) / n**0.5) if n > 1 else None
+    if "perplexity" in row:
+        mean = float(np.exp(min(-mean, 700.0)))
+        error = error and mean * error
+    return mean, error
 
 
 # ---------------------------------------------------------------- text
@@ -131,25 +117,18 @@ def table(columns: dict[str, dict[str, float]], shares: dict[str, float]) -> str
 
 
 def retention_table(kept: dict[str, dict]) -> str:
-    """What `retention` found, in Markdown."""
-    names = list(next(iter(kept.values()))["kept"])
-    rows = [["", "items"]]
-    for name in names:
-        head = f"{name}: " if len(names) > 1 else ""
-        rows[0] += [f"{head}kept of the teacher [95 %]", f"{head}recovered [95 %]"]
+    """What `retention` found of the student, in Markdown."""
+    rows = [["", "items", "kept of the teacher [95 %]", "recovered [95 %]"]]
     for row, found in kept.items():
-        rows.append([row, str(found["items"])])
-        for name in names:
-            rows[-1] += [
-                _interval(found["kept"][name], "-"),
-                _interval(found["recovered"].get(name), "none lost, or within noise"),
-            ]
-    said = []
+        (share,), (won,) = found["kept"].values(), found["recovered"].values()
+        won = _interval(won, "none lost, or within noise")
+        rows.append([row, str(found["items"]), _interval(share, "-"), won])
+    notes = []
     if any("perplexity" in row for row in kept):
-        said.append("A perplexity's share kept is the teacher's perplexity over the student's.")
-    if any(cell == "-" for row in rows[1:] for cell in row):
-        said.append("-: the teacher's own score is within noise of 0.")
-    return "\n\n".join([_aligned(rows), *([" ".join(said)] if said else [])])
+        notes.append("A perplexity's share kept is the teacher's perplexity over the student's.")
+    if any(row[2] == "-" for row in rows):
+        notes.append("-: the teacher's own score is within noise of 0.")
+    return "\n\n".join([_aligned(rows), *([" ".join(notes)] if notes else [])])
 
 
 def nothing_lost(columns: dict[str, dict[str, float]]) -> str | None:

@@ -86,20 +86,17 @@ def _resampled(results: np.ndarray, seed: int, row: str) -> np.ndarray:
 
 def _shares(means: np.ndarray, names: list[str], row: str) -> dict[str, dict]:
     """means [1 + RESAMPLES, columns] -> kept and recovered of one row."""
-    teacher = means[:, names.index(TEACHER)]
-    untrained = means[:, names.index(UNTRAINED)] if UNTRAINED in names else None
+    teacher, untrained = (means[:, names.index(name)] for name in (TEACHER, UNTRAINED))
+    lost = np.percentile((teacher - untrained)[1:], 2.5) > 0
     out: dict[str, dict] = {"kept": {}, "recovered": {}}
-    for i, name in enumerate(names):
+    for name, student in zip(names, means.T, strict=True):
         if name in (TEACHER, UNTRAINED):
             continue
-        student = means[:, i]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             kept = np.exp(student - teacher) if row.endswith("perplexity") else student / teacher
-            share = None if untrained is None else (student - untrained) / (teacher - untrained)
+            share = (student - untrained) / (teacher - untrained)
         out["kept"][name] = _interval(kept)
-        if untrained is not None:
-            lost = np.percentile((teacher - untrained)[1:], 2.5)
-            out["recovered"][name] = _interval(share) if lost > 0 else None
+        out["recovered"][name] = _interval(share) if lost else None
     return out
 
 
