@@ -12,9 +12,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
-import train
 from bench import step as bench_step
-from engine import cost, lora
+from engine import cost, lora, step
 from model import TRAINED, make_student
 
 SHAPES = {
@@ -44,7 +43,7 @@ def loss_of(stage: cost.Stage, teacher, student, dtype: torch.dtype, checkpointi
     ids = torch.randint(0, 512, (2, stage.T + 1), generator=torch.Generator().manual_seed(0))
     if stage.objective == "relation":
         more = {"checkpointing": checkpointing, "logit_weight": float(stage.logits)}
-        return train.relation_loss(teacher, student, ids[:, :-1], dtype, **more)[0]
+        return step.relation_loss(teacher, student, ids[:, :-1], dtype, **more)[0]
     h = student.hidden(ids[:, :-1], dtype, checkpointing)
     return model_file.next_token_loss(student, h, ids[:, 1:])
 
@@ -113,7 +112,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
     teacher, student = pair(shape, rank)
     stage = stage_of(kind)
     weights = [*teacher.parameters(), *student.parameters()]
-    inputs, layers, recompute = Kept(weights), [], train.recompute
+    inputs, layers, recompute = Kept(weights), [], step.recompute
 
     def counted(f, *args, **more):
         for tensor in torch.utils._pytree.tree_leaves(args):
@@ -133,7 +132,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
             inputs.bytes += sum(tensor.nbytes for tensor in numbers if tensor is not None)
         return recompute(f, *args, **more)
 
-    monkeypatch.setattr(train, "recompute", counted)
+    monkeypatch.setattr(step, "recompute", counted)
     monkeypatch.setattr(
         model_file,
         "recompute",
@@ -141,7 +140,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
     )
     monkeypatch.setattr(model_file, "next_token_loss", lambda student, h, targets: h.sum())
     monkeypatch.setattr(
-        train, "logit_kl", lambda teacher, student, h_teacher, h_student: h_student.mean()
+        step, "logit_kl", lambda teacher, student, h_teacher, h_student, chunk: h_student.mean()
     )
     loss_of(stage, teacher, student, torch.float32, True)
     assert len(layers) == student.config.n_layer
@@ -165,7 +164,7 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
     monkeypatch.setattr(
         model_file.F, "scaled_dot_product_attention", lambda q, k, v, **_: q + k.mean() + v.mean()
     )
-    monkeypatch.setattr(train, "relation_kl", lambda x, y, **_: (x - y).square().sum(-1))
+    monkeypatch.setattr(step, "relation_kl", lambda x, y, **_: (x - y).square().sum(-1))
     monkeypatch.setattr(
         model_file, "recompute", lambda f, *a, **_: f(*a)
     )  # the head's, made again, is not counted
