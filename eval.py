@@ -142,7 +142,7 @@ def ruler(subject: Subject, scores: Scores) -> None:
 def relation_kl_by_layer(subject: Subject, scores: Scores) -> None:
     s = subject
     blocks = s.corpus.held_out_blocks(s.long, s.args.blocks)[:, :-1]
-    kl = layers.compare(s.models, blocks, scores.dtype)
+    kl = layers.compare(s.models, blocks)
     about = {"tokens": s.long, "blocks": len(blocks), "version": f"relation KL, {s.held_out}"}
     scores.more["layers"] = layers.as_lists(kl) | about
     scores.notes.append(f"{layers.HEAD}, {s.long} tokens:\n\n{layers.table(kl)}")
@@ -300,7 +300,7 @@ def continue_text(args) -> None:
     dtype, _ = choose_dtype(device, args.dtype)
     model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
     began, n = time.time(), 0
-    for text, n in stream(model, tokenizer, ids, args.new_tokens, dtype):  # noqa: B007
+    for text, n in stream(model, tokenizer, ids, args.new_tokens):  # noqa: B007
         print(text, end="", flush=True)
     rate = n / (time.time() - began)
     print(f"\n[{len(ids)} tokens in, {n} out, {rate:.0f} tokens/s]", file=sys.stderr)

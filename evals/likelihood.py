@@ -81,7 +81,7 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Request]:
 
 @torch.no_grad()
 def likelihoods(
-    model: Llama, requests: list[Request], dtype: torch.dtype, tokens: int | None = None
+    model: Llama, requests: list[Request], tokens: int | None = None
 ) -> list[tuple[float, bool]]:
     """[(sum of the continuation's log-probabilities in nats, is it greedy)] of every request.
 
@@ -101,7 +101,7 @@ def likelihoods(
         start += len(now)
         asked = [(row, requests[i]) for row, ids in enumerate(now) for i in readers[ids]]
         order += [i for ids in now for i in readers[ids]]
-        loss, hit = _read(model, now, asked, dtype)
+        loss, hit = _read(model, now, asked)
         losses.append(loss)
         hits.append(hit)
         bar.update(len(now))
@@ -118,7 +118,6 @@ def _read(
     model: Llama,
     inputs: list[tuple[int, ...]],
     asked: list[tuple[int, Request]],
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Loss [N] and greediness [N] of every scored token; asked: (row of inputs, request)."""
     ids = np.zeros((len(inputs), len(inputs[0])), dtype=np.int64)
@@ -130,7 +129,7 @@ def _read(
     where = np.stack([rows, np.concatenate(at), np.concatenate(goals)])
     ids, where = torch.from_numpy(ids), torch.from_numpy(where)
     rows, at, goals = where.to(model.device, non_blocking=True)  # each [N]
-    h = model.hidden(ids.to(model.device, non_blocking=True), dtype)[rows, at]  # [N, C]
+    h = model.hidden(ids.to(model.device, non_blocking=True))[rows, at]  # [N, C]
     return token_scores(model, h, goals)
 
 
@@ -153,9 +152,9 @@ class Result:
         return np.asarray([int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1 for s, g in each])
 
 
-def score(model: Llama, requests: list[Request], task: Task, dtype: torch.dtype) -> Result:
+def score(model: Llama, requests: list[Request], task: Task) -> Result:
     """Every item of one task, scored; requests: task.pairs, encoded."""
-    flat = iter(likelihoods(model, requests, dtype))
+    flat = iter(likelihoods(model, requests))
     got = [[next(flat) for _ in item.requests] for item in task.items]
     logps = [np.asarray([s for s, _ in g]) for g in got]
     result = Result(logps, [np.asarray([hit for _, hit in g]) for g in got])
@@ -185,7 +184,7 @@ def task_scores(
     """
     for task, encoded in zip(tasks, requests, strict=True):
         for name, model in models.items():
-            result = score(model, encoded, task, scores.dtype)
+            result = score(model, encoded, task)
             for row, values in result.values.items():
                 scores.add(name, row, values=values, version=task.version, seed=None)
             if write:

@@ -55,7 +55,7 @@ def block_scores(
     losses, right, rows = [], [], max(1, batch_tokens(model.device) // T)
     for ids, where in zip(blocks.split(rows), at.split(rows), strict=True):
         ids, where = ids.to(model.device), where.to(model.device)
-        h = model.hidden(ids[:, :-1], model.dtype)  # [rows, T, C]
+        h = model.hidden(ids[:, :-1])  # [rows, T, C]
         h = h[torch.arange(len(h), device=h.device)[:, None], where]  # [rows, m, C]
         loss, hit = token_scores(model, h.flatten(0, 1), ids.gather(1, where + 1).flatten())
         losses.append(loss.view(where.shape))

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 from evals import ruler, ruler_tasks
@@ -56,11 +55,11 @@ class Prompts:
         )
 
     def ask(
-        self, models: dict[str, Llama], samples: list[ruler.Sample], dtype: torch.dtype
+        self, models: dict[str, Llama], samples: list[ruler.Sample]
     ) -> Iterator[tuple[str, list[str], np.ndarray]]:
         """Of each model its name, its answers, and their scores [samples] from 0 to 1."""
         for name, model in models.items():
-            found = answers(model, self.tokenizer, samples, dtype)
+            found = answers(model, self.tokenizer, samples)
             marks = ruler_tasks.marks(samples[0].task, found, [s.outputs for s in samples])
             yield name, found, np.asarray(marks)
 
@@ -92,9 +91,7 @@ def feasible(
     return prompts, lacking
 
 
-def answers(
-    model: Llama, tokenizer: Tokenizer, samples: list[ruler.Sample], dtype: torch.dtype
-) -> list[str]:
+def answers(model: Llama, tokenizer: Tokenizer, samples: list[ruler.Sample]) -> list[str]:
     """What the model answers to each sample, greedily, the samples in batches of like length."""
     prompts = [tokenizer.encode(s.prompt + s.answer_prefix, bos=True) for s in samples]
     order = sorted(range(len(samples)), key=lambda i: -len(prompts[i]))
@@ -105,7 +102,7 @@ def answers(
         rows = max(1, max(8192, batch_tokens(model.device)) // len(prompts[order[0]]))
         batch, order = order[:rows], order[rows:]
         new, asked = max(samples[i].max_new_tokens for i in batch), [prompts[i] for i in batch]
-        wrote = generate(model, asked, new, dtype, tokenizer.stop_ids, tokenizer.size)
+        wrote = generate(model, asked, new, tokenizer.stop_ids, tokenizer.size)
         for i, ids in zip(batch, wrote, strict=True):
             out[i] = tokenizer.decode(ids)
         bar.update(len(batch))
@@ -126,7 +123,7 @@ def passkey_scores(scores: Scores, models: dict[str, Llama], prompts: Prompts) -
     for length in lengths:
         made = prompts.make("passkey", length)
         about["version"] = made[0].variant
-        for name, _, right in prompts.ask(models, made, scores.dtype):
+        for name, _, right in prompts.ask(models, made):
             scores.add(name, f"passkey at {length}", float(right.mean()), values=right, **about)
             for d in range(len(depths)):
                 grid[name][d].append(float(right[d :: len(depths)].mean()))
@@ -155,7 +152,7 @@ def ruler_scores(
             continue
         made = prompts.make(task, length)
         version = versions.setdefault(length, {})[task] = made[0].variant
-        for name, found, right in prompts.ask(models, made, scores.dtype):
+        for name, found, right in prompts.ask(models, made):
             value = ruler_tasks.score(task, found, [s.outputs for s in made]) / 100
             about = {"values": right, "version": version, "seed": prompts.seed}
             scores.add(name, f"RULER {task} at {length}", value, **about)

@@ -317,7 +317,7 @@ def oracle(monkeypatch, tiny_dir):
     """A generator that reads the passkey off its prompt, unless it stands in the first tenth."""
     tokenizer = load_tokenizer(tiny_dir)
 
-    def generate(model, asked, new, dtype, stop, vocabulary):
+    def generate(model, asked, new, stop, vocabulary):
         out = []
         for ids in asked:
             text = tokenizer.decode(ids)
@@ -355,7 +355,7 @@ def test_passkey_map(oracle, tmp_path):
 def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp_path):
     tokenizer, asked = load_tokenizer(tiny_dir), []
 
-    def answers(model, tokenizer, samples, dtype):
+    def answers(model, tokenizer, samples):
         asked.append((samples[0].task, len(samples)))
         return [" ".join(s.outputs[:1]) for s in samples]
 
@@ -396,7 +396,7 @@ def test_divergence_is_the_training_loss_head_by_head(tmp_path):
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("yarn", 4.0), trained=())
     ids = torch.randint(0, 4095, (2, 96), generator=torch.Generator().manual_seed(0))
-    found = diagnose.divergence(teacher, student, ids, torch.float32)
+    found = diagnose.divergence(teacher, student, ids)
     assert (
         found.shape == (2, 3, 4)
         and np.isnan(found[:, 1:, 2:]).all()
@@ -404,9 +404,7 @@ def test_divergence_is_the_training_loss_head_by_head(tmp_path):
     )
     _, parts, _ = train.relation_loss(teacher, student, ids, torch.float32)
     assert np.nanmean(found, axis=-1) == pytest.approx(parts.numpy(), rel=1e-4)
-    assert np.nanmax(diagnose.divergence(teacher, teacher, ids, torch.float32)) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert np.nanmax(diagnose.divergence(teacher, teacher, ids)) == pytest.approx(0, abs=1e-6)
     both = {"before": found, "after": found / 2}
     assert pictures.layers(both).startswith(b"\x89PNG")
     assert len(diagnose.table(both).splitlines()) == 2 + 2 + 1
