@@ -341,7 +341,9 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
     terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in args.relations]
     weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
     terms += [f"{weight}next-token KL"] if args.logit_weight else []
-    if not any(s and s.objective == "relation" for stage in stages for s in (stage, stage.auxiliary)):
+    if not any(
+        s and s.objective == "relation" for stage in stages for s in (stage, stage.auxiliary)
+    ):
         terms = ["next token"]
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
     preset = f" (--preset {args.preset})" if args.preset else ""

@@ -18,7 +18,6 @@ Limits.  One run per folder at a time (folder.py); what a kill costs stands in r
 """
 
 import contextlib
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from engine import cost, data, exits, folder, plan, resume, watch
 from engine.cost import Stage
 from engine.lookups import Lookups
+from engine.machine import versions
 from engine.parallel import World
 from engine.plan import Plan
 from engine.timing import Times
@@ -94,14 +94,17 @@ class Run:
         if self.at.state:
             resume.load(self.at.state, weights, None, 0)
         self.stop_request, self.saved = resume.StopRequest(), time.time()
-        self.about = {"arguments": self.depends, "versions": versions(self.world)}
+        self.about = {
+            "arguments": self.depends,
+            "versions": versions(self.plan.device) | {"processes": self.world.size},
+        }
         self.about |= {"text": self.corpus.name, "command": sys.argv}
         if self.world.main:
             self.watch = watch.Watch(self.out, self.plan, self.world.size, self.about, self.at)
 
     def measure(self, name: str, model: Llama) -> None:
         """A column of the table, filled by the first process, or by all of a sharded model."""
-        if not self.held_out.blocks or name in self.at.columns:
+        if not self.held_out.n_blocks or name in self.at.columns:
             return
         with self.times("measuring"):
             f = self.held_out.measure
@@ -142,9 +145,7 @@ class Run:
             self.figures = watch.Figures(self.plan.native.n_layer, self.plan.device)
             yield n
 
-    def micro_batches(
-        self, stage: Stage, n: int
-    ) -> Iterator[tuple[Stage, Tensor, float, bool]]:
+    def micro_batches(self, stage: Stage, n: int) -> Iterator[tuple[Stage, Tensor, float, bool]]:
         """This process's blocks of step n, a function of seed and step alone, a few at a time.
 
         Yields (stage or its auxiliary, ids [few, T + 1], their share of this process's blocks of
@@ -177,7 +178,15 @@ class Run:
         self.stopping, self.saving = agreed
         stage, student = self.plan.stages[self.at.stage], self.step.student
         watch.refuse_non_finite(
-            self.world, stage, n, self.figures, float(norm), self.weights, student, self.ids, self.at
+            self.world,
+            stage,
+            n,
+            self.figures,
+            float(norm),
+            self.weights,
+            student,
+            self.ids,
+            self.at,
         )
 
     def log(self, n: int, norm: Tensor, lr: float) -> None:
@@ -227,18 +236,3 @@ class Run:
             self.watch.close()
         self.out.close()
         self.world.exit(0)
-
-
-def versions(world: World) -> dict:
-    """What figures were measured with."""
-    device = world.device
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "processes": world.size,
-    }

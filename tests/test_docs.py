@@ -30,7 +30,7 @@ LARGER = {
 LONG = {"train.main", "eval.main", "flags.parser"}
 # Imports go down only: a room may import those of a lower rank, and its own
 RANK = {"hub": 0, "rope": 0, "kernel_triton": 0, "kernel_hopper": 1, "relation_kl": 2, "model": 2}
-RANK |= {"engine": 3, "evals": 4, "eval": 5, "train": 6, "bench": 7}
+RANK |= {"engine": 3, "evals": 4, "eval": 5, "train": 5, "bench": 6}
 
 
 def room(path) -> str:
