@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from hub import checkpoint, files
+from hub import checkpoint, files, rope_json
 from hub import config as config_json
 from hub.checkpoint import set_parameter
 from rope import RopeConfig, frequencies, rotate, rotation
@@ -84,11 +84,11 @@ class LlamaConfig:
     def from_hf(config: dict) -> "LlamaConfig":
         """Reads config.json. Raises ValueError naming the key, its value and what is supported."""
         filled = config_json.fill(config)
-        return LlamaConfig(**config_json.read(filled), rope=RopeConfig.from_hf(filled))
+        return LlamaConfig(**config_json.read(filled), rope=rope_json.read(filled))
 
     def to_hf(self) -> dict:
         """A config.json for this network: its source, with rope and window as they are now."""
-        return config_json.write(self) | self.rope.to_hf()
+        return config_json.write(self) | rope_json.write(self.rope)
 
     def extended(self, kind: str, factor: float) -> "LlamaConfig":
         """The student's: positions stretched, and no window, which would hide the new context."""
