@@ -69,11 +69,11 @@ from model import (
     Llama,
     LlamaConfig,
     by_chunks,
-    choose_dtype,
     make_student,
     next_token_loss,
     trainable,
 )
+from precision import choose_dtype
 from relation_kl import relation_kl
 
 # ---- stage 1's loss

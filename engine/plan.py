@@ -35,7 +35,8 @@ from engine import data
 from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from hub import checkpoint, files
-from model import TRAINED, Llama, LlamaConfig, attention_dtype
+from model import TRAINED, Llama, LlamaConfig
+from precision import attention_dtype
 from relation_kl import choose
 from rope import MULTIPLY
 

@@ -1,6 +1,6 @@
 """Positions in config.json: two dialects read into a RopeConfig, and written again.
 
-What.  One `rope_scaling` table says how a model's rotary positions are stretched (rope.py):
+What.  One table says how a model's rotary positions are stretched (rope.py):
 
     transformers 4    "rope_theta": 10000.0,
                       "rope_scaling": {"type": "linear", "factor": 8.0}
