@@ -58,7 +58,8 @@ from evals.retention import TEACHER, UNTRAINED, retention
 from evals.ruler_tasks import RULER_TASKS
 from hub import checkpoint, files
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import Llama, LlamaConfig, choose_dtype, make_student
+from model import Llama, LlamaConfig, make_student
+from precision import choose_dtype
 
 
 @dataclass

@@ -23,7 +23,8 @@ from engine.exits import OutOfMemory
 from engine.parallel import World
 from hub import checkpoint, files
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import TRAINED, Llama, LlamaConfig, attention_dtype, choose_dtype
+from model import TRAINED, Llama, LlamaConfig
+from precision import attention_dtype, choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
 

@@ -6,6 +6,7 @@ import transformers
 from conftest import random_model, tiny_config
 
 import model as model_file
+import precision
 import relation_kl
 from engine import step
 from hub import checkpoint
@@ -15,13 +16,11 @@ from model import (
     Block,
     Llama,
     LlamaConfig,
-    attention_dtype,
-    choose_dtype,
-    compute_dtype,
     make_student,
     next_token_loss,
     trainable,
 )
+from precision import attention_dtype, choose_dtype
 from rope import rotate, rotation
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -273,9 +272,9 @@ def test_the_compute_dtype_is_chosen_with_a_reason_and_can_be_asked_for(monkeypa
         ("AVX512-BF16", torch.bfloat16, "AVX512-BF16"),
         (None, torch.float32, "no fast bfloat16"),
     ):
-        monkeypatch.setattr(model_file, "cpu_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(precision, "cpu_bfloat16", lambda has=has: has)
         chosen, why = choose_dtype(cpu)
-        assert chosen == compute_dtype(cpu) == dtype and reason in why
+        assert chosen == dtype and reason in why
         assert choose_dtype(gpu)[0] == torch.bfloat16
         assert choose_dtype(cpu, "float32") == (torch.float32, "--dtype says so")
         assert choose_dtype(gpu, "bfloat16")[0] == torch.bfloat16
@@ -288,7 +287,7 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_eager_and_gives_the_same_bits_twice(
     instructions, monkeypatch
 ):
     """Against float64: logits and the gradient of q_proj, error <= 2 x that of plain bfloat16."""
-    monkeypatch.setattr(model_file, "cpu_bfloat16", lambda: instructions)
+    monkeypatch.setattr(precision, "cpu_bfloat16", lambda: instructions)
     assert attention_dtype(torch.bfloat16, torch.device("cpu")) == (
         torch.bfloat16 if instructions == "AMX" else torch.float32
     )
