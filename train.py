@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     device, (dtype, why) = world.device, choose_dtype(world.device, args.dtype)
 
     # ---- plan: what can be refused without text and weights is refused here; nothing is written
-    native = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
+    native = LlamaConfig.from_hf(files.read_json(files.own(args.teacher, "config.json")))
     longer = native.extended(args.rope or plan.rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
     stages = plan.make_stages(args, native, longer)

@@ -129,7 +129,7 @@ def load_corpus(
     check: called before anything is written, to refuse a text that is too short. Raises ValueError
     naming the file (and line) that is missing, empty, undecodable or malformed.
     """
-    if cache.resolve() in [path.resolve() for path in paths]:
+    if os.path.realpath(cache) in [os.path.realpath(path) for path in paths]:
         raise ValueError(f"--cache {cache} is a folder of --data; name another")
     found = find_files(paths, [cache, *([without] if without else [])])
     key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
@@ -159,6 +159,7 @@ def find_files(paths: list[Path], without: list[Path] = ()) -> list[tuple[str, P
         return default_text.find_files()
     found: dict[str, Path] = {}
     for path in paths:
+        files.refuse_lost_link(path)
         if not path.exists():
             raise ValueError(f"--data {path} does not exist")
         if path.is_dir():
@@ -187,13 +188,15 @@ def _below(path: Path, without: list[Path]) -> Iterator[Path]:
     def refuse(e: OSError) -> None:
         raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
 
-    own = [folder.resolve() for folder in without]
+    own = [os.path.realpath(folder) for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
-        folders[:] = sorted(f for f in folders if (Path(here) / f).resolve() not in own)
+        folders[:] = sorted(f for f in folders if os.path.realpath(Path(here) / f) not in own)
         for name in sorted(names):
             file = Path(here) / name
-            if name.lower().endswith(KINDS) and file.is_file():
-                yield file
+            if name.lower().endswith(KINDS):
+                files.refuse_lost_link(file)
+                if file.is_file():
+                    yield file
 
 
 def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.ndarray]]:
