@@ -285,7 +285,7 @@ class Llama(nn.Module):
         left over or of another shape than config.json says, before any allocation; and for weights
         that are not finite.
         """
-        config = LlamaConfig.from_hf(files.read_json(Path(path) / "config.json"))
+        config = LlamaConfig.from_hf(files.read_json(files.own(Path(path), "config.json")))
         with torch.device("meta"):
             model = Llama(config)
         checkpoint.load_weights(model, Path(path), dtype=dtype, device=device)

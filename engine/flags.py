@@ -44,7 +44,7 @@ def parser(about: str) -> argparse.ArgumentParser:
         type=path,
         nargs="+",
         default=[],
-        help="text files or folders (Python's own sources)",
+        help="text files or folders (sympy's sources)",
     )
     what.add_argument("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
     what.add_argument(

@@ -85,7 +85,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     Raises ValueError for all that can be refused without text and weights.
     """
     device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
-    native = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
+    native = LlamaConfig.from_hf(files.read_json(files.own(args.teacher, "config.json")))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
     stages = make_stages(args, native, longer, defaults)
