@@ -110,6 +110,7 @@ def short_tasks(subject: Subject, scores: Scores) -> None:
 
 
 def sliding_window(subject: Subject, scores: Scores) -> None:
+    """Of the documents that were named, else of the held-out text."""
     s, texts = subject, subject.documents
     source = ", ".join(map(str, s.args.documents or ()))
     if not texts:
@@ -120,6 +121,7 @@ def sliding_window(subject: Subject, scores: Scores) -> None:
 
 
 def loss_by_position(subject: Subject, scores: Scores) -> None:
+    """Of held-out blocks of the longest length, with a picture."""
     s = subject
     blocks = s.corpus.held_out_blocks(max(s.lengths), s.args.blocks)
     about = {"version": f"loss by position, {s.held_out}", "seed": None}
@@ -142,6 +144,7 @@ def ruler(subject: Subject, scores: Scores) -> None:
 
 
 def relation_kl_by_layer(subject: Subject, scores: Scores) -> None:
+    """Of held-out blocks as long as the stretched context: a table of its own, and a picture."""
     s = subject
     blocks = s.corpus.held_out_blocks(s.long, s.args.blocks)[:, :-1]
     kl = layers.compare(s.models, blocks)
@@ -203,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(args: argparse.Namespace) -> Subject:
-    """Whatever can be refused without text and weights is refused here."""
+    """Whatever can be refused without text and weights is refused here, by a ValueError."""
     student, teacher = configs(args.model, args.against)
     native = args.native or (teacher or student).rope.length
     longest = max(student.rope.length, teacher.rope.length if teacher else 0)

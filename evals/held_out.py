@@ -65,6 +65,7 @@ class HeldOut:
         return {row: value for row, (value, _, _) in self.figures(model).items()}
 
     def figures(self, model: Llama) -> dict[str, Figure]:
+        """{row of the table: its figure}, losses in nats per token."""
         near, right = self.native_scores(model)
         far, _ = block_scores(model, self.blocks)
         rows = {"loss at 1x": near, "perplexity at 1x": -near}
