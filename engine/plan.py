@@ -31,6 +31,7 @@ from rope import MULTIPLY
 # Fewer tokens at a time might not fill a GPU. At 7B, 4096 at a time and nothing computed twice took
 # 2.3 s per step, where 8192 and all layers twice took 3.6 (bench step, H100).
 FEWEST_TOKENS = 4096
+FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
 
 class Fit(NamedTuple):
@@ -329,6 +330,13 @@ def describe(
             f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
             f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
+        if stage.steps < FEWEST_STEPS:
+            n = stage.name[-1]
+            lines.append(
+                f"warning     {stage.name} has {stage.steps} steps, and fewer than some "
+                f"{FEWEST_STEPS} rarely suffice: raise --tokens{n}, or lower --length{n} (now "
+                f"{stage.T:,}) or --batch{n} (now {stage.batch})"
+            )
         if b := stage.auxiliary:
             lines.append(
                 f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"

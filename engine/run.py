@@ -170,8 +170,9 @@ class Run:
                 yield part, self.ids, len(self.ids) / per_rank, last
 
     def agree(self, n: int, norm: Tensor) -> None:
-        """Means over all processes; whether to stop or save. Raises ValueError, on all, for a loss
-        or gradient that is not finite.
+        """Means over all processes; whether to stop or save. norm: [], of the whole gradient.
+
+        Raises ValueError, on all, for a loss or gradient that is not finite.
         """
         due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
         agreed = self.figures.agree(self.world, bool(self.stop_request), due)
@@ -190,7 +191,7 @@ class Run:
         )
 
     def log(self, n: int, norm: Tensor, lr: float) -> None:
-        """The step is done: its line in the log."""
+        """The step is done: its line in the log. norm: [], before clipping."""
         self.at.step, self.at.total = n + 1, self.at.total + 1
         seconds = time.time() - self.began
         self.stage_began.append(seconds)
