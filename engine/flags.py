@@ -110,6 +110,11 @@ def parser(about: str) -> argparse.ArgumentParser:
     run.add_argument(
         "--save-minutes", type=weight, default=10, help="write the state at least this often (10)"
     )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits every run on a GPU too, attention's backward being slower",
+    )
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.add_argument(
         "--shard", action="store_true", help="under torchrun: cut the models over the GPUs (FSDP2)"

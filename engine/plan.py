@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine import cost, data, folder
+from engine import cost, data, folder, machine
 from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from engine.parallel import World
@@ -85,6 +85,8 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
 
     Raises ValueError for all that can be refused without text and weights.
     """
+    if args.deterministic:
+        machine.fix_order()
     device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
     native = LlamaConfig.from_hf(files.read_json(files.own(args.teacher, "config.json")))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
@@ -112,6 +114,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
+    print(f"bits: {describe_bits(device, args.deterministic)}")
     impl, why_impl = relation_impl(args, native, dtype, device)
     print(f"relation loss: {impl}, because {why_impl}")
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
@@ -357,6 +360,15 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
     preset = f" (--preset {args.preset})" if args.preset else ""
     return f"loss        {' + '.join(terms)}{lookups}{preset}"
+
+
+def describe_bits(device: torch.device, deterministic: bool) -> str:
+    """Whether a second run has the same bits, and why."""
+    if device.type == "cpu":
+        return "the same every run, as always on a CPU"
+    if deterministic:
+        return "the same every run, because --deterministic has attention add in a fixed order"
+    return "not the same every run, as attention's backward adds in no order; --deterministic does"
 
 
 def describe_text(corpus, stages: list[Stage]) -> str:
