@@ -15,7 +15,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -53,7 +52,8 @@ def write(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
         for part, ids in zip(PARTS, (train, held_out), strict=True):
             _write_ids(folder / f"{part}.npy", ids)
         sums = [zlib.crc32(train), zlib.crc32(held_out)]
-        files.write_atomic(folder / "sums.json", json.dumps(sums))
+        with files.replacing(folder / "sums.json") as f:
+            f.write(json.dumps(sums).encode())
         undo.pop_all()
 
 
@@ -63,20 +63,13 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _write_ids(file: Path, ids: np.ndarray) -> None:
-    fd, work = tempfile.mkstemp(dir=file.parent)
     try:
-        with os.fdopen(fd, "wb") as f:
+        with files.replacing(file) as f:
             np.save(f, ids)
-            f.flush()
-            os.fchmod(fd, files.readable())
-            os.fsync(fd)
-        os.replace(work, file)
     except OSError as e:  # of a full disk numpy says "93729 requested and 1984 written"
         if e.errno:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-    finally:
-        Path(work).unlink(missing_ok=True)
 
 
 def load_ids(file: Path) -> np.ndarray:
