@@ -43,7 +43,7 @@ How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in fl
     dense    the definition, with autograd: memory T^2. All others are tested against it in float64.
     strips   BT whole rows at a time, up to the diagonal: memory T. The forward keeps nothing but x
              and y; the backward makes each strip again and adds both halves of (3). As easy to read
-             as this text, and two to three times as slow as the next one.
+             as this text, and up to three times as slow as the next one.
     tiled    strips as a CPU computes them fastest (kernel_cpu.py): in a few matrices that its cache
              holds, and with the pivot and sum of each row kept. Runs on any device.
     triton   the same two passes as fused GPU kernels (kernel_triton.py). A tile there holds part of
@@ -120,65 +120,9 @@ def relation_kl(
     return kernel(student, teacher, scale, teacher_scale, causal, lengths, kept)
 
 
-def choose(
-    x: Tensor,
-    causal: bool = True,
-    lengths: Tensor | None = None,
-    scales: tuple[float, float] = (1.0, 1.0),
-) -> tuple[str, str]:
-    """What "auto" means for a loss of tensors like x [B, H, T, D], and why; decided here alone.
-
-    Returns (implementation, reason): "tiled", "triton" or "hopper", and a phrase after "because".
-    """
-    if not x.is_cuda:
-        return "tiled", f"the tensors are on {x.device.type}: the Triton kernel needs a GPU"
-    try:
-        import kernel_hopper
-        import kernel_triton
-    except ImportError as e:
-        return "tiled", f"Triton cannot be imported ({e})"
-    if reason := kernel_triton.unsupported(x):
-        return "tiled", reason
-    if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
-        return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported; {reason}"
-    return "hopper", "this chip has kernels of its own, which are faster (README.md)"
-
-
 def _dense(x, y, scale, teacher_scale, causal, lengths) -> Tensor:
     """The definition as on a blackboard: [B, H, T, T] matrices and plain autograd."""
     return _kl(*_rows(x, y, 0, x.shape[2], scale, teacher_scale, causal, lengths))
-
-
-class _Strips(torch.autograd.Function):
-    """The definition for BT rows at a time, with the gradient by (2) and (3).
-
-    Only x and y are kept. A strip is [B, H, BT, T], and is made again in the backward.
-    """
-
-    @staticmethod
-    def forward(ctx, x, y, scale, teacher_scale, causal, lengths):
-        ctx.save_for_backward(x, y, lengths)
-        ctx.arguments = scale, teacher_scale, causal
-        T, kl = x.shape[2], x.new_empty(x.shape[:3])
-        for start in range(0, T, BT):
-            stop = min(start + BT, T)
-            kl[:, :, start:stop] = _kl(*_rows(x, y, start, stop, *ctx.arguments, lengths))
-        return kl
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, w):  # [B, H, T]
-        x, y, lengths = ctx.saved_tensors
-        T, dx = x.shape[2], torch.zeros_like(x)
-        for start in range(0, T, BT):
-            stop = min(start + BT, T)
-            log_p, log_r, _ = _rows(x, y, start, stop, *ctx.arguments, lengths)
-            G = w[:, :, start:stop, None] * (log_p.exp() - log_r.exp())  # (2)
-            n = G.shape[-1]  # (3): token i collects its row of G, and its column
-            with torch.autocast(x.device.type, enabled=False):
-                dx[:, :, start:stop] += ctx.arguments[0] * (G @ x[:, :, :n])
-                dx[:, :, :n] += ctx.arguments[0] * (G.mT @ x[:, :, start:stop])
-        return dx, None, None, None, None, None
 
 
 def _rows(
@@ -214,6 +158,62 @@ def _kl(log_p: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
     """Equation (1), [..., rows, columns] -> [..., rows]."""
     terms = log_r.exp() * (log_r - log_p)  # NaN where unseen (-inf + inf): dropped
     return torch.where(seen, terms, 0.0).sum(-1)
+
+
+class _Strips(torch.autograd.Function):
+    """The definition for BT rows at a time, with the gradient by (2) and (3).
+
+    Only x and y are kept. A strip is [B, H, BT, T], and is made again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, scale, teacher_scale, causal, lengths):
+        ctx.save_for_backward(x, y, lengths)
+        ctx.arguments = scale, teacher_scale, causal
+        T, kl = x.shape[2], x.new_empty(x.shape[:3])
+        for start in range(0, T, BT):
+            stop = min(start + BT, T)
+            kl[:, :, start:stop] = _kl(*_rows(x, y, start, stop, *ctx.arguments, lengths))
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, w):  # [B, H, T]
+        x, y, lengths = ctx.saved_tensors
+        T, dx = x.shape[2], torch.zeros_like(x)
+        for start in range(0, T, BT):
+            stop = min(start + BT, T)
+            log_p, log_r, _ = _rows(x, y, start, stop, *ctx.arguments, lengths)
+            G = w[:, :, start:stop, None] * (log_p.exp() - log_r.exp())  # (2)
+            n = G.shape[-1]  # (3): token i collects its row of G, and its column
+            with torch.autocast(x.device.type, enabled=False):
+                dx[:, :, start:stop] += ctx.arguments[0] * (G @ x[:, :, :n])
+                dx[:, :, :n] += ctx.arguments[0] * (G.mT @ x[:, :, start:stop])
+        return dx, None, None, None, None, None
+
+
+def choose(
+    x: Tensor,
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    scales: tuple[float, float] = (1.0, 1.0),
+) -> tuple[str, str]:
+    """What "auto" means for a loss of tensors like x [B, H, T, D], and why; decided here alone.
+
+    Returns (implementation, reason): "tiled", "triton" or "hopper", and a phrase after "because".
+    """
+    if not x.is_cuda:
+        return "tiled", f"the tensors are on {x.device.type}: the Triton kernel needs a GPU"
+    try:
+        import kernel_hopper
+        import kernel_triton
+    except ImportError as e:
+        return "tiled", f"Triton cannot be imported ({e})"
+    if reason := kernel_triton.unsupported(x):
+        return "tiled", reason
+    if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
+        return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported; {reason}"
+    return "hopper", "this chip has kernels of its own, which are faster (README.md)"
 
 
 def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) -> None:
