@@ -504,7 +504,7 @@ class Loss:
     forward(x, y, s_scale, t_scale, causal, lengths) -> kl, lse(S), lse(U); backward(w, lse(S),
     lse(U), *the same) -> dL/dx. loss(...) -> kl; `kept`, as in relation_kl.relation_kl, spares the
     function a second forward. An operator needs a checkpointing policy for that, which knows it by
-    its name, linear_ard::{name}, or linear_ard::{name}_backward (relation_kl.keep_losses).
+    its name, linear_ard::{name}, or linear_ard::{name}_backward.
     """
 
     SCHEMA = "Tensor x, Tensor y, float s_scale, float t_scale, bool causal, Tensor? lengths"

@@ -27,8 +27,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernel_cpu import BT
 from model import LlamaConfig
-from relation_kl import BT
 
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # n of the n^3 product that a machine's rate is taken from
 HEAD_CHUNK = 4096  # tokens whose logits exist at once, see model.next_token_loss
