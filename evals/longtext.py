@@ -32,8 +32,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import data
-from evals.next_token import batch_tokens, block_scores
-from evals.report import Scores
+from evals.next_token import block_scores
+from evals.report import Scores, mean_and_error
 from hub.tokenizer import Tokenizer
 from model import Llama
 
@@ -77,36 +77,27 @@ def windows(n: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
         begin, first = begin + stride, end
 
 
-def sliding_loss(
-    model: Llama, texts: list[np.ndarray], width: int, stride: int = STRIDE
-) -> list[np.ndarray]:
-    """The loss in nats of all tokens but each document's first, with a window of `width` tokens.
+def sliding_loss(model: Llama, ids: np.ndarray, width: int, stride: int = STRIDE) -> np.ndarray:
+    """The loss [tokens] in nats of all tokens but the first, of one document's ids [tokens + 1].
 
-    texts: ids, each [tokens + 1]. Returns float64 [tokens] for each. Raises ValueError for a stride
-    that is not within the window.
+    Raises ValueError for a stride that is not within the window.
     """
     if not 0 < stride <= width:
         raise ValueError(
             f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths"
         )
     # Windows of one shape go through together
-    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for d, ids in enumerate(texts):
-        for begin, end, first in windows(len(ids) - 1, width, stride):
-            shapes.setdefault((end - begin, end - first), []).append((d, begin))
-    losses = [np.zeros(len(ids) - 1) for ids in texts]
-    bar = tqdm(total=sum(map(len, shapes.values())), unit=" windows", leave=False, disable=None)
-    for (T, scored), places in shapes.items():
-        rows = max(1, batch_tokens(model.device) // T)
-        for batch in (places[i : i + rows] for i in range(0, len(places), rows)):
-            blocks = np.stack([texts[d][begin : begin + T + 1] for d, begin in batch])
-            at = torch.arange(T - scored, T).expand(len(batch), scored)
-            found, _ = block_scores(model, torch.from_numpy(blocks), at)
-            for (d, begin), row in zip(batch, found, strict=True):
-                losses[d][begin + T - scored : begin + T] = row
-            bar.update(len(batch))
-    bar.close()
-    return losses
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for begin, end, first in windows(len(ids) - 1, width, stride):
+        shapes.setdefault((end - begin, end - first), []).append(begin)
+    out = np.zeros(len(ids) - 1)
+    for (T, scored), begins in shapes.items():
+        blocks = np.stack([ids[begin : begin + T + 1] for begin in begins])
+        at = torch.arange(T - scored, T).expand(len(begins), scored)
+        losses, _ = block_scores(model, torch.from_numpy(blocks), at)
+        for begin, row in zip(begins, losses, strict=True):
+            out[begin + T - scored : begin + T] = row
+    return out
 
 
 def sliding_scores(
@@ -124,13 +115,12 @@ def sliding_scores(
     for width in lengths:
         row, bits = f"sliding perplexity at {width}", {}
         for name, model in models.items():
-            losses = sliding_loss(model, texts, width)
-            each, every = np.asarray([loss.mean() for loss in losses]), np.concatenate(losses)
-            value = math.exp(min(every.mean(), 700.0))
-            error = value * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else None
-            bits[name] = float(every.sum() / math.log(2) / size)
+            bar = tqdm(texts, unit=" documents", leave=False, disable=None)
+            losses = np.stack([sliding_loss(model, ids, width) for ids in bar])  # all as long
+            value, error = mean_and_error(row, -losses)
+            bits[name] = float(losses.sum() / math.log(2) / size)
             more = about | {"bits per byte": bits}
-            scores.add(name, row, value, error=error, items=len(every), **more)
+            scores.add(name, row, value, error=error, items=losses.size, **more)
 
 
 # ---------------------------------------------------------------- loss by position
