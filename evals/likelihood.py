@@ -26,7 +26,7 @@ Source.  lm-evaluation-harness 0.4.13: api/task.py, api/model.py, models/hugging
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -95,42 +95,41 @@ def likelihoods(
     # A stable sort: the order, and so every bit, is the same each time
     inputs = sorted(readers, key=lambda ids: -len(ids))
     bar = tqdm(total=len(inputs), unit=" inputs", leave=False, disable=None)
-    order, losses, hits, start = [], [], [], 0
+    order, losses, right, start = [], [], [], 0
     while start < len(inputs):
-        now = inputs[start : start + max(1, tokens // len(inputs[start]))]
-        start += len(now)
-        asked = [(row, requests[i]) for row, ids in enumerate(now) for i in readers[ids]]
-        order += [i for ids in now for i in readers[ids]]
-        loss, hit = _read(model, now, asked)
+        batch = inputs[start : start + max(1, tokens // len(inputs[start]))]
+        start += len(batch)
+        asked = [(row, i) for row, ids in enumerate(batch) for i in readers[ids]]
+        loss, hit = _read(model, batch, [(row, requests[i]) for row, i in asked])
+        order += [i for _, i in asked]
         losses.append(loss)
-        hits.append(hit)
-        bar.update(len(now))
+        right.append(hit)
+        bar.update(len(batch))
     bar.close()
     # The one wait for a GPU
-    flat, right = torch.cat(losses).double().cpu().numpy(), torch.cat(hits).cpu().numpy()
+    flat, hits = torch.cat(losses).double().cpu().numpy(), torch.cat(right).cpu().numpy()
     starts = np.cumsum([0, *(requests[i].scored for i in order)])[:-1]
-    sums, greedy = -np.add.reduceat(flat, starts), np.logical_and.reduceat(right, starts)
+    sums, greedy = -np.add.reduceat(flat, starts), np.logical_and.reduceat(hits, starts)
     found = dict(zip(order, zip(sums.tolist(), greedy.tolist(), strict=True), strict=True))
     return [found[i] for i in range(len(requests))]
 
 
 def _read(
-    model: Llama,
-    inputs: list[tuple[int, ...]],
-    asked: list[tuple[int, Request]],
+    model: Llama, inputs: list[tuple[int, ...]], asked: list[tuple[int, Request]]
 ) -> tuple[Tensor, Tensor]:
-    """Loss [N] and greediness [N] of every scored token; asked: (row of inputs, request)."""
+    """(loss [N], right [N]) of every scored token; asked: (row of inputs, request)."""
     ids = np.zeros((len(inputs), len(inputs[0])), dtype=np.int64)
     for row, one in enumerate(inputs):
         ids[row, : len(one)] = one
-    rows = np.repeat([row for row, _ in asked], [request.scored for _, request in asked])
-    at = [np.arange(len(r.ids) - 1 - r.scored, len(r.ids) - 1) for _, r in asked]
-    goals = [request.ids[-request.scored :] for _, request in asked]
-    where = np.stack([rows, np.concatenate(at), np.concatenate(goals)])
-    ids, where = torch.from_numpy(ids), torch.from_numpy(where)
-    rows, at, goals = where.to(model.device, non_blocking=True)  # each [N]
+    where = []  # of each scored token: the row, the position before it, itself
+    for row, request in asked:
+        targets = request.ids[-request.scored :]
+        first = len(request.ids) - 1 - request.scored
+        where += [(row, first + k, target) for k, target in enumerate(targets)]
+    ids, where = torch.from_numpy(ids), torch.tensor(where).T.contiguous()
+    rows, at, targets = where.to(model.device, non_blocking=True)  # each [N]
     h = model.hidden(ids.to(model.device, non_blocking=True))[rows, at]  # [N, C]
-    return token_scores(model, h, goals)
+    return token_scores(model, h, targets)
 
 
 # ---------------------------------------------------------------- tasks
@@ -142,33 +141,32 @@ class Result:
 
     logps: list[np.ndarray]  # s_c of each choice
     greedy: list[np.ndarray]  # of each choice: is every token the most likely one
-    # row -> [items]: 0 or 1, or s for a perplexity
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def predictions(self) -> np.ndarray:
-        """[items]: the likeliest choice; of a single request, 0 if it is greedy and -1 if not."""
-        each = zip(self.logps, self.greedy, strict=True)
-        return np.asarray([int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1 for s, g in each])
+    predictions: np.ndarray  # the likeliest choice; of one request, 0 if it is greedy and -1 if not
+    values: dict[str, np.ndarray]  # row -> [items]: 0 or 1, or s for a perplexity
 
 
 def score(model: Llama, requests: list[Request], task: Task) -> Result:
     """Every item of one task, scored; requests: task.pairs, encoded."""
     flat = iter(likelihoods(model, requests))
-    got = [[next(flat) for _ in item.requests] for item in task.items]
-    logps = [np.asarray([s for s, _ in g]) for g in got]
-    result = Result(logps, [np.asarray([hit for _, hit in g]) for g in got])
-    single = all(len(item.requests) == 1 for item in task.items)
+    found = [[next(flat) for _ in item.requests] for item in task.items]
+    logps, greedy = ([np.asarray([pair[k] for pair in each]) for each in found] for k in (0, 1))
+    best = [
+        int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1
+        for s, g in zip(logps, greedy, strict=True)
+    ]
+    normed = [
+        int(np.argmax(s / np.asarray(item.characters)))
+        for s, item in zip(logps, task.items, strict=True)
+    ]
     gold = np.asarray([item.gold for item in task.items])
-    if ACC in task.metrics:
-        result.values[f"{task.name}, {ACC}"] = (result.predictions == gold).astype(np.float64)
-    if NORMED in task.metrics and not single:
-        each = zip(logps, task.items, strict=True)
-        best = np.asarray([int(np.argmax(s / np.asarray(item.characters))) for s, item in each])
-        result.values[f"{task.name}, {NORMED}"] = (best == gold).astype(np.float64)
-    if PERPLEXITY in task.metrics and single:
-        result.values[f"{task.name}, {PERPLEXITY}"] = np.concatenate(logps)
-    return result
+    single = all(len(item.requests) == 1 for item in task.items)
+    values = {ACC: (np.asarray(best) == gold).astype(np.float64)}
+    if single:
+        values[PERPLEXITY] = np.concatenate(logps)
+    else:
+        values[NORMED] = (np.asarray(normed) == gold).astype(np.float64)
+    rows = {f"{task.name}, {kind}": values[kind] for kind in task.metrics if kind in values}
+    return Result(logps, greedy, np.asarray(best), rows)
 
 
 def task_scores(
