@@ -104,7 +104,7 @@ def short_tasks(subject: Subject, scores: Scores) -> None:
     scores.notes += tasks.notes(s.tasks)
     # Of tasks alone: beyond its own length the teacher's score does not say what could be kept
     if TEACHER in s.models:
-        scores.kept = retention(scores.values, s.args.seed)
+        scores.retention = retention(scores.values, s.args.seed)
 
 
 def sliding_window(subject: Subject, scores: Scores) -> None:
@@ -173,7 +173,7 @@ def asked(args: argparse.Namespace) -> list[Callable[[Subject, Scores], None]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One evaluation, or a text continued. argv: the command line's (None: the process's own).
+    """One evaluation, or a text continued. argv: None takes those of the process.
 
     Raises ValueError for what cannot be measured.
     """
@@ -210,7 +210,7 @@ def prepare(args: argparse.Namespace) -> Subject:
     lengths = args.lengths or [native << k for k in range(32) if native << k <= long]
     if args.ppl and min(lengths) < longtext.STRIDE:
         raise ValueError(flags.too_short(lengths))
-    found, lacking = tasks.find(args.tasks, args.task_dir, args.limit)
+    found, missing = tasks.find(args.tasks, args.task_dir, args.limit)
     tokenizer = load_tokenizer(args.model)
     requests = [likelihood.encode(tokenizer, task.pairs) for task in found]
     names = list(RULER_TASKS) if args.ruler == [] else args.ruler or []
@@ -218,15 +218,17 @@ def prepare(args: argparse.Namespace) -> Subject:
     able, unable = prompts.feasible(
         tokenizer, names, lengths, args.samples, args.ruler_seed, args.ruler_data
     )
-    texts = args.documents or []
-    if texts:
-        texts = longtext.documents(texts, tokenizer, max(lengths), args.blocks)
-    missing = lacking + unable
+    texts = []
+    if args.documents:
+        texts = longtext.documents(args.documents, tokenizer, max(lengths), args.blocks)
+    missing += unable
     if missing:
         print("left out:\n  " + "\n  ".join(missing), file=sys.stderr)
     return Subject(
-        args, student, native, scale, lengths, tokenizer, found, requests, able, texts, missing
-    )
+        args=args, student=student, native=native, scale=scale, lengths=lengths,
+        tokenizer=tokenizer, tasks=found, requests=requests, prompts=able, documents=texts,
+        missing=missing,
+    )  # fmt: skip
 
 
 def held_out_corpus(subject: Subject, cache: Path) -> data.Corpus | None:
@@ -280,7 +282,7 @@ def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig
 
 
 def config_of(path: Path) -> LlamaConfig:
-    """config.json, which the weights beside it must fit: by their headers, in milliseconds."""
+    """config.json, which the weights must fit: by their headers, in milliseconds."""
     config = LlamaConfig.from_hf(files.read_json(path / "config.json"))
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), path)
@@ -294,9 +296,9 @@ def continue_text(args) -> None:
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt, bos=True)
     if len(ids) + args.new_tokens > config.rope.length:
-        beyond = f"{args.new_tokens} new ones exceed the context of {config.rope.length}"
-        said = f"the prompt's {len(ids)} tokens and {beyond}: what comes after that may be nonsense"
-        print(said, file=sys.stderr)
+        print(f"the prompt's {len(ids)} tokens and {args.new_tokens} new ones exceed the context "
+              f"of {config.rope.length}: what comes after that may be nonsense",
+              file=sys.stderr)  # fmt: skip
     dtype, _ = choose_dtype(device, args.dtype)
     model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
     began, n = time.time(), 0

@@ -18,8 +18,8 @@ question) are read once; as many as fill `batch_tokens` go through together; log
 continuations' tokens alone, in float32, and summed in float64.
 
 Limits.  Under bf16 the harness takes the log-softmax in bf16 and we in float32, so near ties can
-differ there. Its standard errors are ours but for perplexity (a bootstrap) and
-MMLU (the subjects' own, pooled).
+differ there. Its standard errors are ours but for perplexity (a bootstrap) and MMLU (each
+subject's, pooled).
 
 Source.  lm-evaluation-harness 0.4.13: api/task.py, api/model.py, models/huggingface.py.
 """
@@ -60,14 +60,15 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Request]:
 
     Raises ValueError for a continuation that has no tokens of its own.
     """
-    kept = [context.rstrip() for context, _ in pairs]
-    moved = [(k, context[len(k) :] + more) for k, (context, more) in zip(kept, pairs, strict=True)]
+    # Spaces go from the context's end to the continuation
+    bare = [context.rstrip() for context, _ in pairs]
+    pairs = [(a, context[len(a) :] + more) for a, (context, more) in zip(bare, pairs, strict=True)]
     # In parallel; each ends with the end token
-    whole = tokenizer.encode_documents([a + b for a, b in moved])
-    alone = list(dict.fromkeys(a for a, _ in moved))
-    lengths = dict(zip(alone, map(len, tokenizer.encode_documents(alone)), strict=True))
+    whole = tokenizer.encode_documents([context + more for context, more in pairs])
+    contexts = list(dict.fromkeys(bare))
+    lengths = dict(zip(contexts, map(len, tokenizer.encode_documents(contexts)), strict=True))
     out = []
-    for (context, continuation), ids in zip(moved, whole, strict=True):
+    for (context, continuation), ids in zip(pairs, whole, strict=True):
         ids, cut = ids[:-1], lengths[context] - 1
         if not context:
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id

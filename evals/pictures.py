@@ -43,16 +43,16 @@ def bars(
     losses: list[str],
     percent: list[str],
     shares: dict[str, float],
-    kept: dict[str, dict],
+    retention: dict[str, dict],
 ) -> bytes:
     """Losses, below them figures in percent; to their right, where there is any, tasks' retention.
 
     columns: {model: {row: figure}}; losses, percent: rows in nats, and between 0 and 1;
-    shares: {model: lost loss recovered}; kept: what `retention` found.
+    shares: {model: lost loss recovered}; retention: of retention.py.
     """
     panels = [("loss (nats per token)", losses, 1.0), ("right (%)", percent, 100.0)]
     panels = [panel for panel in panels if panel[1]] or panels[:1]
-    drawn = {row: found for row, found in kept.items() if any(found["kept"].values())}
+    drawn = {row: found for row, found in retention.items() if any(found["kept"].values())}
     heights = [max(1, len(rows)) for _, rows, _ in panels]  # a row is as thick in all panels
     tall = sum(heights) * (0.16 * len(columns) + 0.14) + 0.6 * len(panels) + 0.6
     figure = canvas(13 if drawn else 7.5, max(tall, 3.5))

@@ -8,8 +8,8 @@ Passkey.  The share of five-digit keys found, by depth and by length. tokens rea
 length with at least 20 % found, as in the PI paper (32 depths, 10 trials per depth: 320 samples per
 length).
 
-RULER.  A figure per task and length, and their mean per length; beside each stands which RULER it
-is, or that it is not RULER's and why.
+RULER.  A figure per task and length, and their mean per length; each says which RULER it is, or
+that it is not RULER's and why.
 
 Limits.  Figures from fewer samples than the originals' (RULER 500, PI 320 per length) carry a
 standard error to match.
