@@ -24,8 +24,6 @@ subject's, pooled).
 Source.  lm-evaluation-harness 0.4.13: api/task.py, api/model.py, models/huggingface.py.
 """
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,9 +31,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evals import tasks
 from evals.next_token import batch_tokens, token_scores
 from evals.report import Scores
-from evals.retention import AVERAGED
+from evals.retention import AVERAGED, TEACHER, retention
+from evals.subject import Subject
 from evals.tasks import ACC, NORMED, PERPLEXITY, Task
 from hub.tokenizer import Tokenizer
 from model import Llama
@@ -170,35 +170,24 @@ def score(model: Llama, requests: list[Request], task: Task) -> Result:
     return Result(logps, greedy, np.asarray(best), rows)
 
 
-def task_scores(
-    scores: Scores,
-    models: dict[str, Llama],
-    tasks: list[Task],
-    requests: list[list[Request]],
-    write: Callable[[str, str], None] | None = None,
-) -> None:
-    """Adds every task's figures, and their averages over two or more tasks.
-
-    requests: of each task, its pairs encoded; write(name, text): takes a file of items.
-    """
-    for task, encoded in zip(tasks, requests, strict=True):
-        for name, model in models.items():
-            result = score(model, encoded, task)
+def short_tasks(subject: Subject, scores: Scores) -> None:
+    """Every task's figures, their averages over two or more tasks, and what was kept of each."""
+    for task, requests in subject.tasks:
+        for name, model in subject.models.items():
+            result = score(model, requests, task)
             for row, values in result.values.items():
                 scores.add(name, row, values=values, version=task.version, seed=None)
-            if write:
-                write(f"predictions/{name}.{task.name}.jsonl", _items(task, result))
-    about = {"version": "mean over tasks", "items": sum(len(t.items) for t in tasks), "seed": None}
-    for name in models:
+            each = zip(task.items, result.predictions.tolist(), result.logps, strict=True)
+            rows = ({"gold": i.gold, "prediction": p, "logps": s.tolist()} for i, p, s in each)
+            scores.write_items(f"{name}.{task.name}", rows)
+    items = sum(len(task.items) for task, _ in subject.tasks)
+    for name in subject.models:
         for kind in AVERAGED:
             found = [x for row, x in scores.columns[name].items() if row.endswith(f", {kind}")]
             if len(found) > 1:
+                about = {"version": "mean over tasks", "items": items, "seed": None}
                 scores.add(name, f"average {kind}", sum(found) / len(found), **about)
-
-
-def _items(task: Task, result: Result) -> str:
-    """A JSON line per item: the right choice, the model's, and every choice's score."""
-    lines = []
-    for item, chosen, s in zip(task.items, result.predictions.tolist(), result.logps, strict=True):
-        lines.append(json.dumps({"gold": item.gold, "prediction": chosen, "logps": s.tolist()}))
-    return "\n".join(lines) + "\n"
+    scores.notes += tasks.notes([task for task, _ in subject.tasks])
+    # Of tasks alone: beyond its own length the teacher's score does not say what could be kept
+    if TEACHER in subject.models:
+        scores.retention = retention(scores.values, subject.seed)

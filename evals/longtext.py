@@ -28,12 +28,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from engine import data
+from evals import pictures
 from evals.next_token import block_scores
 from evals.report import Scores, mean_and_error
+from evals.subject import Subject
 from hub.tokenizer import Tokenizer
 from model import Llama
 
@@ -100,21 +101,18 @@ def sliding_loss(model: Llama, ids: np.ndarray, width: int, stride: int = STRIDE
     return out
 
 
-def sliding_scores(
-    scores: Scores,
-    models: dict[str, Llama],
-    tokenizer: Tokenizer,
-    texts: list[np.ndarray],
-    lengths: list[int],
-    **facts,
-) -> None:
-    """Adds "sliding perplexity at w" of texts, each [tokens + 1] ids, for every w of `lengths`."""
-    size = sum(len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in texts)
-    about = {"documents": len(texts), "tokens each": len(texts[0]) - 1, "stride": STRIDE}
-    about |= facts | {"weighting": "by token"}
-    for width in lengths:
+def sliding_window(subject: Subject, scores: Scores) -> None:
+    """Adds "sliding perplexity at w" of the documents, or of held-out text, for every length w."""
+    texts, source, decode = subject.documents, subject.documents_name, subject.tokenizer.decode
+    if not texts:
+        texts = subject.corpus.held_out_blocks(max(subject.lengths), subject.n_blocks).numpy()
+        source = f"held-out text of {subject.corpus.name}"
+    about = {"version": f"sliding window (PI), {source}", "seed": None, "documents": len(texts)}
+    about |= {"tokens each": len(texts[0]) - 1, "stride": STRIDE, "weighting": "by token"}
+    size = sum(len(decode(ids[1:].tolist()).encode()) for ids in texts)
+    for width in subject.lengths:
         row, bits = f"sliding perplexity at {width}", {}
-        for name, model in models.items():
+        for name, model in subject.models.items():
             bar = tqdm(texts, unit=" documents", leave=False, disable=None)
             losses = np.stack([sliding_loss(model, ids, width) for ids in bar])  # all as long
             value, error = mean_and_error(row, -losses)
@@ -126,22 +124,22 @@ def sliding_scores(
 # ---------------------------------------------------------------- loss by position
 
 
-def position_scores(
-    scores: Scores, models: dict[str, Llama], blocks: Tensor, native: int, **facts
-) -> dict:
-    """Adds "loss in a-bx" by octaves of the native length.
-
-    Returns the curve, {"positions": [tokens], column: [mean loss of one of BINS bins]}.
+def loss_by_position(subject: Subject, scores: Scores) -> None:
+    """Adds "loss in a-bx" by octaves of the native length, and the curve: {"positions": [tokens],
+    column: [mean loss of one of BINS bins]}.
     """
-    T = blocks.shape[1] - 1
+    blocks = subject.corpus.held_out_blocks(max(subject.lengths), subject.n_blocks)
+    n, T, native = len(blocks), blocks.shape[1] - 1, subject.native
     cuts = [0, *itertools.takewhile(lambda p: p < T, (native * 2**k for k in range(64))), T]
     edges = np.linspace(0, T, min(BINS, T) + 1).astype(int)
     curve: dict[str, list] = {"positions": ((edges[:-1] + edges[1:]) / 2).tolist()}
-    for name, model in models.items():
+    version = f"loss by position, held-out text of {subject.corpus.name}"
+    for name, model in subject.models.items():
         losses = block_scores(model, blocks)[0].mean(0)  # [T]
         curve[name] = [float(losses[a:b].mean()) for a, b in itertools.pairwise(edges)]
         for a, b in itertools.pairwise(cuts):
-            row, items = f"loss in {a / native:g}-{b / native:g}x", (b - a) * len(blocks)
-            value = float(losses[a:b].mean())
-            scores.add(name, row, value, items=items, blocks=len(blocks), **facts)
-    return curve
+            about = {"items": (b - a) * n, "blocks": n, "version": version, "seed": None}
+            row = f"loss in {a / native:g}-{b / native:g}x"
+            scores.add(name, row, losses[a:b].mean(), **about)
+    scores.more["positions"] = curve
+    scores.draw("positions", pictures.positions, curve, native)

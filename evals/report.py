@@ -29,6 +29,7 @@ import json
 import math
 import platform
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +50,7 @@ class Scores:
     dtype: torch.dtype = torch.float32
     command: str = ""
     out: Any = None  # what has write(name, data), or None
+    predictions: bool = False  # also write every item's scores
     facts: dict[str, dict] = field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # row, column: [items]
     retention: dict[str, dict] = field(default_factory=dict)  # of retention.py
@@ -73,6 +75,15 @@ class Scores:
         fixed = {"items": items, "dtype": dtype, "command": self.command, "stderr": {}}
         about = self.facts.setdefault(row, facts | fixed)
         about["stderr"][column] = None if error is None else float(error)
+
+    def write_items(self, name: str, rows: Iterable[dict]) -> None:
+        if self.out and self.predictions:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            self.out.write(f"predictions/{name}.jsonl", "".join(lines))
+
+    def draw(self, name: str, picture: Callable[..., bytes], *values) -> None:
+        if self.out:
+            self.out.write(f"{name}.png", picture(*values))
 
     def flat(self) -> list[dict]:
         """The figures as rows of one table, every value a number, a text or None."""
@@ -208,8 +219,7 @@ def render(scores: Scores, about: dict) -> str:
         scores.out.write("report.md", text + "\n")
         losses = [row for row in rows if row.startswith("loss")]
         percent = [row for row in rows if is_share(row)]
-        picture = pictures.bars(columns, losses, percent, shares, scores.retention)
-        scores.out.write("report.png", picture)
+        scores.draw("report", pictures.bars, columns, losses, percent, shares, scores.retention)
     return text
 
 
