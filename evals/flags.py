@@ -92,8 +92,8 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--ruler", nargs="*", metavar="TASK", help="RULER, or some of its tasks")
     add("--ruler-data", type=path, help="folder with RULER's word lists, essays and QA sets")
     add("--ruler-seed", type=seed, help="of RULER's and passkey's prompts (42, as RULER's)")
-    said = f"prompts per task and length ({SAMPLES}; RULER: 500, PI's passkey: 320)"
-    add("--samples", type=count, help=said)
+    usual = f"{SAMPLES}; RULER: 500, PI's passkey: 320"
+    add("--samples", type=count, help=f"prompts per task and length ({usual})")
     add = p.add_argument_group("diagnosis").add_argument
     add("--layers", action="store_true", help="relation KL by layer, relation and head")
 
