@@ -260,8 +260,10 @@ def main(argv: list[str] | None = None) -> None:
                 text.held_out_blocks(max(reads), 1)
 
             with files.disk_sentences(cache):
-                given = {"without": args.out, "check": enough}
+                given = {"without": args.out, "check": enough, "field": args.text_field}
                 corpus = data.load_corpus(args.data, tokenizer, cache, **given)
+            for note in corpus.notes:
+                print(note)
         of = f"held-out text of {corpus.name}" if corpus else ""
         keep = out.write if out and args.predictions else None
 

@@ -239,9 +239,12 @@ def main(argv: list[str] | None = None) -> None:
 
         with files.disk_sentences(args.cache):
             corpus = world.main_first(
-                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=enough
-            )
+                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=enough,
+                field=args.text_field,
+            )  # fmt: skip
         depends["text"] = corpus.digest
+        for note in corpus.notes:
+            print(note)
         print(plan.describe_text(corpus, stages))
         lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
         held_out = evaluation.HeldOut(
@@ -366,6 +369,8 @@ def main(argv: list[str] | None = None) -> None:
         if args.shard:
             parallel.unshard(student, world)
         world.on_main(export, out, args, student, native, longer, stages, at.columns, about)
+        if tokenizer.note:
+            print(f"note: {tokenizer.note}")
         stop.close()
         if world.main:
             log.close()
