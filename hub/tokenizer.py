@@ -105,7 +105,10 @@ class Tokenizer:
             return first + self._encode(_whole(text))
 
     def encode_chat(self, text: str) -> list[int]:
-        """The ids of what a chat template wrote: special tokens are read, and nothing is added."""
+        """The ids of what a chat template wrote: special tokens are read, and nothing is added.
+
+        Raises ValueError where only a sentencepiece model is there, which cannot.
+        """
         if self._chat is None:
             raise ValueError(
                 f"chats need the tokenizer.json of {self.path}; put the one of its Hugging Face "
