@@ -4,19 +4,18 @@
 
 Sources.  Any mix of files and folders of what text_readers.py reads: texts, rows with a text or a
 chat, streams of ids. In a folder, hidden files and folders and those of other kinds are left out,
-and that is said (`Corpus.notes`), as is every row that has no text. Without
-any: the sources of the Python standard library on this machine (tests and site-packages left out),
-about 10 MB of real text that needs no network.
+and that is said (`Corpus.notes`), as is every row that has no text. Without any: what
+default_text.py names, 15 MB of Python that are the same on every machine.
 
 Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
 and of every file's name and contents, and is mapped, not read, from then on; a checksum tells
 whether it is still what was written. A text that is refused, or that the disk has no room for,
 leaves nothing behind.
 
-Held out.  One document in 20, by a hash of its name, never trains, nor do its copies: a document
-equal to an earlier one goes where that went; so the same standard-library
-module is held out under every Python version. Where that gives less than 1 % of the tokens (few,
-long documents) the last 5 % of the stream are held out instead, copies left out.
+Held out.  One document in 20, by a hash of its name, never trains, whatever else is read with it,
+nor do its copies: a document equal to an earlier one goes where that went. Where that gives less
+than 1 % of the tokens (few, long documents) the last 5 % of the stream are held out instead, copies
+left out.
 
 Memory.  Text is tokenised by a few million characters at a time, long documents in pieces.
 
@@ -32,7 +31,6 @@ import dataclasses
 import functools
 import hashlib
 import os
-import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,13 +41,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import text_readers, token_cache
+from engine import default_text, text_readers, token_cache
 from engine.text_readers import KINDS, ROWS, Chat, Notes, kind_of
 from hub import files
 from hub.chats import Chats
 from hub.tokenizer import PIECE, Tokenizer
 
-_NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 HELD_OUT_ONE_IN = 20
 _CHARACTERS = 1 << 21  # tokenised at a time: some 100 MB where each token is an object of its own
 
@@ -120,10 +117,6 @@ class Corpus:
         )
 
 
-def standard_library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def load_corpus(
     paths: list[Path],
     tokenizer: Tokenizer,
@@ -134,7 +127,7 @@ def load_corpus(
     check: Callable[[Corpus], None] = lambda corpus: None,
     field: str | None = None,
 ) -> Corpus:
-    """The corpus of `paths` (empty: the standard library), tokenised into `cache` unless it is
+    """The corpus of `paths` (empty: default_text.py's), tokenised into `cache` unless it is
     there already.
 
     without: a folder to leave out of the scan, such as the run's own; the cache is left out too.
@@ -142,7 +135,7 @@ def load_corpus(
     the text of rows, None: to be found. Raises ValueError naming the file (and line) that is
     missing, empty, undecodable or malformed.
     """
-    if cache.resolve() in [path.resolve() for path in paths]:
+    if os.path.realpath(cache) in [os.path.realpath(path) for path in paths]:
         raise ValueError(f"--cache {cache} is a folder of --data; name another")
     scanned, read = Notes(), Notes()
     found = find_files(paths, [cache, *([without] if without else [])], scanned)
@@ -152,7 +145,7 @@ def load_corpus(
     for name, file in found:
         key.update(os.fsencode(f"{name}\0{files.digest(file)}\n"))
     digest = key.hexdigest()[:20]
-    what = ", ".join(map(str, paths)) if paths else f"the standard library in {standard_library()}"
+    what = ", ".join(map(str, paths)) if paths else default_text.NAME
     parts = token_cache.read(cache / digest)
     if parts:
         *streams, said = parts
@@ -177,15 +170,17 @@ def find_files(
     without: folders that are not entered. notes: where to say what is left out. Raises ValueError
     for a path that does not exist or whose kind is not read, and where there is no text.
     """
+    if not paths:
+        return default_text.find_files()
     found: dict[str, Path] = {}
-    for path in paths or [standard_library()]:
+    for path in paths:
+        files.refuse_lost_link(path)
         if not path.exists():
             raise ValueError(f"--data {path} does not exist")
         if path.is_dir():
-            for file in _below(path, without, (notes if paths else None) or Notes()):
-                name = file.relative_to(path)
-                if paths or (file.suffix == ".py" and not _NOT_SOURCES & set(name.parts)):
-                    found[str(name) if str(name) not in found else str(file)] = file
+            for file in _below(path, without, notes or Notes()):
+                name = str(file.relative_to(path))
+                found[name if name not in found else str(file)] = file
         elif not path.is_file():
             raise ValueError(
                 f"--data {path} is no file or folder (a pipe cannot be read twice); save the text "
@@ -206,11 +201,11 @@ def _below(path: Path, without: list[Path], notes: Notes) -> Iterator[Path]:
     def refuse(e: OSError) -> None:
         raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
 
-    own = [folder.resolve() for folder in without]
+    own = [os.path.realpath(folder) for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
         entered = []
         for name in sorted(folders):
-            if (Path(here) / name).resolve() in own:
+            if os.path.realpath(Path(here) / name) in own:
                 continue
             if name.startswith("."):
                 notes.leave_out("hidden files and folders", str(Path(here) / name))
@@ -223,8 +218,10 @@ def _below(path: Path, without: list[Path], notes: Notes) -> Iterator[Path]:
                 notes.leave_out("hidden files and folders", str(file))
             elif kind_of(name) is None:
                 notes.leave_out("files of kinds that are not read", str(file))
-            elif file.is_file():
-                yield file
+            else:
+                files.refuse_lost_link(file)
+                if file.is_file():
+                    yield file
 
 
 def documents(
