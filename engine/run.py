@@ -81,9 +81,12 @@ class Run:
 
         with self.times("tokenising"), files.disk_sentences(args.cache):
             self.corpus = self.world.main_first(
-                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check
-            )
+                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check,
+                field=args.text_field,
+            )  # fmt: skip
         self.depends["text"] = self.corpus.digest
+        for note in self.corpus.notes:
+            print(note)
         print(plan.describe_text(self.corpus, stages))
         self.lookups = Lookups(tokenizer, self.corpus.train) if args.lookups else None
         return self.corpus
