@@ -207,6 +207,12 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
     return units
 
 
+def gathered(layer: nn.Module, f, *args):
+    """f(*args), with the layer's weights whole while it runs, and again in its backward."""
+    routed = vars(layer).get("forward")
+    return routed.unit[0](f, *args) if isinstance(routed, _Routed) else f(*args)
+
+
 def unshard(student: Llama, world: World) -> None:
     """Puts the student's whole tensors back, on rank 0's CPU; the other ranks' student is unusable
     after.

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from conftest import random_model
 
-from engine import cost, lora, step
+from engine import cost, lora, offload, step
+from engine.tiles import Tiles
 from model import TRAINED, make_student, trainable
 from relation_kl import relation_kl
 
@@ -126,3 +127,23 @@ def test_a_gradient_is_clipped_by_the_norm_that_finish_returns():
     assert float(made.finish()) == pytest.approx(float(norm) / 4, rel=1e-4)
     made.zero()
     assert all(w.grad is None or not w.grad.any() for w in made.weights)
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
+@pytest.mark.parametrize("kind, kl_weight", [("linear", 1.0), ("yarn", 0.0)])
+@pytest.mark.parametrize("objective", PLAIN)
+def test_tiles_give_the_loss_and_the_gradient_of_the_whole(
+    objective, kind, kl_weight, rank, monkeypatch
+):
+    """In float64, to rounding: ragged tiles, a host's stack with ragged chunks, with and without
+    attention's output kept.
+    """
+    monkeypatch.setattr(offload, "CHUNK", 3000)
+    teacher, student = models(kind, rank, torch.float64)
+    how = {"dtype": torch.float64, "kl_weight": kl_weight}
+    expected = values_and_gradients(step.Step(teacher, student, {}, **how), objective)
+    for tokens, on_gpu, outputs in ((14, 0, 3), (100, 1, 2), (7, 3, 0)):
+        tiles = Tiles(tokens, on_gpu, outputs)
+        found = values_and_gradients(step.Step(teacher, student, {}, tiles=tiles, **how), objective)
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3)
