@@ -192,9 +192,9 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
             if not name.startswith("model.layers."):
                 p.data = p.data.to(world.device)
     mesh = init_device_mesh(world.device.type, (world.size,))
-    low = None if dtype == torch.float32 else dtype
+    low = dtype if dtype.itemsize < 4 else None
     policy = MixedPrecisionPolicy(
-        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False
     )
     units = [Unit(*pair) for pair in zip(teacher.model.layers, student.model.layers, strict=True)]
     for unit in units:

@@ -5,7 +5,7 @@ r T/P .. (r+1) T/P - 1. All but attention and relations is per token and needs n
 others. Attention and relations are per head: an all-to-all gives process r the whole sequence for
 its H/P heads, and another one gives every process all heads for its own tokens again:
 
-    [B, H, T/P, D]  --heads-->  [B, H/P, T, D]  --attention-->  [B, H/P, T, D]  --tokens-->  [B, H, T/P, D]
+    [B, H, T/P, D]  heads ->  [B, H/P, T, D]  attention, then  tokens ->  [B, H, T/P, D]
 
 Each is the other's adjoint, so the backward runs the same two on gradients. Fewer key/value heads
 than processes are repeated until each process has one that its queries share; their gradients are

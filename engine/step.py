@@ -9,8 +9,8 @@ something is:
                      so that only its gradient is left to do
     chunks           at most HEAD_CHUNK tokens' logits exist at once, forward and backward
     the last layer   ends at its q, k and v where no loss depends on more
-    tiles            a long block, a tile of tokens at a time, its layers' inputs in the host's memory,
-                     over one process or several (engine/tiles.py)
+    tiles            a long block, a tile of tokens at a time, its layers' inputs in the host's
+                     memory (engine/tiles.py), over one process or several (engine/sequence.py)
     units            with --shard, what gathers layer l of both models while it is at work
     a CUDA graph     one launch per micro-batch instead of thousands (engine/graph.py)
 
@@ -253,7 +253,7 @@ def long_relation_loss(
     P: int = 1,
     noisy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """relation_loss of ids [B, T + 1], of which P processes do a share each (engine/sequence.py)."""
+    """relation_loss of ids [B, T + 1], of which P processes do a share each."""
     B, T = ids.shape[0], ids.shape[1] - 1
     work, h = _begin(student, ids, dtype, tiles, store, P, noisy, teacher)
     qk, v = (student.score_scale(T), teacher.score_scale(T)), (student.config.head_dim**-0.5,) * 2

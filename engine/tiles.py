@@ -106,13 +106,14 @@ class Layer:
         self.held: list[Held] = []  # whatever the store has of this layer
 
     def __call__(self, h: Tensor, h_teacher: Tensor | None = None, relations_alone: bool = False):
-        """h [B, T/P, C] of each -> (student's h after the layer, teacher's, mean KLs [3])."""
+        """`forward` with a gradient. relations_alone: it ends there. h [B, T/P, C] of each."""
         weights = [p for p in self.student.parameters() if p.requires_grad]
         self.keep = torch.is_grad_enabled() and (h.requires_grad or bool(weights))
         self.relations_alone = relations_alone
         return _Function.apply(self, h, h_teacher, *weights)
 
     def forward(self, h: Tensor, h_teacher: Tensor | None):
+        """h [B, T/P, C] of each -> (student's h after the layer, teacher's, mean KLs [3])."""
         if self.keep:
             self.h = self._put(h)
         heads = [self.work.cut.heads(x) for x in self._project(self.student, h, 0)]
@@ -163,7 +164,7 @@ class Layer:
             yield
             return
         with torch.random.fork_rng(), torch.enable_grad():
-            torch.manual_seed(self.work.noise + 65536 * self.l + i)
+            torch.manual_seed(self.work.noise + (self.work.cut.rank << 44) + (self.l << 20) + i)
             yield
 
     def _finish(self, layer: nn.Module, h: Tensor, out: Tensor) -> Tensor:
