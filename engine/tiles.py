@@ -4,16 +4,19 @@ What.  All of a layer but attention is per token. Here a layer keeps its input a
 memory where the GPU has no room, and does everything else over tiles of tokens, forward and
 backward:
 
-    forward     q, k, v    tile by tile from norm and projections
-                o          attention over the whole block, one call; o and its log-sum-exps are kept
-                h'         tile by tile: h + o's projection, then + MLP
-    backward    q, k, v    again, tile by tile
-                do, dh     a tile of h' is made again and its gradient taken, at once
-                dq, dk, dv attention's backward over the whole block, from q, k, v, o, log-sum-exps
-                dh, dW     a tile of q, k, v is made again and its gradient taken, at once
+    forward     q, k, v      tile by tile, through norm and projections
+                o            attention over the whole block, some heads at a time; o and its
+                             log-sum-exps are kept
+                h'           tile by tile: h + o's projection, then + MLP
+    backward    q, k, v      again, tile by tile
+                do, dh       a tile of h' is made again and its gradient taken, at once
+                dq, dk, dv   attention's backward from q, k, v, o and log-sum-exps, some heads at a
+                             time, in the places of q, k and v
+                dh, dW       a tile of q, k, v is made again and its gradient taken, at once
 
-so that a layer at work holds q, k, v, o, their gradients, h, dh and one tile. In stage 1 teacher
-and student go side by side, and the relations, with their kept numbers per row, add to dq, dk, dv.
+so that a layer at work holds h, dh, q, k, v, o, do, and of one tile and some heads the rest. In
+stage 1 teacher and student go side by side, and the relations, with their kept numbers per row, add
+to dq, dk and dv.
 
 What it costs.  In attention forwards, of which a backward is 2.5: 1 + 2.5 where o is kept, and one
 more where it is not. A projection is made three times, everything else twice.
@@ -30,7 +33,7 @@ came in. Adapters' dropout draws noise per tile.
 Source.  Tiles of tokens and inputs on the host: ALST, arXiv 2506.13996, and Unsloth.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,14 +46,15 @@ from engine.parallel import gathered
 from engine.sequence import Whole
 from model import Llama, attention_dtype, widened
 
-TOKENS = 8192  # of a tile
+TOKENS = 4096  # of a tile, in all blocks at a time
+ROWS = 2**19  # of queries, over heads, in a call of attention: 1 GiB of q, k, v, o and gradients
 
 
 @dataclass(frozen=True)
 class Tiles:
     """How long blocks are done. Of the last layers' needs some stay on the GPU."""
 
-    tokens: int = TOKENS  # in a tile, of all blocks at a time
+    tokens: int = TOKENS
     on_gpu: int = 0  # layers whose input, and attention's output if kept, stay on the GPU
     outputs: int = 0  # layers whose attention output is kept, and not computed again
 
@@ -129,18 +133,19 @@ class Layer:
             parts = torch.stack(parts)
             if self.relations_alone:
                 return None, None, parts
-            out = self.teacher.self_attn.attend(*theirs)
+            outs = [self.teacher.self_attn.attend(*some) for some in _some_heads(theirs)]
             del theirs
-            after_teacher = self._finish(self.teacher, h_teacher, self._tokens(out))
-            del out
+            after_teacher = self._finish(self.teacher, h_teacher, self._tokens(outs))
+            del outs
+        attention, put = self.student.self_attn, self._put
         if self.keep and self.keeps_output:
-            self.attention = _Attention(self.student.self_attn, heads, self._put)
-            out = self.attention.output
-            self.attention.output = None
+            store = self.work.store
+            self.calls = [_Attention(attention, some, put, store) for some in _some_heads(heads)]
+            outs = [call.take_output() for call in self.calls]
         else:
-            out = self.student.self_attn.attend(*heads)
+            outs = [attention.attend(*some) for some in _some_heads(heads)]
         del heads
-        return self._finish(self.student, h, self._tokens(out)), after_teacher, parts
+        return self._finish(self.student, h, self._tokens(outs)), after_teacher, parts
 
     def _project(self, layer: nn.Module, h: Tensor, which: int) -> list[Tensor]:
         """q, k and v [B, heads, T/P, D] of all tokens, laid out as one call would."""
@@ -167,18 +172,21 @@ class Layer:
             torch.manual_seed(self.work.noise + (self.work.cut.rank << 44) + (self.l << 20) + i)
             yield
 
-    def _finish(self, layer: nn.Module, h: Tensor, out: Tensor) -> Tensor:
-        """h [B, T/P, C] and attention's out [B, H, T/P, D] -> h after the layer."""
+    def _finish(self, layer: nn.Module, h: Tensor, outs: list[Tensor]) -> Tensor:
+        """h [B, T/P, C] and attention's outs [B, some, T/P, D] -> h after the layer."""
         after = torch.empty_like(h)
         for span in self.work.spans(*h.shape[:2]):
-            after[:, span] = _finished(layer, h[:, span], out[:, :, span])
+            after[:, span] = _finished(layer, h[:, span], _tile(outs, span))
         return after
 
     def _relate(self, x: Tensor, y: Tensor, r: int) -> Tensor:
         return self.work.relate(x, y, r, self.kept[r])
 
-    def _tokens(self, out: Tensor) -> Tensor:
-        return self.work.cut.tokens(out, self.student.self_attn.c.n_head)
+    def _tokens(self, outs: list[Tensor]) -> list[Tensor]:
+        """Of some heads each [B, some, T, D], all of this process -> the same of its own tokens."""
+        if self.work.cut.size == 1:
+            return outs
+        return [self.work.cut.tokens(torch.cat(outs, 1), self.student.self_attn.c.n_head)]
 
     def _put(self, x: Tensor) -> Held:
         self.held.append(self.work.store.put(x, self.host))
@@ -186,48 +194,62 @@ class Layer:
 
     def backward(self, dh: Tensor | None, d_parts: Tensor | None, needs_dh: bool):
         """Gradients of the layer's input [B, T/P, C], in the place of dh, and of its weights."""
-        store, cut, c = self.work.store, self.work.cut, self.student.self_attn.c
-        h = store.get(self.h)
-        heads = [cut.heads(x) for x in self._project(self.student, h, 0)]
-        d_heads: list[Tensor | None] = [None, None, None]
+        work, c = self.work, self.student.self_attn.c
+        h = work.store.get(self.h)
+        heads = [work.cut.heads(x) for x in self._project(self.student, h, 0)]
+        related = [] if self.teacher is None else self._relate_backward(heads, d_parts)
         if self.relations_alone:
             dh = torch.zeros_like(h)
+            heads = related
         else:
             dh = dh.contiguous()
-            if not self.keeps_output:
-                self.attention = _Attention(self.student.self_attn, heads, Held)
-            d_out = self._finish_backward(h, dh, self._tokens(self.attention.recall(store)))
-            d_heads = self.attention.backward(heads, cut.heads(d_out))
-            del d_out
-            self.attention = None
-        if self.teacher is not None:
-            h_teacher = store.get(self.h_teacher)
-            theirs = [cut.heads(x) for x in self._project(self.teacher, h_teacher, 1)]
-            for r in range(3):
-                with torch.enable_grad():
-                    x = heads[r].detach().requires_grad_()
-                    kl = self._relate(x, theirs[r], r)
-                (dx,) = torch.autograd.grad(kl, x, d_parts[r])
-                d_heads[r] = dx if d_heads[r] is None else d_heads[r].add_(dx)
-                theirs[r] = heads[r] = None
-                del x, kl, dx
-        del heads
-        if self.below is not None:
-            for held in self.below.held:
-                store.fetch(held)
+            self._attention_backward(h, dh, heads)
+            for d, more in zip(heads, related, strict=False):
+                d += more
+        del related
+        for held in self.below.held if self.below else ():
+            work.store.fetch(held)
         counts = (c.n_head, c.n_kv_head, c.n_kv_head)
-        d_heads = [cut.tokens(d, n) for d, n in zip(d_heads, counts, strict=True)]
-        return dh, self._project_backward(h, dh, d_heads, needs_dh)
+        d_three = [work.cut.tokens(d, n) for d, n in zip(heads, counts, strict=True)]
+        del heads
+        return dh, self._project_backward(h, dh, d_three, needs_dh)
 
-    def _finish_backward(self, h: Tensor, dh: Tensor, out: Tensor) -> Tensor:
-        """d_out [B, H, T/P, D]; dh becomes the gradient of h, but for its way through q, k, v."""
-        d_out = torch.empty_like(out)
-        for span in self.work.spans(*h.shape[:2]):
+    def _relate_backward(self, heads: list[Tensor], d_parts: Tensor) -> list[Tensor]:
+        """The relations' gradients in q, k and v [B, H/P, T, D]."""
+        h_teacher, found = self.work.store.get(self.h_teacher), []
+        theirs = [self.work.cut.heads(x) for x in self._project(self.teacher, h_teacher, 1)]
+        for r in range(3):
             with torch.enable_grad():
-                x, o = (t.detach().requires_grad_() for t in (h[:, span], out[:, :, span]))
+                x = heads[r].detach().requires_grad_()
+                kl = self._relate(x, theirs[r], r)
+            found += torch.autograd.grad(kl, x, d_parts[r])
+            theirs[r] = None
+        return found
+
+    def _attention_backward(self, h: Tensor, dh: Tensor, heads: list[Tensor]) -> None:
+        """dh becomes the gradient of h, but for its way through q, k, v; those become their own."""
+        store, cut = self.work.store, self.work.cut
+        if not self.keeps_output:
+            attention = self.student.self_attn
+            self.calls = [_Attention(attention, some, Held, store) for some in _some_heads(heads)]
+            for call in self.calls:
+                call.take_output()
+        outs = self._tokens([call.recall() for call in self.calls])
+        B, T = h.shape[:2]
+        d_out = h.new_empty(B, T, self.student.self_attn.c.n_head, heads[0].shape[-1])
+        d_out = d_out.transpose(1, 2)
+        for span in self.work.spans(B, T):
+            with torch.enable_grad():
+                x, o = (t.detach().requires_grad_() for t in (h[:, span], _tile(outs, span)))
                 after = _finished(self.student, x, o)
             dh[:, span], d_out[:, :, span] = torch.autograd.grad(after, (x, o), dh[:, span])
-        return d_out
+        del outs
+        d_out, done = cut.heads(d_out), 0
+        for call, some in zip(self.calls, list(_some_heads(heads)), strict=True):
+            n = some[0].shape[1]
+            call.backward(some, d_out[:, done : done + n])
+            done += n
+        self.calls = None
 
     def _project_backward(self, h: Tensor, dh: Tensor, d_three: list[Tensor], needs_dh: bool):
         """Adds to dh what came through q, k and v; the gradients of the weights, summed wide."""
@@ -254,6 +276,18 @@ class Layer:
 def _finished(layer: nn.Module, h: Tensor, out: Tensor) -> Tensor:
     """A tile of h after the layer, from h before it and attention's output."""
     return layer.add_mlp(h + layer.self_attn.project(out))
+
+
+def _tile(outs: list[Tensor], span: slice) -> Tensor:
+    return torch.cat([out[:, :, span] for out in outs], 1)
+
+
+def _some_heads(heads: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Views of q, k, v [B, H, T, D] with as many heads as ROWS allows, queries with their keys."""
+    B, H, T, _ = heads[0].shape
+    Hkv = heads[1].shape[1]
+    calls = next((n for n in range(1, Hkv) if Hkv % n == 0 and B * (H // n) * T <= ROWS), Hkv)
+    return map(list, zip(*(x.chunk(calls, 1) for x in heads), strict=True))
 
 
 class _Function(torch.autograd.Function):
@@ -292,12 +326,13 @@ class _Attention:
 
     SMALL = 2**16  # bytes that need no thought
 
-    def __init__(self, attention: nn.Module, heads: list[Tensor], put):
+    def __init__(self, attention: nn.Module, heads: list[Tensor], put, store: Store):
+        # Where the backward finds q, k, v, and what the store gave back. Nothing here holds `self`,
+        # which holds the graph
+        self.inputs, self.got = inputs, got = [], {}
         self.dtype = attention_dtype(heads[0].dtype, heads[0].device)
         heads = [x.to(self.dtype) for x in heads]
         addresses = [x.untyped_storage().data_ptr() for x in heads]
-        self.inputs: list[Tensor] = []  # q, k, v while the backward runs
-        self.got: dict[int, Tensor] = {}  # what the store gave back, meanwhile
         known: dict[tuple, Held] = {}
 
         def kept(x: Tensor) -> Held:
@@ -306,6 +341,11 @@ class _Attention:
             if key not in known:
                 known[key] = put(x.detach())
             return known[key]
+
+        def fetched(held: Held) -> Tensor:
+            if id(held) not in got:
+                got[id(held)] = store.get(held)
+            return got[id(held)]
 
         def pack(x: Tensor):
             address = x.untyped_storage().data_ptr()
@@ -320,8 +360,8 @@ class _Attention:
                 return saved
             where, *layout = saved
             if isinstance(where, int):
-                return self.inputs[where].as_strided(*layout)
-            return self._fetched(where).as_strided(*layout)
+                return inputs[where].as_strided(*layout)
+            return fetched(where).as_strided(*layout)
 
         handle = torch.empty(0, device=heads[0].device, requires_grad=True)
         with torch.enable_grad(), saved_tensors_hooks(pack, unpack):
@@ -329,22 +369,19 @@ class _Attention:
             out = attention.attend(*entered)
         self.edges, self.end = [get_gradient_edge(x) for x in entered], get_gradient_edge(out)
         # Most kernels save their output, which is then in its place already
-        self.output, self.layout = out.detach(), (out.shape, out.stride())
-        self.saved_output = kept(self.output)
+        self.output, layout = out.detach(), (out.shape, out.stride())
+        place = kept(self.output)
+        self.recall = lambda: fetched(place).as_strided(*layout)  # [B, some, T, D] again
 
-    def recall(self, store: Store) -> Tensor:
-        """The output [B, H, T, D] again."""
-        self.store = store
-        return self._fetched(self.saved_output).as_strided(*self.layout)
+    def take_output(self) -> Tensor:
+        """[B, some, T, D], from here on held by nobody but `put`."""
+        out, self.output = self.output, None
+        return out
 
-    def backward(self, heads: list[Tensor], d_out: Tensor) -> list[Tensor]:
-        """dq, dk, dv of q, k, v [B, H, T, D] as they were, after `recall`."""
-        self.inputs = [x.to(self.dtype) for x in heads]
+    def backward(self, heads: list[Tensor], d_out: Tensor) -> None:
+        """Writes dq, dk, dv over q, k, v [B, some, T, D], which are as they were."""
+        self.inputs[:] = [x.to(self.dtype) for x in heads]
         grads = torch.autograd.grad([self.end], self.edges, [d_out.to(self.dtype)])
-        self.inputs, self.got = [], {}
-        return [g.to(x.dtype) for g, x in zip(grads, heads, strict=True)]
-
-    def _fetched(self, held: Held) -> Tensor:
-        if id(held) not in self.got:
-            self.got[id(held)] = self.store.get(held)
-        return self.got[id(held)]
+        self.inputs.clear(), self.got.clear()
+        for x, g in zip(heads, grads, strict=True):
+            x.copy_(g)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import random_model
 
 from engine import cost, lora, offload, parallel, sequence, step
+from engine import tiles as tiles_file
 from engine.tiles import Tiles
 from model import TRAINED, make_student, next_token_loss, trainable
 from relation_kl import relation_kl
@@ -142,6 +143,7 @@ def test_tiles_give_the_loss_and_the_gradient_of_the_whole(
     attention's output kept.
     """
     monkeypatch.setattr(offload, "CHUNK", 3000)
+    monkeypatch.setattr(tiles_file, "ROWS", 200)  # two calls of attention
     teacher, student = models(kind, rank, torch.float64)
     how = {"dtype": torch.float64, "kl_weight": kl_weight}
     expected = values_and_gradients(step.Step(teacher, student, {}, **how), objective)
