@@ -1,7 +1,8 @@
 """Stopping and going on: training state that survives Ctrl-C, a kill at any moment, damage and a
 full disk.
 
-What.  state/step-N/ holds state.safetensors (the trained weights and Adam's two moments, by name)
+What.  state/step-N/ holds state.safetensors (the trained weights and, within a stage, Adam's two
+moments, by name)
 and state.json (the stage, the step, the figures so far, what the run depends on, and a checksum).
 It is written apart, synced and renamed (folder.py), so a name that exists was complete; the last
 two are kept. A state that does not read back as it was written is named and passed over for the one
@@ -100,16 +101,11 @@ class Progress:
     state: Path | None = None  # where weights and moments are to be read from
 
 
-def kept(at: Progress) -> str:
-    """What a refusal may promise."""
-    return ". The last saved state is kept: --resume goes on from it" if at.state else ""
-
-
 def gather(
-    weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, keep: bool = True
+    weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer | None, keep: bool = True
 ) -> dict[str, Tensor]:
-    """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one
-    may keep them.
+    """Weights and, of an optimiser, its moments, whole and on the CPU. All ranks must call it where
+    they are sharded; one may keep them.
 
     Raises ValueError naming a weight that is not finite: such a state could never go on.
     """
@@ -120,7 +116,7 @@ def gather(
                 f"the update made {name} NaN or infinite; start anew, in another --out, with a "
                 "lower learning rate"
             )
-        moments = optimiser.state.get(p, {})
+        moments = optimiser.state.get(p, {}) if optimiser else {}
         held = {"": p} | {f"{k}.": moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
         for key, t in held.items():
             full = parallel.whole(t)
@@ -224,7 +220,7 @@ def matters(args: argparse.Namespace, stages: list) -> dict:
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
         if s.objective != "relation":
-            plan["native blocks"] = s.beside.batch // s.batch if s.beside else 0
+            plan["native blocks"] = s.auxiliary.batch // s.batch if s.auxiliary else 0
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
     return out | paths | {TEACHERS_FILES: digest(args.teacher)}

@@ -14,6 +14,7 @@ report.json, all keys (SCHEMA counts changes that break a reader):
     about       {command, seed, dtype, torch, python, device, threads, seconds}
     facts       {figure: {version, items, seed, dtype, command, stderr: {model: error}, ...}}
     retention   {figure: {items, seed, resamples, kept, recovered}}, retention.py says of what
+    seconds     {part of a training run: seconds}, "all" among them (engine/timing.py)
     missing     [what was asked for and left out, and why]
     positions   {positions: [tokens], model: [loss in nats]}                       of --positions
     passkey     {lengths, depths, model: [depth][length] share found}              of --passkey
@@ -203,9 +204,18 @@ def _figure(key: str, value: float | None) -> str:
 # ---------------------------------------------------------------- files
 
 
-def write(out, columns: dict[str, dict[str, float]], shares: dict[str, float], about: dict) -> str:
-    """Writes report.json, .md and .png by out.write(name, data); returns the table."""
-    return render(out, Scores(columns), shares, about)
+def write(
+    out,
+    columns: dict[str, dict[str, float]],
+    shares: dict[str, float],
+    about: dict,
+    more: dict | None = None,
+) -> str:
+    """Writes report.json, .md and .png by out.write(name, data); returns the table.
+
+    more: further keys of the JSON.
+    """
+    return render(out, Scores(columns), shares, about, more=more)
 
 
 def render(

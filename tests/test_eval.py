@@ -16,7 +16,7 @@ from conftest import ROOT, random_model, write_model
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-import train
+from engine import step
 from engine import data, folder
 from engine.lookups import Lookups
 from evals import layers as diagnose
@@ -401,7 +401,7 @@ def test_divergence_is_the_training_loss_head_by_head(tmp_path):
         and np.isnan(found[:, 1:, 2:]).all()
         and np.isfinite(found[:, 0]).all()
     )
-    _, parts, _ = train.relation_loss(teacher, student, ids, torch.float32)
+    _, parts, _ = step.relation_loss(teacher, student, ids, torch.float32)
     assert np.nanmean(found, axis=-1) == pytest.approx(parts.numpy(), rel=1e-4)
     assert np.nanmax(diagnose.divergence(teacher, teacher, ids, torch.float32)) == pytest.approx(
         0, abs=1e-6
