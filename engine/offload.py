@@ -17,12 +17,14 @@ and nothing is gained; it is there to be tested.
 Source.  Activations on the host while the next layer computes: ZeRO-Offload, arXiv 2101.06840.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 CHUNK = 2**28  # bytes
+PINNING = 8  # threads, as a page is made when it is pinned
 _ALIGNED = 256  # bytes, for vectorised copies
 
 
@@ -50,9 +52,13 @@ class Store:
 
     def reserve(self, need: int) -> None:
         """Pins so many bytes now, and not in the middle of a step."""
-        while len(self.chunks) * CHUNK < need:
-            pinned = self.stream is not None
-            self.chunks.append(torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned))
+        missing = -(-need // CHUNK) - len(self.chunks)
+        if missing > 0:
+            with ThreadPoolExecutor(PINNING) as pool:
+                self.chunks += pool.map(self._chunk, range(missing))
+
+    def _chunk(self, _) -> Tensor:
+        return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.stream is not None)
 
     def put(self, x: Tensor, host: bool) -> Held:
         """Keeps x, any shape, for one `get`."""

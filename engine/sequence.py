@@ -15,7 +15,8 @@ The loss.  A process's loss is P times its share of the block's: the mean over a
 is taken of losses and gradients anyway (engine/parallel.py), is then the block's. A mean over heads
 is one over each process's heads, and needs no factor.
 
-Limits.  H must be a multiple of P. A T that is not gives some processes one token more.
+Limits.  H must be a multiple of P. A T that is not gives some processes one token more. The noise
+of adapters' dropout is not that of one process.
 
 Source.  DeepSpeed-Ulysses, arXiv 2309.14509.
 """

@@ -75,6 +75,7 @@ class Step:
         self.reducer = parallel.Reducer(self.weights, world) if world else None
         self.processes = world.size if world else 1
         self.tiles, self.noisy, self.store = tiles, dropout > 0, Store(student.device)
+        self.store.reserve(tiles.host if tiles else 0)
         again = checkpointing or tiles is not None
         record, why = graph.wanted(student.device, self.processes, again, dropout)
         self.recorded = record and graphs
@@ -129,8 +130,8 @@ class Step:
         torch.nn.utils.clip_grads_with_norm_(self.weights, longest, norm)
 
     def close(self) -> None:
-        """Takes its hooks off the weights; drops recorded graphs with their memory."""
-        self.gradients = None
+        """Takes its hooks off the weights; drops recorded graphs and the host's memory."""
+        self.gradients = self.store = None
         if self.reducer:
             self.reducer.close()
 

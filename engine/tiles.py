@@ -57,6 +57,7 @@ class Tiles:
     tokens: int = TOKENS
     on_gpu: int = 0  # layers whose input, and attention's output if kept, stay on the GPU
     outputs: int = 0  # layers whose attention output is kept, and not computed again
+    host: int = 0  # bytes that the others' inputs and outputs take on the host, pinned beforehand
 
 
 @dataclass
@@ -282,11 +283,17 @@ def _tile(outs: list[Tensor], span: slice) -> Tensor:
     return torch.cat([out[:, :, span] for out in outs], 1)
 
 
+def calls_of_attention(B: int, H: int, Hkv: int, T: int) -> int:
+    """In how many calls attention over [B, H, T, D] is done: as few as ROWS allows, each with the
+    keys of its queries.
+    """
+    return next((n for n in range(1, Hkv) if Hkv % n == 0 and B * (H // n) * T <= ROWS), Hkv)
+
+
 def _some_heads(heads: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Views of q, k, v [B, H, T, D] with as many heads as ROWS allows, queries with their keys."""
+    """Views of q, k, v [B, H, T, D], of the heads of one call after another."""
     B, H, T, _ = heads[0].shape
-    Hkv = heads[1].shape[1]
-    calls = next((n for n in range(1, Hkv) if Hkv % n == 0 and B * (H // n) * T <= ROWS), Hkv)
+    calls = calls_of_attention(B, H, heads[1].shape[1], T)
     return map(list, zip(*(x.chunk(calls, 1) for x in heads), strict=True))
 
 

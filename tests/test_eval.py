@@ -16,8 +16,7 @@ from conftest import ROOT, random_model, write_model
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-from engine import step
-from engine import data, folder
+from engine import data, folder, step
 from engine.lookups import Lookups
 from evals import layers as diagnose
 from evals import longtext, pictures, prompts, report

@@ -10,8 +10,7 @@ import transformers
 from conftest import random_model, write_model
 
 import eval as evaluation
-from engine import step
-from engine import lora
+from engine import lora, step
 from evals import generate
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer

@@ -260,9 +260,7 @@ def test_the_next_token_kl_sees_the_turn_that_no_relation_sees():
     straight = keys.detach().clone()
     cos, sin = rotation(teacher.config.rope, 8, torch.tensor(1), 2, torch.float32)  # [D]
     keys.data = rotate(straight.view(2, 8, 32).mT, cos, sin).mT.reshape(16, 32)
-    loss, relations, kl = step.relation_loss(
-        teacher, student, IDS, torch.float32, logit_weight=1.0
-    )
+    loss, relations, kl = step.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs().max() < 1e-5 and kl > 0.01
     loss.backward()  # a small step down it is one towards where the keys stood
     assert (keys.grad * (keys - straight)).sum() > 0
