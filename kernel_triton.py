@@ -422,35 +422,44 @@ def _constants(direction: str, x: Tensor, y: Tensor, dtype: torch.dtype, causal:
     }  # fmt: skip
 
 
-_compiled: dict = {}  # compiled kernels by all that they were compiled for, see _launch
+_compiled: dict = {}  # compiled kernels by all that they were compiled for, see launch
 
 
-def _launch(kernel, tensors: tuple, scales: tuple, strides: tuple, signs: tuple, constants: dict):
-    """The kernel on all rows of x, the first of `tensors`; nothing waits for it.
+def launch(kernel, device, grid: tuple, arguments: tuple, tensors: tuple, known: tuple, **options):
+    """kernel[grid](*arguments, **options); nothing waits for it.
 
     Triton's own call looks at every argument to find the code compiled for its like: at types,
     strides, constants, and which pointers are multiples of 16. That costs more than all else here;
-    so where all pointers are multiples of 16, it is done once for each combination of the rest.
+    so where all of `tensors` begin at multiples of 16, it is done once for each combination of the
+    rest, `known`.
     """
+    pointers = 0
+    for t in tensors:
+        pointers |= t.data_ptr()
+    key = (id(kernel), device, *known) if pointers % 16 == 0 else None
+    with on(device):
+        if key in _compiled:
+            _compiled[key][grid](*arguments)
+        else:
+            code = kernel[grid](*arguments, **options)
+            if key and code:  # the interpreter makes none
+                _compiled[key] = code
+
+
+def _launch(kernel, tensors: tuple, scales: tuple, strides: tuple, signs: tuple, constants: dict):
+    """The kernel on all rows of x, the first of `tensors`."""
     x = tensors[0]
     B, H, T, D = x.shape
     *known, num_warps, num_stages = constants.values()
     heads = max(1, min(B * H, GROUP_BYTES // (2 * T * D * x.element_size())))
     arguments = (*tensors, *scales, *strides, T, H, heads, *known, *signs)
-    key, pointers = [id(kernel), x.device, strides, *known, *signs, num_warps, num_stages], 0
-    for t in tensors:
-        if t is not None:
-            pointers |= t.data_ptr()
-        key.append(t if t is None else t.dtype)
-    key = tuple(key) if pointers % 16 == 0 else None
+    dtypes = [t if t is None else t.dtype for t in tensors]
+    key = (*strides, *known, *signs, num_warps, num_stages, *dtypes)
+    there = tuple(t for t in tensors if t is not None)
     grid = -(-T // constants["BT"]) * B * H, 1, 1
-    with on(x.device):
-        if key in _compiled:
-            _compiled[key][grid](*arguments)
-        else:
-            code = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-            if key and code:  # the interpreter makes none
-                _compiled[key] = code
+    launch(
+        kernel, x.device, grid, arguments, there, key, num_warps=num_warps, num_stages=num_stages
+    )
 
 
 def _widened(x: Tensor) -> Tensor:
