@@ -24,8 +24,17 @@ is meant. A group that needs fewer columns than the others (its rows end earlier
 each tile and frees it: freeing a tile that has not come yet would count for the one before. A
 product reads shared memory on its own too: the group waits for it before it frees the tile.
 
-Forward.  (1) as in kernel_triton.py: two running maxima and sums. Here the maximum is of the raw
-products, and scale and maximum enter in one multiply-add.
+Forward: pivots that stay.  (1) asks for exponentials relative to a pivot, for S and for U. A running
+maximum, as in kernel_triton.py, costs a maximum over the tile, an exchange among the four threads
+of a row and a rescaling of three sums for every tile: 480 instructions a warp and tile at D = 128,
+where 341 do without. Any number near the row's largest score will do as a pivot. It is taken with a
+running maximum from the tiles where large scores are (those across the program's diagonal: the
+nearest tokens; and tile 0: the first token, which many models look at from everywhere), and stays.
+Each thread then adds up its own columns, and a row's four threads meet once, at the end.
+
+That is exact while no score lies far above the pivot; float32 holds 2^127. Where a row's sum passes
+FAR = 2^40 (28 nats above all tokens named), the whole program takes its tiles a second time, with a
+running maximum: the groups tell each other in b_far. Such rows cost time, not accuracy.
 
 Backward: two thirds of the work.  Causal G is zero above the diagonal, so (3) over one row of the
 square, sum_j (G_ij + G_ji) x_j, recomputes every pair twice: once as G_ij, once as G_ji. Over the
@@ -94,6 +103,7 @@ from kernel_triton import GROUP_BYTES, INTERPRETED, LOG2E, Loss, launch, row_num
 LN2 = gl.constexpr(math.log(2))
 # Product of an unseen pair: exp2 gives 0, and differences stay finite
 NOTHING = gl.constexpr(-1e30)
+FAR = gl.constexpr(2.0**40)  # a row's sum relative to its pivot: then the pivot is no good
 BS = gl.constexpr(64)  # rows of a group, and columns of a tile
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6's name
 SLOTS = gl.constexpr(2)  # tiles whose G is in shared memory
@@ -124,10 +134,10 @@ def _place(T, H, HEADS, BT: gl.constexpr, D: gl.constexpr, BTHD: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(
-    x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """The fetching warp: the groups' own rows, then tile after tile as slots come free."""
+def _fetch_own(
+    x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS: gl.constexpr, STAGES: gl.constexpr
+):
+    """The fetching warp begins: the groups' own rows."""
     mbarrier.expect(ready.index(STAGES), 2 * WORKERS * x.block_type.nbytes)
     for g in gl.static_range(WORKERS):
         tma.async_copy_global_to_shared(
@@ -136,26 +146,26 @@ def _fetch(
         tma.async_copy_global_to_shared(
             y, [row + i_0 + g * BS, column], ready.index(STAGES), b_yi.index(g)
         )
-    for k in range(0, end):
-        slot = k % STAGES
-        mbarrier.wait(free.index(slot), ((k // STAGES) & 1) ^ 1)
-        mbarrier.expect(ready.index(slot), 2 * x.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            x, [row + k * BS, column], ready.index(slot), b_xj.index(slot)
-        )
-        tma.async_copy_global_to_shared(
-            y, [row + k * BS, column], ready.index(slot), b_yj.index(slot)
-        )
 
 
 @gluon.jit
-def _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
-    """Waits for tile k and starts x x' and y y' of its columns: S and U but for their scales.
+def _fetch_tile(x, y, row, column, n, k, b_xj, b_yj, ready, free, STAGES: gl.constexpr):
+    """Tile k of columns, the n-th to come, as soon as its slot is free."""
+    slot = n % STAGES
+    mbarrier.wait(free.index(slot), ((n // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), 2 * x.block_type.nbytes)
+    tma.async_copy_global_to_shared(x, [row + k * BS, column], ready.index(slot), b_xj.index(slot))
+    tma.async_copy_global_to_shared(y, [row + k * BS, column], ready.index(slot), b_yj.index(slot))
+
+
+@gluon.jit
+def _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Waits for the n-th tile and starts x x' and y y' of its columns: S and U but for their scales.
 
     b_xi, b_yi: in shared memory or in registers.
     """
-    slot = k % STAGES
-    mbarrier.wait(ready.index(slot), (k // STAGES) & 1)
+    slot = n % STAGES
+    mbarrier.wait(ready.index(slot), (n // STAGES) & 1)
     zero = gl.zeros([BS, BS], gl.float32, LAYOUT)
     # [BS, D] @ [D, BS]
     b_s = warpgroup_mma(b_xi, b_xj.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -164,33 +174,35 @@ def _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def _release(free, k, STAGES: gl.constexpr):
-    """This group is done with tile k: all of its warps, hence the barrier."""
+def _release(free, n, STAGES: gl.constexpr):
+    """This group is done with the n-th tile: all of its warps, hence the barrier."""
     barrier()
-    mbarrier.arrive(free.index(k % STAGES), count=1)
+    mbarrier.arrive(free.index(n % STAGES), count=1)
 
 
 @gluon.jit
-def _pass(ready, free, start, end, STAGES: gl.constexpr):
-    """Frees the tiles that only other groups need, each when it has come."""
-    for k in range(start, end):
-        mbarrier.wait(ready.index(k % STAGES), (k // STAGES) & 1)
-        _release(free, k, STAGES)
+def _pass(ready, free, start, stop, STAGES: gl.constexpr):
+    """Frees tiles that only other groups need, each when it has come."""
+    for n in range(start, stop):
+        mbarrier.wait(ready.index(n % STAGES), (n // STAGES) & 1)
+        _release(free, n, STAGES)
+
+
+# ---- forward
 
 
 @gluon.jit
 def _fold(
-    s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, k,
-    LAYOUT: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, n, k,
+    LAYOUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Takes tile k, whose products are under way, into the five numbers of a row, and frees it."""
     b_s, b_u = warpgroup_mma_wait(0, deps=(s, u))
-    _release(free, k, STAGES)
-    if MASK:
-        o_j = k * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
-        m_ij = o_j[None, :] <= o_i[:, None]
-        b_s = gl.where(m_ij, b_s, NOTHING)
-        b_u = gl.where(m_ij, b_u, NOTHING)
+    _release(free, n, STAGES)
+    o_j = k * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
+    m_ij = o_j[None, :] <= o_i[:, None]
+    b_s = gl.where(m_ij, b_s, NOTHING)
+    b_u = gl.where(m_ij, b_u, NOTHING)
     s_new = gl.maximum(s_max, gl.max(b_s, 1) * s_scale)
     t_new = gl.maximum(t_max, gl.max(b_u, 1) * t_scale)
     b_s = b_s * s_scale - s_new[:, None]
@@ -208,39 +220,130 @@ def _fold(
 
 
 @gluon.jit
-def _rows_forward(
-    g: gl.constexpr, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free,
-    STAGES: gl.constexpr,
+def _online(
+    g: gl.constexpr, start, stop, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Group g: KL (1) in nats, lse(S) and lse(U) in base 2 of its 64 rows."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
+    """The five numbers of group g's rows, with pivots that move: from the tiles across the
+    program's diagonal, near .. near + g, then tiles 0, 1, ... They come as start .. stop.
+    """
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    diagonal = i_0 // BS + g
-    o_i = diagonal * BS + gl.arange(0, BS, layout=ROW)
-    b_xi = b_xi.index(g)
-    b_yi = b_yi.index(g)
-    # the five numbers of a row
     s_max = gl.full([BS], NOTHING, gl.float32, ROW)
     t_max = gl.full([BS], NOTHING, gl.float32, ROW)
     s_sum = gl.zeros([BS], gl.float32, ROW)
     t_sum = gl.zeros([BS], gl.float32, ROW)
     b_kl = gl.zeros([BS], gl.float32, ROW)
-    mbarrier.wait(ready.index(STAGES), 0)
-    for k in range(0, diagonal):
-        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
+    for n in range(start, start + g + 1):
+        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
         s_max, t_max, s_sum, t_sum, b_kl = _fold(
-            s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, k, LAYOUT, STAGES, False
+            s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, n, n - start + near,
+            LAYOUT, STAGES,
         )  # fmt: skip
-    s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, diagonal, STAGES, LAYOUT)
-    s_max, t_max, s_sum, t_sum, b_kl = _fold(
-        s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, diagonal, LAYOUT, STAGES, True
-    )  # fmt: skip
-    _pass(ready, free, diagonal + 1, end, STAGES)
+    _pass(ready, free, start + g + 1, start + WORKERS, STAGES)
+    for n in range(start + WORKERS, stop):
+        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
+        s_max, t_max, s_sum, t_sum, b_kl = _fold(
+            s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, n, n - start - WORKERS,
+            LAYOUT, STAGES,
+        )  # fmt: skip
+    return s_max, t_max, s_sum, t_sum, b_kl
+
+
+@gluon.jit
+def _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl):
+    """(1) and both lse from the five numbers."""
     s_log = gl.log2(s_sum)
     t_log = gl.log2(t_sum)
     gl.store(kl + o_i, (b_kl / t_sum + s_log - t_log) * LN2, mask=o_i < T)
     gl.store(s_lse + o_i, s_max + s_log, mask=o_i < T)
     gl.store(t_lse + o_i, t_max + t_log, mask=o_i < T)
+
+
+@gluon.jit
+def _by_thread(b):
+    """[BS, 4]: the sum over what each of a row's four threads holds of b [BS, BS]."""
+    return gl.sum(gl.sum(b.reshape([BS, BS // 8, 4, 2]), 1), 2)
+
+
+@gluon.jit
+def _of_one(b, LAYOUT: gl.constexpr):
+    """[BS, 4]: a row's number [BS], as the share of the thread that holds column 0."""
+    o_j = gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
+    return _by_thread(gl.where(o_j[None, :] == 0, b[:, None], 0.0))
+
+
+@gluon.jit
+def _any(b_far, decided, WORKERS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Whether a row of any group is far above its pivot, when all have said."""
+    mbarrier.wait(decided, 0)
+    far = gl.max(b_far.index(0).load(LAYOUT), 0)
+    for g in gl.static_range(1, WORKERS):
+        far = gl.maximum(far, gl.max(b_far.index(g).load(LAYOUT), 0))
+    return far
+
+
+@gluon.jit
+def _rows_forward(
+    g: gl.constexpr, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Group g: KL (1) in nats, lse(S) and lse(U) in base 2 of its 64 rows."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    near = i_0 // BS
+    o_i = i_0 + g * BS + gl.arange(0, BS, layout=ROW)
+    b_xi = b_xi.index(g)
+    b_yi = b_yi.index(g)
+    mbarrier.wait(ready.index(STAGES), 0)
+    # pivots: from the tiles across the diagonal and tile 0
+    pivots = gl.minimum(WORKERS + 1, end)
+    s_max, t_max, s_sum, t_sum, b_kl = _online(
+        g, 0, pivots, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
+    )  # fmt: skip
+    s_own = _of_one(s_sum, LAYOUT)
+    t_own = _of_one(t_sum, LAYOUT)
+    kl_own = _of_one(b_kl, LAYOUT)
+    for n in range(pivots, end):
+        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
+        b_s = warpgroup_mma_wait(1, deps=(s,)) * s_scale - s_max[:, None]
+        s_own += _by_thread(gl.exp2(b_s))  # U may still be under way
+        b_u = warpgroup_mma_wait(0, deps=(u,))
+        _release(free, n, STAGES)
+        b_u = b_u * t_scale - t_max[:, None]
+        b_r = gl.exp2(b_u)
+        t_own += _by_thread(b_r)
+        kl_own += _by_thread(b_r * (b_u - b_s))
+    s_sum = gl.convert_layout(gl.sum(s_own, 1), ROW)
+    t_sum = gl.convert_layout(gl.sum(t_own, 1), ROW)
+    b_kl = gl.convert_layout(gl.sum(kl_own, 1), ROW)
+    _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl)
+    # also where a number is not finite
+    good = (s_sum < FAR) & (t_sum < FAR) & (gl.abs(b_kl) < FAR)
+    b_far.index(g).store(gl.where(good | (o_i >= T), 0, 1))
+    barrier()
+    mbarrier.arrive(decided, count=1)
+    if _any(b_far, decided, WORKERS, ROW) > 0:
+        s_max, t_max, s_sum, t_sum, b_kl = _online(
+            g, end, 2 * end, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
+        )  # fmt: skip
+        _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl)
+
+
+@gluon.jit
+def _fetch_forward(
+    x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The fetching warp: own rows, the tiles across the diagonal, those left of it; all again where
+    _any says so.
+    """
+    _fetch_own(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
+    near = i_0 // BS
+    for n in range(0, end):
+        _fetch_tile(x, y, row, column, n, (near + n) % end, b_xj, b_yj, ready, free, STAGES)
+    if _any(b_far, decided, WORKERS, gl.BlockedLayout([2], [32], [1], [0])) > 0:
+        for n in range(end, 2 * end):
+            _fetch_tile(x, y, row, column, n, (near + n) % end, b_xj, b_yj, ready, free, STAGES)
 
 
 @gluon.jit(do_not_specialize=["T", "H", "HEADS"])
@@ -261,22 +364,27 @@ def _forward_kernel(
     b_yi = gl.allocate_shared_memory(y.dtype, [WORKERS, BS, D], y.layout)
     b_xj = gl.allocate_shared_memory(x.dtype, [STAGES, BS, D], x.layout)
     b_yj = gl.allocate_shared_memory(y.dtype, [STAGES, BS, D], y.layout)
+    b_far = gl.allocate_shared_memory(
+        gl.int32, [WORKERS, BS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    decided = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for k in gl.static_range(STAGES):
         mbarrier.init(ready.index(k), count=1)
         mbarrier.init(free.index(k), count=WORKERS)
     mbarrier.init(ready.index(STAGES), count=1)
+    mbarrier.init(decided, count=WORKERS)
     barrier()
     end = i_0 // BS + WORKERS
     # Arguments stand in full: a tuple under a name would make ordinary values of its constants.
     gl.warp_specialize(
         [
-            (_rows_forward, (0, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_rows_forward, (1, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_rows_forward, (2, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_rows_forward, (3, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_fetch, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
+            (_rows_forward, (0, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_rows_forward, (1, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_rows_forward, (2, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_rows_forward, (3, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_fetch_forward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
         ],
         [4, 4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS, 24],
@@ -509,6 +617,16 @@ def _add(
     mbarrier.arrive(done, count=1)
 
 
+@gluon.jit
+def _fetch_backward(
+    x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """The fetching warp: own rows, then the tiles from the left."""
+    _fetch_own(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
+    for k in range(0, end):
+        _fetch_tile(x, y, row, column, k, k, b_xj, b_yj, ready, free, STAGES)
+
+
 @gluon.jit(do_not_specialize=["T", "H", "BH", "HEADS"])
 def _backward_kernel(
     x, y, sums, p_sums, turns, s_lse, t_lse, w, dx, s_scale, t_scale, x_scale, d_stride_b, d_stride_h, d_stride_n,
@@ -574,7 +692,7 @@ def _backward_kernel(
                 (_add, (0, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
                 (_add, (1, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
                 (_add, (2, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
-                (_fetch, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
+                (_fetch_backward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
             [ROW_REGISTERS, COLUMN_REGISTERS, 24, 24, 24, 24],
@@ -592,7 +710,7 @@ def _backward_kernel(
                 (_add, (0, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
                 (_add, (1, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
                 (_add, (2, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
-                (_fetch, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
+                (_fetch_backward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
             ],
             [4, 4, 4, 1, 1, 1, 1],
             [ROW_REGISTERS, ROW_REGISTERS, COLUMN_REGISTERS, 24, 24, 24, 24],

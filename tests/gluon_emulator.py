@@ -359,7 +359,7 @@ class _GL:
     int32, int64 = torch.int32, torch.int64
     static_range = range
 
-    def __getattr__(self, name):  # exp2, log2
+    def __getattr__(self, name):  # exp2, log2, abs
         return getattr(torch, name)
 
     def constexpr(self, x):
@@ -438,11 +438,8 @@ class _GL:
         p.storage[o[mask]] = value[mask]
 
     def allocate_shared_memory(self, dtype, shape, layout):
-        data = (
-            torch.zeros(shape, dtype=dtype)
-            if dtype == torch.int64
-            else torch.full(shape, float("nan"), dtype=dtype)
-        )
+        unset = {torch.int64: 0, torch.int32: 2**31 - 1}.get(dtype, float("nan"))
+        data = torch.full(shape, unset, dtype=dtype)
         return Smem(data, (next(self.names),))
 
     names = iter(range(10**9))
