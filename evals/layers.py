@@ -30,7 +30,7 @@ HEAD = "Relation KL in nats, mean over heads (worst head)"  # of the table
 
 
 @torch.no_grad()
-def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtype) -> np.ndarray:
+def divergence(teacher: Llama, student: Llama, blocks: Tensor) -> np.ndarray:
     """KL [L, 3, H] in nats of blocks [n, T] of ids; NaN where K and V have fewer heads than Q."""
     c, T = teacher.config, blocks.shape[1]
     total = np.full((c.n_layer, 3, c.n_head), np.nan)
@@ -38,7 +38,7 @@ def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtyp
     turned, plain = (teacher.score_scale(T), student.score_scale(T)), (c.head_dim**-0.5,) * 2
     for block in blocks:
         ids = block[None].to(teacher.device)
-        both = zip(teacher.walk(ids, dtype), student.walk(ids, dtype), strict=True)
+        both = zip(teacher.walk(ids), student.walk(ids), strict=True)
         for l, ((_, theirs), (_, ours)) in enumerate(both):
             for r, (y, x) in enumerate(zip(theirs, ours, strict=True)):
                 a_teacher, a = turned if r < 2 else plain
@@ -47,10 +47,10 @@ def divergence(teacher: Llama, student: Llama, blocks: Tensor, dtype: torch.dtyp
     return total / len(blocks)
 
 
-def compare(models: dict[str, Llama], blocks: Tensor, dtype: torch.dtype) -> dict[str, np.ndarray]:
+def compare(models: dict[str, Llama], blocks: Tensor) -> dict[str, np.ndarray]:
     """{"before": KL [L, 3, H], "after": the same}, both against the teacher."""
     columns = {"before": models[UNTRAINED], "after": models["student"]}
-    return {name: divergence(models[TEACHER], m, blocks, dtype) for name, m in columns.items()}
+    return {name: divergence(models[TEACHER], m, blocks) for name, m in columns.items()}
 
 
 def as_lists(found: dict[str, np.ndarray]) -> dict[str, list]:

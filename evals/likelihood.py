@@ -18,7 +18,7 @@ question) are read once; as many as fill `batch_tokens` go through together; log
 continuations' tokens alone, in float32, and summed in float64.
 
 Limits.  Under bf16 the harness takes the log-softmax in bf16 and we in float32, so near ties can
-differ there. Its standard errors are those of report.summary but for perplexity (a bootstrap) and
+differ there. Its standard errors are ours but for perplexity (a bootstrap) and
 MMLU (the subjects' own, pooled).
 
 Source.  lm-evaluation-harness 0.4.13: api/task.py, api/model.py, models/huggingface.py.
@@ -30,36 +30,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from evals import report
+from evals.next_token import batch_tokens, token_scores
+from evals.report import Scores
+from evals.retention import AVERAGED
 from evals.tasks import ACC, NORMED, PERPLEXITY, Task
 from hub.tokenizer import Tokenizer
 from model import Llama
-
-
-def batch_tokens(device: torch.device) -> int:
-    """Tokens to read at a time: enough to fill a GPU; few enough for a CPU's caches."""
-    return 65536 if device.type == "cuda" else 2048
-
-
-def token_scores(model: Llama, h: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
-    """(loss [N] in nats, float32; is it the greedy token [N]) of goals [N] after h [N, C].
-
-    The logits are made once for both, for some rows at a time: on a CPU 8 MB of them, which its
-    caches hold (twice as fast as 4096 rows at V = 4096), on a GPU 4096 rows.
-    """
-    V = model.config.vocab_size
-    rows = 4096 if h.is_cuda else max(128, (1 << 21) // V)
-    losses, greedy = [], []
-    for x, goal in zip(h.split(rows), goals.split(rows), strict=True):
-        logits = model.lm_head(x).float()  # [rows, V]
-        losses.append(F.cross_entropy(logits, goal, reduction="none"))
-        greedy.append(logits.max(-1).indices == goal)
-    return torch.cat(losses), torch.cat(greedy)
-
 
 # ---------------------------------------------------------------- requests
 
@@ -102,7 +81,7 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Request]:
 
 @torch.no_grad()
 def likelihoods(
-    model: Llama, requests: list[Request], dtype: torch.dtype, tokens: int | None = None
+    model: Llama, requests: list[Request], tokens: int | None = None
 ) -> list[tuple[float, bool]]:
     """[(sum of the continuation's log-probabilities in nats, is it greedy)] of every request.
 
@@ -122,7 +101,7 @@ def likelihoods(
         start += len(now)
         asked = [(row, requests[i]) for row, ids in enumerate(now) for i in readers[ids]]
         order += [i for ids in now for i in readers[ids]]
-        loss, hit = _read(model, now, asked, dtype)
+        loss, hit = _read(model, now, asked)
         losses.append(loss)
         hits.append(hit)
         bar.update(len(now))
@@ -139,7 +118,6 @@ def _read(
     model: Llama,
     inputs: list[tuple[int, ...]],
     asked: list[tuple[int, Request]],
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Loss [N] and greediness [N] of every scored token; asked: (row of inputs, request)."""
     ids = np.zeros((len(inputs), len(inputs[0])), dtype=np.int64)
@@ -151,7 +129,7 @@ def _read(
     where = np.stack([rows, np.concatenate(at), np.concatenate(goals)])
     ids, where = torch.from_numpy(ids), torch.from_numpy(where)
     rows, at, goals = where.to(model.device, non_blocking=True)  # each [N]
-    h = model.hidden(ids.to(model.device, non_blocking=True), dtype)[rows, at]  # [N, C]
+    h = model.hidden(ids.to(model.device, non_blocking=True))[rows, at]  # [N, C]
     return token_scores(model, h, goals)
 
 
@@ -174,9 +152,9 @@ class Result:
         return np.asarray([int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1 for s, g in each])
 
 
-def score(model: Llama, requests: list[Request], task: Task, dtype: torch.dtype) -> Result:
+def score(model: Llama, requests: list[Request], task: Task) -> Result:
     """Every item of one task, scored; requests: task.pairs, encoded."""
-    flat = iter(likelihoods(model, requests, dtype))
+    flat = iter(likelihoods(model, requests))
     got = [[next(flat) for _ in item.requests] for item in task.items]
     logps = [np.asarray([s for s, _ in g]) for g in got]
     result = Result(logps, [np.asarray([hit for _, hit in g]) for g in got])
@@ -194,28 +172,29 @@ def score(model: Llama, requests: list[Request], task: Task, dtype: torch.dtype)
 
 
 def task_scores(
-    scores: report.Scores,
+    scores: Scores,
     models: dict[str, Llama],
     tasks: list[Task],
     requests: list[list[Request]],
-    keep: Callable[[str, str], None] | None = None,
+    write: Callable[[str, str], None] | None = None,
 ) -> None:
-    """Adds every task's figures, and their averages over tasks.
+    """Adds every task's figures, and their averages over two or more tasks.
 
-    requests: of each task, its pairs encoded; keep(name, text): takes a file of items.
+    requests: of each task, its pairs encoded; write(name, text): takes a file of items.
     """
     for task, encoded in zip(tasks, requests, strict=True):
         for name, model in models.items():
-            result = score(model, encoded, task, scores.dtype)
-            for row, (value, error) in report.summary(result.values).items():
-                facts = {"values": result.values[row], "version": task.version, "seed": None}
-                scores.add(name, row, value, error=error, **facts)
-            if keep:
-                keep(f"predictions/{name}.{task.name}.jsonl", _items(task, result))
+            result = score(model, encoded, task)
+            for row, values in result.values.items():
+                scores.add(name, row, values=values, version=task.version, seed=None)
+            if write:
+                write(f"predictions/{name}.{task.name}.jsonl", _items(task, result))
     about = {"version": "mean over tasks", "items": sum(len(t.items) for t in tasks), "seed": None}
     for name in models:
-        for row, value in report.averages(scores.columns[name]).items():
-            scores.add(name, row, value, **about)
+        for kind in AVERAGED:
+            found = [x for row, x in scores.columns[name].items() if row.endswith(f", {kind}")]
+            if len(found) > 1:
+                scores.add(name, f"average {kind}", sum(found) / len(found), **about)
 
 
 def _items(task: Task, result: Result) -> str:

@@ -32,10 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import data
-from evals.likelihood import batch_tokens
+from evals.next_token import batch_tokens, block_scores
 from evals.report import Scores
 from hub.tokenizer import Tokenizer
-from model import Llama, next_token_loss
+from model import Llama
 
 STRIDE = 256
 BINS = 64  # of the curve of loss by position
@@ -61,8 +61,10 @@ def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -
         if len(out) == most:
             break
     if not out:
-        said = f"no document has more than {length} tokens, the longest has {longest}"
-        raise ValueError(f"{said}; shorten --lengths")
+        raise ValueError(
+            f"no document has more than {length} tokens, the longest has {longest}; shorten "
+            "--lengths"
+        )
     return out
 
 
@@ -75,9 +77,8 @@ def windows(n: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
         begin, first = begin + stride, end
 
 
-@torch.no_grad()
 def sliding_loss(
-    model: Llama, texts: list[np.ndarray], width: int, dtype: torch.dtype, stride: int = STRIDE
+    model: Llama, texts: list[np.ndarray], width: int, stride: int = STRIDE
 ) -> list[np.ndarray]:
     """The loss in nats of all tokens but each document's first, with a window of `width` tokens.
 
@@ -89,23 +90,21 @@ def sliding_loss(
             f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths"
         )
     # Windows of one shape go through together
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for d, ids in enumerate(texts):
         for begin, end, first in windows(len(ids) - 1, width, stride):
-            groups.setdefault((end - begin, end - first), []).append((d, begin))
+            shapes.setdefault((end - begin, end - first), []).append((d, begin))
     losses = [np.zeros(len(ids) - 1) for ids in texts]
-    bar = tqdm(total=sum(map(len, groups.values())), unit=" windows", leave=False, disable=None)
-    for (long, scored), where in groups.items():
-        rows = max(1, batch_tokens(model.device) // long)
-        for i in range(0, len(where), rows):
-            part = where[i : i + rows]
-            read = np.stack([texts[d][begin : begin + long + 1] for d, begin in part])
-            ids = torch.from_numpy(read).to(model.device)
-            h = model.hidden(ids[:, :-1], dtype)[:, long - scored :]
-            loss = next_token_loss(model, h, ids[:, long - scored + 1 :], reduction="none")
-            for (d, begin), row in zip(part, loss.double().cpu().numpy(), strict=True):
-                losses[d][begin + long - scored : begin + long] = row
-            bar.update(len(part))
+    bar = tqdm(total=sum(map(len, shapes.values())), unit=" windows", leave=False, disable=None)
+    for (T, scored), places in shapes.items():
+        rows = max(1, batch_tokens(model.device) // T)
+        for batch in (places[i : i + rows] for i in range(0, len(places), rows)):
+            blocks = np.stack([texts[d][begin : begin + T + 1] for d, begin in batch])
+            at = torch.arange(T - scored, T).expand(len(batch), scored)
+            found, _ = block_scores(model, torch.from_numpy(blocks), at)
+            for (d, begin), row in zip(batch, found, strict=True):
+                losses[d][begin + T - scored : begin + T] = row
+            bar.update(len(batch))
     bar.close()
     return losses
 
@@ -125,7 +124,7 @@ def sliding_scores(
     for width in lengths:
         row, bits = f"sliding perplexity at {width}", {}
         for name, model in models.items():
-            losses = sliding_loss(model, texts, width, scores.dtype)
+            losses = sliding_loss(model, texts, width)
             each, every = np.asarray([loss.mean() for loss in losses]), np.concatenate(losses)
             value = math.exp(min(every.mean(), 700.0))
             error = value * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else None
@@ -135,18 +134,6 @@ def sliding_scores(
 
 
 # ---------------------------------------------------------------- loss by position
-
-
-@torch.no_grad()
-def loss_by_position(model: Llama, blocks: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Mean loss [T] in nats at every position of blocks [n, T + 1]."""
-    T = blocks.shape[1] - 1
-    total = np.zeros(T)
-    for part in blocks.split(max(1, batch_tokens(model.device) // T)):
-        h = model.hidden(part[:, :-1].to(model.device), dtype)
-        losses = next_token_loss(model, h, part[:, 1:].to(model.device), reduction="none")
-        total += losses.double().sum(0).cpu().numpy()
-    return total / len(blocks)
 
 
 def position_scores(
@@ -161,7 +148,7 @@ def position_scores(
     edges = np.linspace(0, T, min(BINS, T) + 1).astype(int)
     curve: dict[str, list] = {"positions": ((edges[:-1] + edges[1:]) / 2).tolist()}
     for name, model in models.items():
-        losses = loss_by_position(model, blocks, scores.dtype)
+        losses = block_scores(model, blocks)[0].mean(0)  # [T]
         curve[name] = [float(losses[a:b].mean()) for a, b in itertools.pairwise(edges)]
         for a, b in itertools.pairwise(cuts):
             row, items = f"loss in {a / native:g}-{b / native:g}x", (b - a) * len(blocks)

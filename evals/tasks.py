@@ -166,10 +166,10 @@ def load(file: Path, limit: int | None = None) -> Task:
     return Task(name, items, metrics, f"{OWN}, {layout}, not lm-eval's prompts")
 
 
-def own(found: list[Task]) -> list[str]:
+def notes(found: list[Task]) -> list[str]:
     """A sentence for each task that is not one of DATASETS: as what its rows were read."""
-    mine = [task for task in found if task.version.startswith(OWN)]
-    return [f"{t.name}: {t.version}; evals/formats.py says what that layout asks." for t in mine]
+    other = [task for task in found if task.version.startswith(OWN)]
+    return [f"{t.name}: {t.version}; evals/formats.py says what that layout asks." for t in other]
 
 
 def _layout(file: Path, line: int, row: dict) -> str:

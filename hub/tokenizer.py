@@ -49,8 +49,9 @@ _PROBE += "\u00efve \u2603 \u6771\u4eac\r\n"
 class Tokenizer:
     """encode(text) -> ids, decode(ids) -> text.
 
-    size: the largest id plus 1; bos_id (None: the family uses none), eos_id; digest: of the files
-    that decide what a text becomes; kind: the library.
+    size: the largest id plus 1; bos_id (None: the family uses none); eos_id, which ends a document,
+    and stop_ids, any of which ends a generated text; digest: of the files that decide what a text
+    becomes; kind: the library.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Tokenizer:
     ):
         self._encode, self._decode, self._batch, self._known = encode, decode, batch, known
         self.size, self.bos_id, self.eos_id = max(known) + 1, bos_id, eos_id
-        self.digest, self.kind = digest, kind
+        self.digest, self.kind, self.stop_ids = digest, kind, frozenset({eos_id})
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         first = [self.bos_id] if bos and self.bos_id is not None else []
@@ -124,6 +125,8 @@ def _probed(tokenizer: Tokenizer, file: Path, config: dict) -> Tokenizer:
             f"{file} has {tokenizer.size} ids, the vocab_size of config.json beside it is {size}: "
             "they are not one model's"
         )
+    if isinstance(config["eos_token_id"], list):
+        tokenizer.stop_ids = frozenset(config["eos_token_id"])
     with _in_a_sentence(f"{file} cannot be used"):
         ids = tokenizer.encode(_PROBE)
         if not ids or not tokenizer.decode(ids):
