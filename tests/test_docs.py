@@ -22,7 +22,7 @@ MODULES = [p for p in MODULES if p.name != "__init__.py"]
 # Above the general budget of 400 lines, with the reason
 LARGER = {
     "kernel_triton.py": 690,  # two kernels, and tile choices with their evidence
-    "kernel_hopper.py": 540,  # likewise
+    "kernel_hopper.py": 900,  # likewise
     "train.py": 410,  # both stages in one reading
 }
 # Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and
@@ -32,8 +32,9 @@ LONG = {"train.main", "eval.main", "flags.parser"}
 RANK = {
     "rope": 0,
     "precision": 0,
-    "kernel_triton": 0,
+    "kernel_host": 0,
     "kernel_cpu": 0,
+    "kernel_triton": 1,
     "kernel_hopper": 1,
     "hub": 1,
 }
@@ -62,7 +63,11 @@ def imported(path, everywhere: bool = True) -> set[tuple[str, ...]]:
 
 
 def test_the_top_level_is_the_book():
-    assert {p.stem for p in ROOT.glob("*.py")} - {"kernel_hopper", "precision"} == set(BOOK)
+    assert {p.stem for p in ROOT.glob("*.py")} - {
+        "kernel_hopper",
+        "kernel_host",
+        "precision",
+    } == set(BOOK)
 
 
 def test_imports_go_down_only():

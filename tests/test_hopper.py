@@ -21,7 +21,7 @@ from triton.experimental.gluon import language as gl  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 import kernel_hopper  # noqa: E402
-import kernel_triton  # noqa: E402
+import kernel_host  # noqa: E402
 from relation_kl import choose, relation_kl  # noqa: E402
 
 SOURCE = Path(kernel_hopper.__file__)
@@ -310,7 +310,7 @@ def test_a_kept_kernel_is_launched_as_triton_would(nowhere):  # noqa: F811
 
     kept = [launches(x) for _ in range(2) for x in cases][len(cases) :]
     for x, ours in zip(cases, kept, strict=True):
-        kernel_triton._compiled.clear()
+        kernel_host._compiled.clear()
         assert ours == launches(x) and len(ours) == 3
 
 
