@@ -111,8 +111,6 @@ def prepare(
     """(the subject without text and models, what was asked for and is left out, and why).
 
     Raises ValueError for whatever can be refused without them.
-
-    Whatever can be refused without them is refused here.
     """
     native = args.native or (teacher or student).rope.length
     longest = max(student.rope.length, teacher.rope.length if teacher else 0)

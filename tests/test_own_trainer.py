@@ -1,5 +1,6 @@
 """The loss outside this repository: as a wheel of its own, and in a trainer of transformers models."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -32,6 +33,19 @@ def snippet() -> dict:
     return names
 
 
+def widen_norms(model) -> None:
+    """Norms in float64, as ours are there; transformers' are in float32 whatever the model is."""
+
+    def norm(module, x):
+        return module.weight * (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        )
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(norm, module)
+
+
 def pair(folder, config: dict, kind: str):
     """Teacher and stretched student, each as (ours, transformers' reading of the same files)."""
     teacher = random_model(**config)
@@ -46,6 +60,7 @@ def pair(folder, config: dict, kind: str):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             folder / name, dtype=torch.float64, attn_implementation="keep_qkv"
         )
+        widen_norms(theirs)
         models.append((ours, theirs))
     return models
 
