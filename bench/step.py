@@ -44,9 +44,9 @@ from model import (
     TRAINED,
     Llama,
     LlamaConfig,
-    compute_dtype,
     make_student,
 )
+from precision import choose_dtype
 from relation_kl import relation_kl
 
 
@@ -129,7 +129,7 @@ class Timed:
 
     def __init__(self, arguments, config: LlamaConfig, stage: cost.Stage, device: torch.device):
         self.stage, self.device, self.rank = stage, device, arguments.lora_rank
-        self.dtype = compute_dtype(device)
+        self.dtype, _ = choose_dtype(device)
         free, host = cost.free_memory(device), fit.host_share(device)
         machine = fit.Machine(config, self.dtype, device, self.rank, False, 1, free, host)
         self.fit = fit.settle(machine, stage, arguments.micro)
@@ -280,7 +280,7 @@ def bench_step(arguments, fixed: dict, log) -> None:
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(arguments.model)
-    peak = cost.peak_flops(device, compute_dtype(device))
+    peak = cost.peak_flops(device, choose_dtype(device)[0])
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(
         f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: "

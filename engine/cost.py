@@ -30,8 +30,8 @@ import torch
 
 from engine.sequence import repeats
 from engine.tiles import Tiles, calls_of_attention
+from kernel_cpu import BT
 from model import LlamaConfig
-from relation_kl import BT
 
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # n of the n^3 product that a machine's rate is taken from
 # Where a container's limit and its use stand, by the two versions of Linux's cgroups

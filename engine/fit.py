@@ -32,7 +32,8 @@ from engine import cost
 from engine.cost import Stage, at_a_time
 from engine.sequence import processes_per_block, refuse_heads
 from engine.tiles import Tiles
-from model import LlamaConfig, attention_dtype
+from model import LlamaConfig
+from precision import attention_dtype
 
 # Fewer tokens at a time might not fill a GPU. At 7B, 4096 at a time and nothing computed twice took
 # 2.3 s per step, where 8192 and all layers twice took 3.6 (bench step, H100).

@@ -20,12 +20,16 @@ from engine import cost, data, folder
 from engine.cost import Stage, clock, flops, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from engine.fit import Fit, Machine, host_share, settle
+from engine.machine import fix_order
 from engine.parallel import World
 from hub import checkpoint, files
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import TRAINED, Llama, LlamaConfig, choose_dtype
+from model import TRAINED, Llama, LlamaConfig
+from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
+
+FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
 
 @dataclass(frozen=True)
@@ -72,8 +76,10 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
 
     Raises ValueError for all that can be refused without text and weights.
     """
+    if args.deterministic:
+        fix_order()
     device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
-    native = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
+    native = LlamaConfig.from_hf(files.read_json(files.own(args.teacher, "config.json")))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
     stages = make_stages(args, native, longer, defaults)
@@ -88,6 +94,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
+    print(f"bits: {describe_bits(device, args.deterministic)}")
     impl, why_impl = relation_impl(args, native, dtype, device)
     print(f"relation loss: {impl}, because {why_impl}")
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
@@ -261,6 +268,13 @@ def describe(
             f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
             f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
+        if stage.steps < FEWEST_STEPS:
+            n = stage.name[-1]
+            lines.append(
+                f"warning     {stage.name} has {stage.steps} steps, and fewer than some "
+                f"{FEWEST_STEPS} rarely suffice: raise --tokens{n}, or lower --length{n} (now "
+                f"{stage.T:,}) or --batch{n} (now {stage.batch})"
+            )
         if b := stage.auxiliary:
             lines.append(
                 f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"
@@ -281,6 +295,15 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
     preset = f" (--preset {args.preset})" if args.preset else ""
     return f"loss        {' + '.join(terms)}{lookups}{preset}"
+
+
+def describe_bits(device: torch.device, deterministic: bool) -> str:
+    """Whether a second run has the same bits, and why."""
+    if device.type == "cpu":
+        return "the same every run, as always on a CPU"
+    if deterministic:
+        return "the same every run, because --deterministic has attention add in a fixed order"
+    return "not the same every run, as attention's backward adds in no order; --deterministic does"
 
 
 def describe_text(corpus, stages: list[Stage]) -> str:

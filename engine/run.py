@@ -18,7 +18,6 @@ Limits.  One run per folder at a time (folder.py); what a kill costs stands in r
 """
 
 import contextlib
-import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from engine import cost, data, exits, folder, plan, resume, watch
 from engine.cost import Stage
 from engine.lookups import Lookups
+from engine.machine import versions
 from engine.parallel import World
 from engine.plan import Plan
 from engine.sequence import processes_per_block
@@ -82,9 +82,12 @@ class Run:
 
         with self.times("tokenising"), files.disk_sentences(args.cache):
             self.corpus = self.world.main_first(
-                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check
-            )
+                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check,
+                field=args.text_field,
+            )  # fmt: skip
         self.depends["text"] = self.corpus.digest
+        for note in self.corpus.notes:
+            print(note)
         print(plan.describe_text(self.corpus, stages))
         self.lookups = Lookups(tokenizer, self.corpus.train) if args.lookups else None
         return self.corpus
@@ -95,14 +98,17 @@ class Run:
         if self.at.state:
             resume.load(self.at.state, weights, None, 0)
         self.stop_request, self.saved = resume.StopRequest(), time.time()
-        self.about = {"arguments": self.depends, "versions": versions(self.world)}
+        self.about = {
+            "arguments": self.depends,
+            "versions": versions(self.plan.device) | {"processes": self.world.size},
+        }
         self.about |= {"text": self.corpus.name, "command": sys.argv}
         if self.world.main:
             self.watch = watch.Watch(self.out, self.plan, self.world.size, self.about, self.at)
 
     def measure(self, name: str, model: Llama) -> None:
         """A column of the table, filled by the first process, or by all of a sharded model."""
-        if not self.held_out.blocks or name in self.at.columns:
+        if not self.held_out.n_blocks or name in self.at.columns:
             return
         with self.times("measuring"):
             f = self.held_out.measure
@@ -171,8 +177,9 @@ class Run:
                 yield part, self.ids, len(self.ids) / per_rank, last
 
     def agree(self, n: int, norm: Tensor) -> None:
-        """Means over all processes; whether to stop or save. Raises ValueError, on all, for a loss
-        or gradient that is not finite.
+        """Means over all processes; whether to stop or save. norm: [], of the whole gradient.
+
+        Raises ValueError, on all, for a loss or gradient that is not finite.
         """
         due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
         agreed = self.figures.agree(self.world, bool(self.stop_request), due)
@@ -191,7 +198,7 @@ class Run:
         )
 
     def log(self, n: int, norm: Tensor, lr: float) -> None:
-        """The step is done: its line in the log."""
+        """The step is done: its line in the log. norm: [], before clipping."""
         self.at.step, self.at.total = n + 1, self.at.total + 1
         seconds = time.time() - self.began
         self.stage_began.append(seconds)
@@ -237,18 +244,3 @@ class Run:
             self.watch.close()
         self.out.close()
         self.world.exit(0)
-
-
-def versions(world: World) -> dict:
-    """What figures were measured with."""
-    device = world.device
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "processes": world.size,
-    }

@@ -44,7 +44,8 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from engine.offload import Held, Store, dense
 from engine.parallel import gathered
 from engine.sequence import Whole
-from model import Llama, attention_dtype, widened
+from model import Llama, widened
+from precision import attention_dtype
 
 TOKENS = 4096  # of a tile, in all blocks at a time
 ROWS = 2**19  # of queries, over heads, in a call of attention: 1 GiB of q, k, v, o and gradients

@@ -5,8 +5,9 @@ import torch
 import transformers
 from conftest import random_model, tiny_config
 
+import kernel_cpu
 import model as model_file
-import relation_kl
+import precision
 from engine import step
 from hub import checkpoint
 from hub.checkpoint import set_parameter
@@ -15,13 +16,11 @@ from model import (
     Block,
     Llama,
     LlamaConfig,
-    attention_dtype,
-    choose_dtype,
-    compute_dtype,
     make_student,
     next_token_loss,
     trainable,
 )
+from precision import attention_dtype, choose_dtype
 from rope import rotate, rotation
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -177,10 +176,8 @@ def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
     """
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    forward, calls = relation_kl._numbers, []
-    monkeypatch.setattr(
-        relation_kl, "_numbers", lambda *a, **k: calls.append(a) or forward(*a, **k)
-    )
+    forward, calls = kernel_cpu._forward, []
+    monkeypatch.setattr(kernel_cpu, "_forward", lambda *a, **k: calls.append(a) or forward(*a, **k))
     more = {"impl": "tiled", "checkpointing": checkpointing}
     loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, **more)
     weights = list(trainable(student).values())
@@ -273,9 +270,9 @@ def test_the_compute_dtype_is_chosen_with_a_reason_and_can_be_asked_for(monkeypa
         ("AVX512-BF16", torch.bfloat16, "AVX512-BF16"),
         (None, torch.float32, "no fast bfloat16"),
     ):
-        monkeypatch.setattr(model_file, "cpu_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(precision, "cpu_bfloat16", lambda has=has: has)
         chosen, why = choose_dtype(cpu)
-        assert chosen == compute_dtype(cpu) == dtype and reason in why
+        assert chosen == dtype and reason in why
         assert choose_dtype(gpu)[0] == torch.bfloat16
         assert choose_dtype(cpu, "float32") == (torch.float32, "--dtype says so")
         assert choose_dtype(gpu, "bfloat16")[0] == torch.bfloat16
@@ -288,7 +285,7 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_eager_and_gives_the_same_bits_twice(
     instructions, monkeypatch
 ):
     """Against float64: logits and the gradient of q_proj, error <= 2 x that of plain bfloat16."""
-    monkeypatch.setattr(model_file, "cpu_bfloat16", lambda: instructions)
+    monkeypatch.setattr(precision, "cpu_bfloat16", lambda: instructions)
     assert attention_dtype(torch.bfloat16, torch.device("cpu")) == (
         torch.bfloat16 if instructions == "AMX" else torch.float32
     )
