@@ -314,15 +314,15 @@ def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
-def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:
-    """part(slices of `chunk` rows of each tensor [rows, ...]), concatenated.
+def by_chunks(function, chunk: int, *tensors: Tensor) -> Tensor:
+    """function(slices of `chunk` rows of each tensor [rows, ...]), concatenated.
 
     With more than one chunk, each is recomputed in the backward, so that one is alive at a time.
     """
     pieces = list(zip(*(t.split(chunk) for t in tensors), strict=True))
-    if len(pieces) == 1 or not torch.is_grad_enabled():  # nothing would be kept anyway
-        return torch.cat([part(*piece) for piece in pieces])
-    return torch.cat([recompute(part, *piece, use_reentrant=False) for piece in pieces])
+    if len(pieces) == 1 or not torch.is_grad_enabled():  # nothing is saved for a backward
+        return torch.cat([function(*piece) for piece in pieces])
+    return torch.cat([recompute(function, *piece, use_reentrant=False) for piece in pieces])
 
 
 def next_token_loss(
@@ -333,8 +333,8 @@ def next_token_loss(
     At most [chunk, V] logits exist at once. reduction: "mean", or "none" for [B, T].
     """
 
-    def part(x: Tensor, y: Tensor) -> Tensor:
+    def cross_entropy(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
 
-    losses = by_chunks(part, chunk, h.flatten(0, 1), targets.flatten())
+    losses = by_chunks(cross_entropy, chunk, h.flatten(0, 1), targets.flatten())
     return losses.mean() if reduction == "mean" else losses.view(targets.shape)

@@ -148,7 +148,7 @@ def write(c) -> dict:
     }
     if c.family == "llama":
         out |= {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
-    else:  # said even where it is null: an absent key means 4096 to transformers
+    else:  # written even where it is null: an absent key means 4096 to transformers
         out["sliding_window"] = c.window
     if c.family in ("qwen2", "qwen3"):
         out["use_sliding_window"] = c.window is not None
