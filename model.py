@@ -4,11 +4,11 @@ What.  A decoder-only transformer. Each of L blocks adds attention and then a ga
 residual stream:
 
     h <- h + Attention(n)                          n = RMSNorm(h)
-    h <- h + W_down (silu(W_gate n) * W_up n)      n = RMSNorm(h), by weights of its own
+    h <- h + W_down (silu(W_gate n) * W_up n)      n = RMSNorm(h), with other weights
 
 With H query heads and Hkv key/value heads (grouped-query attention: H / Hkv queries share a key),
 queries and keys are turned by their positions (rope.py), and attention is torch's
-scaled_dot_product_attention. `Block.forward` returns q, k and v beside h: they are what stage 1
+scaled_dot_product_attention. `Block.forward` returns q, k and v with h: they are what stage 1
 compares (relation_kl.py). `Llama.walk` goes through the layers one by one, for whoever looks
 inside.
 
@@ -18,8 +18,8 @@ L layers, V vocabulary.
 Precision.  Weights keep the dtype they are given; a Linear casts its weight to the dtype of the
 activations, so that float32 master weights train under bfloat16 compute with no autocast. RMSNorm
 works in float32, casts to the activations' dtype and then multiplies by its weight, in that order:
-so does every LLaMA in the ecosystem. Which dtype activations and attention are computed in where
-nobody says so is precision.py's choice.
+so does every LLaMA in the ecosystem. precision.py chooses the dtype of activations, unless told
+one, and of attention.
 
 The student.  `make_student` builds a second Llama around the teacher's own tensors: nothing is
 copied but the weights that learn.
