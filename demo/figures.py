@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import demo  # noqa: E402 - demo.py, beside this file
 from bench import memory  # noqa: E402
 from engine import data, exits  # noqa: E402
-from evals.longtext import loss_by_position  # noqa: E402
+from evals.next_token import block_scores  # noqa: E402
 from hub import files  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
 from model import Llama, make_student  # noqa: E402
@@ -168,7 +168,7 @@ def position_values(models: dict[str, Llama], run: Path) -> dict:
     blocks = corpus.held_out_blocks(8 * native, 4)
     curves = {}
     for name, model in models.items():
-        losses = loss_by_position(model, blocks, model.dtype)
+        losses = block_scores(model, blocks)[0].mean(0)
         curves[name] = np.convolve(losses, np.ones(128) / 128, "valid")[::32].round(4).tolist()
     return {"native": native, "curves": curves}
 

@@ -1,13 +1,13 @@
 """Text out: greedy generation with a key/value cache.
 
 How it is computed.  The prompts are read once, in one batch, by the forward that training uses
-(prefill), and their keys and values are kept. Then every step reads one token per sequence: its
-query against the kept keys, each sequence at its own position. The cache is
+(prefill), and their keys and values are cached. Then every step reads one token per sequence: its
+query against the cached keys, each sequence at its position. The cache is
 [B, Hkv, prompt + new, D] per layer; shorter prompts are padded on the right, where nothing looks.
 
 Under "dynamic" and "longrope" positions the frequencies depend on the length at hand. A step then
-takes those of the current length, while kept keys hold those of the length at which they were made:
-so do transformers. Prompts of such a model are continued one by one.
+takes those of the current length, while cached keys hold those of the length at which they were
+made: so do transformers. Prompts of such a model are continued one by one.
 
 Limits.  Greedy only. For every other kind of position, cache and no cache give the same tokens.
 """
@@ -52,15 +52,15 @@ class LayerCache:
         return self.k, self.v, seen[:, None, None]
 
 
-def cache_bytes(model: Llama, B: int, room: int, dtype: torch.dtype) -> int:
+def cache_bytes(model: Llama, B: int, room: int) -> int:
     """Of the keys and values of B sequences of `room` tokens."""
     c = model.config
-    return 2 * c.n_layer * B * c.n_kv_head * room * c.head_dim * dtype.itemsize
+    return 2 * c.n_layer * B * c.n_kv_head * room * c.head_dim * model.dtype.itemsize
 
 
 @torch.no_grad()
 def steps(
-    model: Llama, prompts: list[list[int]], new: int, dtype: torch.dtype, vocabulary: int | None
+    model: Llama, prompts: list[list[int]], new: int, vocabulary: int | None
 ) -> Iterator[Tensor]:
     """Yields the next token [B] of every prompt, `new` times. Prompts are ids of any lengths.
 
@@ -72,7 +72,7 @@ def steps(
         raise ValueError("a prompt is empty; give at least one token, such as the model's BOS")
     c, device, B = model.config, model.device, len(prompts)
     longest = max(map(len, prompts))
-    need, free = cache_bytes(model, B, longest + new, dtype), free_memory(device)
+    need, free = cache_bytes(model, B, longest + new), free_memory(device)
     if need > free:
         raise ValueError(
             f"{new} new tokens need a cache of {need / 2**30:.1f} GiB and {free / 2**30:.1f} are "
@@ -83,16 +83,16 @@ def steps(
         ids[row, : len(prompt)] = torch.tensor(prompt)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     caches = []
-    for h, (_, k, v) in model.walk(ids.to(device), dtype):  # noqa: B007 - the last h is wanted
+    for h, (_, k, v) in model.walk(ids.to(device)):  # noqa: B007 - the last h is wanted
         caches.append(LayerCache(k, v, longest + new, lengths, c.window))
     h = h[torch.arange(B, device=device), lengths - 1]  # [B, C]
     for n in range(new):
         token = model.lm_head(model.model.norm(h))[:, :vocabulary].argmax(-1)
         yield token
         if n + 1 < new:
-            h = model.embed(token[:, None], dtype)
+            h = model.embed(token[:, None])
             now = longest + n + 1  # tokens of the longest sequence
-            cos, sin = rotation(c.rope, c.head_dim, lengths[:, None], now, dtype)  # [B, 1, D]
+            cos, sin = rotation(c.rope, c.head_dim, lengths[:, None], now, h.dtype)  # [B, 1, D]
             for layer, cache in zip(model.model.layers, caches, strict=True):
                 h, _ = layer(h, (cos[:, None], sin[:, None]), cache)
             h = h[:, 0]
@@ -103,40 +103,39 @@ def generate(
     model: Llama,
     prompts: list[list[int]],
     new: int,
-    dtype: torch.dtype,
-    eos: int | None = None,
+    stop: frozenset[int] = frozenset(),
     vocabulary: int | None = None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, at most `new` tokens, cut before the end token."""
+    """The greedy continuation of each prompt, of at most `new` tokens, cut before one of `stop`."""
     if model.config.rope.kind in BY_LENGTH and len(prompts) > 1:
-        return [generate(model, [p], new, dtype, eos, vocabulary)[0] for p in prompts]
+        return [generate(model, [p], new, stop, vocabulary)[0] for p in prompts]
     out: list[list[int]] = [[] for _ in prompts]
-    done = [False] * len(prompts)
-    for token in steps(model, prompts, new, dtype, vocabulary):
-        for b, t in enumerate(token.tolist()):
-            done[b] = done[b] or t == eos
-            if not done[b]:
-                out[b].append(t)
-        if all(done):
+    going = set(range(len(prompts)))
+    for token in steps(model, prompts, new, vocabulary):
+        ids = token.tolist()
+        going = {b for b in going if ids[b] not in stop}
+        for b in going:
+            out[b].append(ids[b])
+        if not going:
             break
     return out
 
 
 def stream(
-    model: Llama, tokenizer: Tokenizer, ids: list[int], new: int, dtype: torch.dtype
+    model: Llama, tokenizer: Tokenizer, ids: list[int], new: int
 ) -> Iterator[tuple[str, int]]:
-    """(a piece of text, tokens so far) of the continuation of one prompt, until the end token.
+    """(a piece of text, tokens so far) of the continuation of one prompt, until a stop token.
 
     A character whose bytes are not all there yet waits for the next piece. A piece is what decoding
     adds to the piece before it, so that the time per token does not grow with the text.
     """
     out: list[int] = []
-    last, said = 0, 0  # out[last:said] is the piece before
-    for token in steps(model, [ids], new, dtype, tokenizer.size):
-        if token.item() == tokenizer.eos_id:
+    start, end = 0, 0  # out[start:end] is the piece before
+    for token in steps(model, [ids], new, tokenizer.size):
+        if token.item() in tokenizer.stop_ids:
             break
         out.append(token.item())
-        text = tokenizer.decode(out[last:])
+        text = tokenizer.decode(out[start:])
         if not text.endswith("\ufffd"):
-            yield text[len(tokenizer.decode(out[last:said])) :], len(out)
-            last, said = said, len(out)
+            yield text[len(tokenizer.decode(out[start:end])) :], len(out)
+            start, end = end, len(out)

@@ -28,14 +28,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from engine import data
-from evals.likelihood import batch_tokens
-from evals.report import Scores
+from evals import pictures
+from evals.next_token import block_scores
+from evals.report import Scores, mean_and_error
+from evals.subject import Subject
 from hub.tokenizer import Tokenizer
-from model import Llama, next_token_loss
+from model import Llama
 
 STRIDE = 256
 BINS = 64  # of the curve of loss by position
@@ -61,8 +62,10 @@ def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -
         if len(out) == most:
             break
     if not out:
-        said = f"no document has more than {length} tokens, the longest has {longest}"
-        raise ValueError(f"{said}; shorten --lengths")
+        raise ValueError(
+            f"no document has more than {length} tokens, the longest has {longest}; shorten "
+            "--lengths"
+        )
     return out
 
 
@@ -75,96 +78,68 @@ def windows(n: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
         begin, first = begin + stride, end
 
 
-@torch.no_grad()
-def sliding_loss(
-    model: Llama, texts: list[np.ndarray], width: int, dtype: torch.dtype, stride: int = STRIDE
-) -> list[np.ndarray]:
-    """The loss in nats of all tokens but each document's first, with a window of `width` tokens.
+def sliding_loss(model: Llama, ids: np.ndarray, width: int, stride: int = STRIDE) -> np.ndarray:
+    """The loss [tokens] in nats of all tokens but the first, of one document's ids [tokens + 1].
 
-    texts: ids, each [tokens + 1]. Returns float64 [tokens] for each. Raises ValueError for a stride
-    that is not within the window.
+    Raises ValueError for a stride that is not within the window.
     """
     if not 0 < stride <= width:
         raise ValueError(
             f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths"
         )
     # Windows of one shape go through together
-    groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for d, ids in enumerate(texts):
-        for begin, end, first in windows(len(ids) - 1, width, stride):
-            groups.setdefault((end - begin, end - first), []).append((d, begin))
-    losses = [np.zeros(len(ids) - 1) for ids in texts]
-    bar = tqdm(total=sum(map(len, groups.values())), unit=" windows", leave=False, disable=None)
-    for (long, scored), where in groups.items():
-        rows = max(1, batch_tokens(model.device) // long)
-        for i in range(0, len(where), rows):
-            part = where[i : i + rows]
-            read = np.stack([texts[d][begin : begin + long + 1] for d, begin in part])
-            ids = torch.from_numpy(read).to(model.device)
-            h = model.hidden(ids[:, :-1], dtype)[:, long - scored :]
-            loss = next_token_loss(model, h, ids[:, long - scored + 1 :], reduction="none")
-            for (d, begin), row in zip(part, loss.double().cpu().numpy(), strict=True):
-                losses[d][begin + long - scored : begin + long] = row
-            bar.update(len(part))
-    bar.close()
-    return losses
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for begin, end, first in windows(len(ids) - 1, width, stride):
+        shapes.setdefault((end - begin, end - first), []).append(begin)
+    out = np.zeros(len(ids) - 1)
+    for (T, scored), begins in shapes.items():
+        blocks = np.stack([ids[begin : begin + T + 1] for begin in begins])
+        at = torch.arange(T - scored, T).expand(len(begins), scored)
+        losses, _ = block_scores(model, torch.from_numpy(blocks), at)
+        for begin, row in zip(begins, losses, strict=True):
+            out[begin + T - scored : begin + T] = row
+    return out
 
 
-def sliding_scores(
-    scores: Scores,
-    models: dict[str, Llama],
-    tokenizer: Tokenizer,
-    texts: list[np.ndarray],
-    lengths: list[int],
-    **facts,
-) -> None:
-    """Adds "sliding perplexity at w" of texts, each [tokens + 1] ids, for every w of `lengths`."""
-    size = sum(len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in texts)
-    about = {"documents": len(texts), "tokens each": len(texts[0]) - 1, "stride": STRIDE}
-    about |= facts | {"weighting": "by token"}
-    for width in lengths:
+def sliding_window(subject: Subject, scores: Scores) -> None:
+    """Adds "sliding perplexity at w" of the documents, or of held-out text, for every length w."""
+    texts, source, decode = subject.documents, subject.documents_name, subject.tokenizer.decode
+    if not texts:
+        texts = subject.corpus.held_out_blocks(max(subject.lengths), subject.n_blocks).numpy()
+        source = f"held-out text of {subject.corpus.name}"
+    about = {"version": f"sliding window (PI), {source}", "seed": None, "documents": len(texts)}
+    about |= {"tokens each": len(texts[0]) - 1, "stride": STRIDE, "weighting": "by token"}
+    size = sum(len(decode(ids[1:].tolist()).encode()) for ids in texts)
+    for width in subject.lengths:
         row, bits = f"sliding perplexity at {width}", {}
-        for name, model in models.items():
-            losses = sliding_loss(model, texts, width, scores.dtype)
-            each, every = np.asarray([loss.mean() for loss in losses]), np.concatenate(losses)
-            value = math.exp(min(every.mean(), 700.0))
-            error = value * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else None
-            bits[name] = float(every.sum() / math.log(2) / size)
+        for name, model in subject.models.items():
+            bar = tqdm(texts, unit=" documents", leave=False, disable=None)
+            losses = np.stack([sliding_loss(model, ids, width) for ids in bar])  # all as long
+            value, error = mean_and_error(row, -losses)
+            bits[name] = float(losses.sum() / math.log(2) / size)
             more = about | {"bits per byte": bits}
-            scores.add(name, row, value, error=error, items=len(every), **more)
+            scores.add(name, row, value, error=error, items=losses.size, **more)
 
 
 # ---------------------------------------------------------------- loss by position
 
 
-@torch.no_grad()
-def loss_by_position(model: Llama, blocks: Tensor, dtype: torch.dtype) -> np.ndarray:
-    """Mean loss [T] in nats at every position of blocks [n, T + 1]."""
-    T = blocks.shape[1] - 1
-    total = np.zeros(T)
-    for part in blocks.split(max(1, batch_tokens(model.device) // T)):
-        h = model.hidden(part[:, :-1].to(model.device), dtype)
-        losses = next_token_loss(model, h, part[:, 1:].to(model.device), reduction="none")
-        total += losses.double().sum(0).cpu().numpy()
-    return total / len(blocks)
-
-
-def position_scores(
-    scores: Scores, models: dict[str, Llama], blocks: Tensor, native: int, **facts
-) -> dict:
-    """Adds "loss in a-bx" by octaves of the native length.
-
-    Returns the curve, {"positions": [tokens], column: [mean loss of one of BINS bins]}.
+def loss_by_position(subject: Subject, scores: Scores) -> None:
+    """Adds "loss in a-bx" by octaves of the native length, and the curve: {"positions": [tokens],
+    column: [mean loss of one of BINS bins]}.
     """
-    T = blocks.shape[1] - 1
+    blocks = subject.corpus.held_out_blocks(max(subject.lengths), subject.n_blocks)
+    n, T, native = len(blocks), blocks.shape[1] - 1, subject.native
     cuts = [0, *itertools.takewhile(lambda p: p < T, (native * 2**k for k in range(64))), T]
     edges = np.linspace(0, T, min(BINS, T) + 1).astype(int)
     curve: dict[str, list] = {"positions": ((edges[:-1] + edges[1:]) / 2).tolist()}
-    for name, model in models.items():
-        losses = loss_by_position(model, blocks, scores.dtype)
+    version = f"loss by position, held-out text of {subject.corpus.name}"
+    for name, model in subject.models.items():
+        losses = block_scores(model, blocks)[0].mean(0)  # [T]
         curve[name] = [float(losses[a:b].mean()) for a, b in itertools.pairwise(edges)]
         for a, b in itertools.pairwise(cuts):
-            row, items = f"loss in {a / native:g}-{b / native:g}x", (b - a) * len(blocks)
-            value = float(losses[a:b].mean())
-            scores.add(name, row, value, items=items, blocks=len(blocks), **facts)
-    return curve
+            about = {"items": (b - a) * n, "blocks": n, "version": version, "seed": None}
+            row = f"loss in {a / native:g}-{b / native:g}x"
+            scores.add(name, row, losses[a:b].mean(), **about)
+    scores.more["positions"] = curve
+    scores.draw("positions", pictures.positions, curve, native)

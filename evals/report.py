@@ -14,6 +14,7 @@ report.json, all keys (SCHEMA counts changes that break a reader):
     about       {command, seed, dtype, torch, python, device, threads, seconds}
     facts       {figure: {version, items, seed, dtype, command, stderr: {model: error}, ...}}
     retention   {figure: {items, seed, resamples, kept, recovered}}, retention.py says of what
+    seconds     {part of a training run: seconds}, "all" among them (engine/timing.py)
     missing     [what was asked for and left out, and why]
     positions   {positions: [tokens], model: [loss in nats]}                       of --positions
     passkey     {lengths, depths, model: [depth][length] share found}              of --passkey
@@ -28,15 +29,16 @@ Limits.  `error` says how far other items would move a figure, not another train
 import json
 import math
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
 from evals import pictures
-from evals.retention import AVERAGED, TEACHER, UNTRAINED, recovered
+from evals.retention import LOSS, TEACHER, UNTRAINED, recovered
 
-__all__ = ["Scores", "averages", "recovered", "render", "summary", "table", "write"]
 SCHEMA = 2
 
 
@@ -47,26 +49,41 @@ class Scores:
     columns: dict[str, dict[str, float]]
     dtype: torch.dtype = torch.float32
     command: str = ""
+    out: Any = None  # what has write(name, data), or None
+    predictions: bool = False  # also write every item's scores
     facts: dict[str, dict] = field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # row, column: [items]
-    aloud: bool = False  # say each figure on standard error as it is added
+    retention: dict[str, dict] = field(default_factory=dict)  # of retention.py
+    more: dict = field(default_factory=dict)  # further keys of report.json
+    notes: list[str] = field(default_factory=list)  # paragraphs below the table
 
     def add(
-        self, column: str, row: str, value: float, *, error=None, values=None, items=None, **facts
+        self, column: str, row: str, value=None, *, error=None, values=None, items=None, **facts
     ) -> None:
-        """One figure. values: the items' own, whose mean it is; facts: version, seed and so on."""
-        self.columns[column][row] = float(value)
-        if self.aloud:
-            print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
+        """One figure, which is also printed on standard error.
+
+        values: of each item, which give the value and its error where these are not given;
+        facts: version, seed and so on.
+        """
         if values is not None:
             self.values.setdefault(row, {})[column] = values
-            items = len(values)
-            if error is None and items > 1:
-                error = float(np.std(values, ddof=1) / items**0.5)
+            mean, error = mean_and_error(row, values)
+            value, items = mean if value is None else value, len(values)
+        self.columns[column][row] = float(value)
+        print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
         dtype = str(self.dtype).removeprefix("torch.")
         fixed = {"items": items, "dtype": dtype, "command": self.command, "stderr": {}}
         about = self.facts.setdefault(row, facts | fixed)
         about["stderr"][column] = None if error is None else float(error)
+
+    def write_items(self, name: str, rows: Iterable[dict]) -> None:
+        if self.out and self.predictions:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            self.out.write(f"predictions/{name}.jsonl", "".join(lines))
+
+    def draw(self, name: str, picture: Callable[..., bytes], *values) -> None:
+        if self.out:
+            self.out.write(f"{name}.png", picture(*values))
 
     def flat(self) -> list[dict]:
         """The figures as rows of one table, every value a number, a text or None."""
@@ -74,39 +91,25 @@ class Scores:
         for column, figures in self.columns.items():
             for row, value in figures.items():
                 about = self.facts.get(row, {})
-                known = {key: about.get(key) for key in ("items", "version", "seed", "dtype")}
                 error = about.get("stderr", {}).get(column)
-                out.append(
-                    {"model": column, "figure": row, "value": value, "error": error, **known}
-                )
+                each = {"model": column, "figure": row, "value": value, "error": error}
+                keys = ("items", "version", "seed", "dtype")
+                out.append(each | {key: about.get(key) for key in keys})
         return out
 
 
-def summary(values: dict[str, np.ndarray]) -> dict[str, tuple[float, float | None]]:
-    """{row: (figure, its standard error)} of per-item values; one item has no error.
+def mean_and_error(row: str, x: np.ndarray) -> tuple[float, float | None]:
+    """(figure, its standard error) of x [items] or [items, tokens]; one item has no error.
 
     error(mean) = sample deviation / sqrt(items)
-    error(perplexity) = perplexity * error(mean), by its slope
+    error(perplexity) = perplexity * error(mean), by its slope; x are log-probabilities
     """
-    out = {}
-    for row, x in values.items():
-        mean = float(x.mean())
-        error = float(x.std(ddof=1) / len(x) ** 0.5) if len(x) > 1 else None
-        if row.endswith("perplexity"):
-            mean = float(np.exp(min(-mean, 700.0)))
-            error = error if error is None else mean * error
-        out[row] = (mean, error)
-    return out
-
-
-def averages(column: dict[str, float]) -> dict[str, float]:
-    """{"average accuracy": ..., "average accuracy normed": ...}, of two or more tasks each."""
-    out = {}
-    for kind in AVERAGED:
-        found = [value for row, value in column.items() if row.endswith(f", {kind}")]
-        if len(found) > 1:
-            out[f"average {kind}"] = sum(found) / len(found)
-    return out
+    mean, n = float(x.mean()), len(x)
+    error = float(x.reshape(n, -1).mean(1).std(ddof=1) / n**0.5) if n > 1 else None
+    if "perplexity" in row:
+        mean = float(np.exp(min(-mean, 700.0)))
+        error = error and mean * error
+    return mean, error
 
 
 # ---------------------------------------------------------------- text
@@ -124,38 +127,29 @@ def table(columns: dict[str, dict[str, float]], shares: dict[str, float]) -> str
     return _aligned(rows)
 
 
-def retention_table(kept: dict[str, dict]) -> str:
-    """What `retention` found, in Markdown."""
-    names = list(next(iter(kept.values()))["kept"])
-    rows = [["", "items"]]
-    for name in names:
-        head = f"{name}: " if len(names) > 1 else ""
-        rows[0] += [f"{head}kept of the teacher [95 %]", f"{head}recovered [95 %]"]
-    for row, found in kept.items():
-        rows.append([row, str(found["items"])])
-        for name in names:
-            rows[-1] += [
-                _interval(found["kept"][name], "-"),
-                _interval(found["recovered"].get(name), "none lost, or within noise"),
-            ]
-    said = []
-    if any("perplexity" in row for row in kept):
-        said.append("A perplexity's share kept is the teacher's perplexity over the student's.")
-    if any(cell == "-" for row in rows[1:] for cell in row):
-        said.append("-: the teacher's own score is within noise of 0.")
-    return "\n\n".join([_aligned(rows), *([" ".join(said)] if said else [])])
+def retention_table(retention: dict[str, dict]) -> str:
+    """What `retention` found of the student, in Markdown."""
+    rows = [["", "items", "kept of the teacher [95 %]", "recovered [95 %]"]]
+    for row, found in retention.items():
+        (share,), (won,) = found["kept"].values(), found["recovered"].values()
+        won = _interval(won, "none lost, or within noise")
+        rows.append([row, str(found["items"]), _interval(share, "-"), won])
+    notes = []
+    if any("perplexity" in row for row in retention):
+        notes.append("A perplexity's share kept is the teacher's perplexity over the student's.")
+    if any(row[2] == "-" for row in rows):
+        notes.append("-: the teacher's own score is within noise of 0.")
+    return "\n\n".join([_aligned(rows), *([" ".join(notes)] if notes else [])])
 
 
-def nothing_lost(columns: dict[str, dict[str, float]], row: str = "loss at 1x") -> str | None:
+def nothing_lost(columns: dict[str, dict[str, float]]) -> str | None:
     """Why no share of the lost loss is given, where none is."""
-    if not {TEACHER, UNTRAINED} <= set(columns) or row not in columns[TEACHER]:
+    teacher, untrained = (columns.get(name, {}).get(LOSS) for name in (TEACHER, UNTRAINED))
+    if teacher is None or untrained is None or recovered(columns):
         return None
-    if recovered(columns, row):
-        return None
-    top, bottom = columns[TEACHER][row], columns[UNTRAINED][row]
     return (
-        f"Nothing was measurably lost at 1x (teacher {top:.3f}, untrained {bottom:.3f} nats), so "
-        "no share of it can have been recovered."
+        f"Nothing was measurably lost at 1x (teacher {teacher:.3f}, untrained {untrained:.3f} "
+        "nats), so no share of it can have been recovered."
     )
 
 
@@ -203,49 +197,33 @@ def _figure(key: str, value: float | None) -> str:
 # ---------------------------------------------------------------- files
 
 
-def write(out, columns: dict[str, dict[str, float]], shares: dict[str, float], about: dict) -> str:
-    """Writes report.json, .md and .png by out.write(name, data); returns the table."""
-    return render(out, Scores(columns), shares, about)
+def write(out, columns: dict[str, dict[str, float]], about: dict, more: dict | None = None) -> str:
+    """Writes report.json, .md and .png by out.write(name, data); returns the table.
 
-
-def render(
-    out,
-    scores: Scores,
-    shares: dict[str, float],
-    about: dict,
-    *,
-    kept: dict | None = None,
-    more: dict | None = None,
-    notes: list[str] | tuple = (),
-) -> str:
-    """The Markdown of a whole evaluation; also written, with JSON and picture, where `out` is one.
-
-    out: None, or what has write(name, data); kept: what `retention` found; more: further keys of
-    the JSON; notes: paragraphs below the table.
+    more: further keys of the JSON.
     """
-    columns = scores.columns
+    return render(Scores(columns, out=out, more=more or {}), about)
+
+
+def render(scores: Scores, about: dict) -> str:
+    """The Markdown of a whole evaluation; also written, with JSON and picture, to scores.out."""
+    columns, shares = scores.columns, recovered(scores.columns)
     parts = [table(columns, shares)] if any(columns.values()) else []
     parts += [why] if (why := nothing_lost(columns)) else []
-    parts += [retention_table(kept)] if kept else []
-    text = "\n\n".join([*parts, *notes])
-    if out:
-        body = _body(scores, shares, about, kept) | (more or {})
-        out.write("report.json", _json(body))
-        out.write("report.md", text + "\n")
-        rows = _rows(columns)
+    parts += [retention_table(scores.retention)] if scores.retention else []
+    text = "\n\n".join([*parts, *scores.notes])
+    if scores.out:
+        rows = {row: {name: columns[name].get(row) for name in columns} for row in _rows(columns)}
+        body = {"schema": SCHEMA, "columns": list(columns), "rows": rows, "figures": scores.flat()}
+        body |= {"recovered": shares, "about": about}
+        body |= {"facts": scores.facts} if scores.facts else {}
+        body |= {"retention": scores.retention} if scores.retention else {}
+        scores.out.write("report.json", _json(body | scores.more))
+        scores.out.write("report.md", text + "\n")
         losses = [row for row in rows if row.startswith("loss")]
         percent = [row for row in rows if is_share(row)]
-        out.write("report.png", pictures.bars(columns, losses, percent, shares, kept or {}))
+        scores.draw("report", pictures.bars, columns, losses, percent, shares, scores.retention)
     return text
-
-
-def _body(scores: Scores, shares: dict[str, float], about: dict, kept: dict | None) -> dict:
-    columns = scores.columns
-    rows = {row: {name: columns[name].get(row) for name in columns} for row in _rows(columns)}
-    body = {"schema": SCHEMA, "columns": list(columns), "rows": rows, "figures": scores.flat()}
-    body |= {"recovered": shares, "about": about}
-    body |= {"facts": scores.facts} if scores.facts else {}
-    return body | ({"retention": kept} if kept else {})
 
 
 def _json(body: dict) -> str:

@@ -36,20 +36,21 @@ import numpy as np
 TEACHER, UNTRAINED = "teacher", "untrained"
 RESAMPLES = 1000
 AVERAGED = ("accuracy", "accuracy normed")  # the figures that are also averaged over tasks
+LOSS = "loss at 1x"
 LOST = 0.01  # nats at 1x: a smaller loss of the untrained student is within what other text gives
 
 
-def recovered(columns: dict[str, dict[str, float]], row: str) -> dict[str, float]:
+def recovered(columns: dict[str, dict[str, float]]) -> dict[str, float]:
     """{column: share of the lost loss won back}, for all columns but teacher and untrained.
 
-    1: as good as the teacher. Empty where the untrained student lost less than LOST nats: the share
-    would be one noise over another.
+    1: as good as the teacher. Empty where those two are not there, and where the untrained student
+    lost less than LOST nats: the share would be one noise over another.
     """
-    top, bottom = columns[TEACHER][row], columns[UNTRAINED][row]
-    if not bottom - top >= LOST:
+    top, bottom = (columns.get(name, {}).get(LOSS) for name in (TEACHER, UNTRAINED))
+    if top is None or bottom is None or not bottom - top >= LOST:
         return {}
     rest = [name for name in columns if name not in (TEACHER, UNTRAINED)]
-    return {name: (bottom - columns[name][row]) / (bottom - top) for name in rest}
+    return {name: (bottom - columns[name][LOSS]) / (bottom - top) for name in rest}
 
 
 def retention(values: dict[str, dict[str, np.ndarray]], seed: int = 0) -> dict[str, dict]:
@@ -85,20 +86,17 @@ def _resampled(results: np.ndarray, seed: int, row: str) -> np.ndarray:
 
 def _shares(means: np.ndarray, names: list[str], row: str) -> dict[str, dict]:
     """means [1 + RESAMPLES, columns] -> kept and recovered of one row."""
-    teacher = means[:, names.index(TEACHER)]
-    untrained = means[:, names.index(UNTRAINED)] if UNTRAINED in names else None
+    teacher, untrained = (means[:, names.index(name)] for name in (TEACHER, UNTRAINED))
+    lost = np.percentile((teacher - untrained)[1:], 2.5) > 0
     out: dict[str, dict] = {"kept": {}, "recovered": {}}
-    for i, name in enumerate(names):
+    for name, student in zip(names, means.T, strict=True):
         if name in (TEACHER, UNTRAINED):
             continue
-        student = means[:, i]
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             kept = np.exp(student - teacher) if row.endswith("perplexity") else student / teacher
-            share = None if untrained is None else (student - untrained) / (teacher - untrained)
+            share = (student - untrained) / (teacher - untrained)
         out["kept"][name] = _interval(kept)
-        if untrained is not None:
-            lost = np.percentile((teacher - untrained)[1:], 2.5)
-            out["recovered"][name] = _interval(share) if lost > 0 else None
+        out["recovered"][name] = _interval(share) if lost else None
     return out
 
 

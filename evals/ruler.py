@@ -6,24 +6,19 @@ and answer fill the length that is tested, counted by the model's own tokenizer:
     niah_*   needles ("One of the special magic numbers for KEY is: VALUE.") in noise, in essays,
              among other needles
     vt       variable tracking: a chain X = 12345, Y = X, ... in noise, after one worked example
-    cwe fwe  the most common words of a numbered list; the most frequent coded words of a
-             zeta-distributed text
+    cwe fwe  the most common words of a numbered list; of a zeta-distributed text of coded words
     qa_1 2   a SQuAD or HotpotQA question whose paragraph stands among other paragraphs
-    passkey  "The pass key is 31415" in noise; sample i at depth i mod 32 of 32 even ones (or as
-             many as there are samples)
+    passkey  "The pass key is 31415" in noise, at up to 32 even depths in turn
 
-How it is computed.  The templates and the scores are ruler_tasks.py, the draws ruler_draw.py, the
-word lists and essays ruler_data.py. The same inputs give NVIDIA's prompts byte for byte.
+How it is computed.  Templates and scores are ruler_tasks.py, the draws ruler_draw.py, words, essays
+and questions ruler_data.py, which says where each file comes from; vt, fwe and niah_multikey_3 need
+none. The same inputs give NVIDIA's prompts byte for byte; where word lists or essays are absent,
+`Sample.variant` says "not RULER's", and why.
 
     tokens(prompt + answer_prefix) + max_new_tokens <= length
 
-`tokenizer_len` counts what the model is fed. RULER counts without BOS: count one more if your model
-is given one and has no position beyond `length`.
-
-Data.  vt, fwe and niah_multikey_3 need none. The rest reads `data_dir`, under the names in
-ruler_data.FILES, which says where each comes from. Without these files the word tasks use a short
-list of their own and the essay tasks noise, and `Sample.variant` says "not RULER's"; qa_1 and qa_2
-cannot be made (`missing` says what to get).
+RULER counts without BOS: count one more if your model is given one and has no position beyond
+`length`.
 
 Limits.  Prompts for base models only (no chat templates). Where RULER tries for ever, at a length
 too short, and where the third answer of fwe would not occur, a ValueError names the least length
@@ -38,8 +33,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evals.ruler_data import FILES, folder_of
-from evals.ruler_draw import RECIPES, TooLittle, World, coded_words, sized
+from evals.ruler_draw import RECIPES, Setup, TooLittle, coded_words, sized
 from evals.ruler_tasks import NOISE, named
+from hub.tokenizer import Tokenizer
 
 
 class TooShort(ValueError):
@@ -83,21 +79,39 @@ def generate(
         raise ValueError(f"tokenizer_len counts {tokenizer_len(NOISE)} tokens in {NOISE!r}")
     if why := missing(task, data_dir):
         raise FileNotFoundError(why)
-    world = World(length, samples, tokenizer_len, seed, folder_of(data_dir))
+    setup = Setup(length, samples, tokenizer_len, seed, folder_of(data_dir))
     try:
         if row.kind == "fwe":
-            made = coded_words(row, world)
+            made = coded_words(row, setup)
         else:
-            recipe = RECIPES[row.kind](row, world)
-            made = sized(recipe, world.count, length, samples, row.max_new_tokens)
+            recipe = RECIPES[row.kind](row, setup)
+            made = sized(recipe, setup.count, length, samples, row.max_new_tokens)
     except TooLittle as short:
         least = f"with this tokenizer the least that works is {short}"
         raise TooShort(f"length {length} cannot hold {task}: {least}") from None
-    variant = f"not RULER's: {', '.join(world.notes)}" if world.notes else row.version
+    variant = f"not RULER's: {', '.join(setup.notes)}" if setup.notes else row.version
     return [
         Sample(task, index, prompt, prefix, outputs, row.max_new_tokens, tokens, depth, variant)
         for index, (tokens, prompt, prefix, outputs, depth) in enumerate(made)
     ]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What every model is asked: `samples` prompts of each (length, task) of `able`."""
+
+    tokenizer: Tokenizer
+    able: list[tuple[int, str]]
+    samples: int
+    seed: int
+    folder: Path | None = None  # of RULER's data
+
+    def make(self, task: str, length: int, samples: int | None = None) -> list[Sample]:
+        def count(text: str) -> int:
+            return len(self.tokenizer.encode(text))
+
+        samples = samples or self.samples
+        return generate(task, length, samples, count, seed=self.seed, data_dir=self.folder)
 
 
 def missing(task: str, data_dir: str | Path | None = None) -> str | None:

@@ -1,14 +1,9 @@
 """RULER's data on disk: word lists, essays and question sets, read as NVIDIA's scripts read them.
 
-What.  ruler.py asks for words, for the first n words of the essays, and for questions with their
-paragraphs. They come from a folder, under the names in FILES, which says where each is to be had.
-Without the word lists OWN_WORDS stands in, without the essays the caller's noise; each stand-in
-leaves a note, from which ruler.py names the variant.
-
-How it is computed.  A key of two words is drawn from the sorted set of all adjective-noun pairs,
-millions of strings; `Pairs` makes the i-th one alone. RULER splits the essays into sentences with
-nltk, whose answer changes with its version, so the split is a file too: FILES has the command that
-writes it.
+FILES says under which names they lie in a folder, and where each is to be had. Without the word
+lists STAND_INS stands in, without the essays the caller's noise; each stand-in leaves a note, from
+which ruler.py names the variant. RULER splits the essays into sentences with nltk, whose answer
+changes with its version, so the split is a file too: FILES has the command that writes it.
 
 Limits.  Files are read anew by every task. A malformed one ends in a ValueError that names the line
 or the row.
@@ -33,14 +28,14 @@ FILES = {
     "verblist.txt": WONDERWORDS,
     "english_words.json": f"{RULER_JSON}, fetched with git-lfs (cwe at great lengths only)",
     "PaulGrahamEssays.json": f"running download_paulgraham_essay.py in {RULER_JSON}",
-    SENTENCES: 'running, beside the essays, python -c "import json, re, nltk; '
+    SENTENCES: 'running, in the folder of the essays, python -c "import json, re, nltk; '
     "t = json.load(open('PaulGrahamEssays.json'))['text']; "
     f"json.dump(nltk.sent_tokenize(re.sub(r'\\s+', ' ', t).strip()), open('{SENTENCES}', 'w'))\"",
     "squad.json": "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json, renamed",
     "hotpotqa.json": "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/"
     "7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json, renamed",
 }
-OWN_WORDS = {  # the stand-ins where the word lists are absent
+STAND_INS = {  # where the word lists are absent
     "adjectivelist.txt": """
         amber ancient bitter brave brief bright broken calm careful cheap clever cold common crisp
         crooked damp dark deep distant dry dusty early empty faint fair famous fierce flat fresh
@@ -87,26 +82,27 @@ def _json(path: Path):
 
 
 def words_of(folder: Path | None, notes: list[str], *names: str) -> list[list[str]]:
-    """The named lists of data_dir, or OWN_WORDS, and a note, where it has none of them.
+    """The named lists of data_dir, or STAND_INS, and a note, where it has none of them.
 
     Raises FileNotFoundError where it lacks some of them, ValueError for a blank line.
     """
     absent = [name for name in names if not (folder and (folder / name).is_file())]
     if len(absent) == len(names):
         notes.append("own words")
-        return [OWN_WORDS[name].split() for name in names]
+        return [STAND_INS[name].split() for name in names]
     if absent:
         raise FileNotFoundError(
             f"data_dir {folder} lacks {absent[0]}: get it from {FILES[absent[0]]}"
         )
-    lists = []
-    for path in (folder / name for name in names):
-        lists.append([line.rstrip() for line in _text(path).removesuffix("\n").split("\n")])
-        if "" in lists[-1]:
-            raise ValueError(
-                f"{path}, line {lists[-1].index('') + 1}: a word is expected, the line is blank"
-            )
-    return lists
+    return [_words(folder / name) for name in names]
+
+
+def _words(path: Path) -> list[str]:
+    words = [line.rstrip() for line in _text(path).removesuffix("\n").split("\n")]
+    if "" in words:
+        line = words.index("") + 1
+        raise ValueError(f"{path}, line {line}: a word is expected, the line is blank")
+    return words
 
 
 def english_of(
@@ -131,10 +127,7 @@ def english_of(
 
 
 class Pairs(Sequence):
-    """sorted({f"{a}-{b}"}) without holding its millions of strings.
-
-    Blocks in order, each made when it is asked for.
-    """
+    """sorted({f"{a}-{b}"}) without holding its millions of strings: a block for each `a`."""
 
     def __init__(self, firsts: list[str], seconds: list[str]):
         self.seconds, self.blocks = sorted(set(seconds)), []
@@ -143,12 +136,13 @@ class Pairs(Sequence):
                 self.blocks[-1].append(first)  # "blue-eyed" sorts among blue's pairs
             else:
                 self.blocks.append([first])
-        self.made = {i: self._make(block) for i, block in enumerate(self.blocks) if len(block) > 1}
+        self.made = {
+            i: sorted({f"{first}-{second}" for first in block for second in self.seconds})
+            for i, block in enumerate(self.blocks)
+            if len(block) > 1
+        }
         sizes = [len(self.made.get(i, self.seconds)) for i in range(len(self.blocks))]
         self.ends = np.cumsum(sizes).tolist()
-
-    def _make(self, block: list[str]) -> list[str]:
-        return sorted({f"{first}-{second}" for first in block for second in self.seconds})
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -156,11 +150,9 @@ class Pairs(Sequence):
     def __getitem__(self, i: int) -> str:
         block = bisect_right(self.ends, i)
         i -= self.ends[block - 1] if block else 0
-        return (
-            self.made[block][i]
-            if block in self.made
-            else f"{self.blocks[block][0]}-{self.seconds[i]}"
-        )
+        if block in self.made:
+            return self.made[block][i]
+        return f"{self.blocks[block][0]}-{self.seconds[i]}"
 
 
 def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str]] | None:
@@ -173,13 +165,10 @@ def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str
         notes.append("noise haystack")
         return None
     essays = _json(path)
-    if (
-        not isinstance(essays, dict)
-        or not isinstance(essays.get("text"), str)
-        or not essays["text"].strip()
-    ):
+    text = essays.get("text") if isinstance(essays, dict) else None
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{path}: {{"text": "..."}} is expected')
-    text = re.sub(r"\s+", " ", essays["text"])
+    text = re.sub(r"\s+", " ", text)
     ends = [gap.start() for gap in re.finditer(" ", text)] + [len(text)]  # of each word
     split = folder / SENTENCES
     if split.is_file():
@@ -197,59 +186,52 @@ def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str
     def first(words: int) -> list[str]:
         rounds, rest = divmod(words, len(ends))
         cut = ends[rest - 1] if rest else 0
-        part = sentences[: bisect_left(starts, cut)]
-        if part:
-            part[-1] = part[-1][: cut - starts[len(part) - 1]]
-        return sentences * rounds + part
+        tail = sentences[: bisect_left(starts, cut)]
+        if tail:
+            tail[-1] = tail[-1][: cut - starts[len(tail) - 1]]
+        return sentences * rounds + tail
 
     return first
 
 
-# A question: its text, the answers, the numbers of its own documents and of its article's others.
-Question = tuple[str, list[str], list[int], list[int]]
+# A question: its text, the answers, the documents that answer it, and others of the same article.
+Question = tuple[str, list[str], list[str], list[str]]
 
 
 def squad(path: Path) -> tuple[list[Question], list[str]]:
     """(questions, documents) of SQuAD v2's dev set. ValueError naming the row that is malformed."""
-    rows, related, where = [], [], "the file"
+    questions, documents, where = [], set(), "the file"
     try:
         for a, article in enumerate(_json(path)["data"]):
             where = f"data[{a}]"
-            related.append([paragraph["context"] for paragraph in article["paragraphs"]])
+            texts = [paragraph["context"] for paragraph in article["paragraphs"]]
+            documents.update(texts)
             for p, paragraph in enumerate(article["paragraphs"]):
+                others = [text for text in texts if text != texts[p]]
                 for q, qa in enumerate(paragraph["qas"]):
                     where = f"data[{a}].paragraphs[{p}].qas[{q}]"
-                    if not qa["is_impossible"]:
-                        answers = [answer["text"] for answer in qa["answers"]]
-                        rows.append((qa["question"], answers, paragraph["context"], a, where))
-        where = "the file"
-        number = {
-            text: i for i, text in enumerate(sorted({text for texts in related for text in texts}))
-        }
+                    if qa["is_impossible"]:
+                        continue
+                    answers = [answer["text"] for answer in qa["answers"]]
+                    if not answers:
+                        raise ValueError(
+                            f"{path}, {where}: no answers, though is_impossible is false"
+                        )
+                    questions.append((qa["question"], answers, [texts[p]], others))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}, {where}: not a SQuAD row ({error!r})") from None
-    questions = []
-    for query, answers, own, article, where in rows:
-        if not answers:
-            raise ValueError(f"{path}, {where}: no answers, though is_impossible is false")
-        others = [number[text] for text in related[article] if text != own]
-        questions.append((query, answers, [number[own]], others))
-    return questions, list(number)
+    return questions, sorted(documents)
 
 
 def hotpotqa(path: Path) -> tuple[list[Question], list[str]]:
     """(questions, documents) of HotpotQA's distractor set. ValueError naming a malformed row."""
-    rows, where = [], "the file"
+    questions, documents, where = [], set(), "the file"
     try:
         for i, row in enumerate(_json(path)):
             where = f"row {i + 1}"
             texts = [f"{title}\n{''.join(sentences)}" for title, sentences in row["context"]]
-            rows.append((row["question"], [row["answer"]], texts))
+            documents.update(texts)
+            questions.append((row["question"], [row["answer"]], texts, []))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}, {where}: not a HotpotQA row ({error!r})") from None
-    number = {
-        text: i for i, text in enumerate(sorted({text for *_, texts in rows for text in texts}))
-    }
-    return [
-        (query, answers, [number[text] for text in texts], []) for query, answers, texts in rows
-    ], list(number)
+    return questions, sorted(documents)

@@ -1,21 +1,18 @@
 """How a RULER question is drawn: haystack, needles, answers, and the search for the right size.
 
-What.  A recipe of every kind of task (RECIPES; fwe, which has no haystack, is `coded_words`): given
-a number of haystack units (lines, essay words, listed words, documents) it draws a prompt and its
-answers.
-
 How it is computed.  As NVIDIA's scripts do, from a Random(seed) and a RandomState(seed) that are
-drawn from in the same order. A binary search over fresh draws finds the most units with
+drawn from in the same order. A recipe draws a prompt and its answers around a number of haystack
+units (lines, essay words, listed words, documents). A binary search over fresh draws finds the most
+units with
 
     tokens(prompt + answer_prefix) + max_new_tokens <= length                                  (1)
 
-then each sample is drawn anew and, where it breaks (1), again with `step` fewer units. (fwe: words
-are added, and on overflow taken away, a 32nd of the length at a time.)
+then each sample is drawn anew and, where it breaks (1), again with `step` fewer units. fwe has no
+haystack: words are added, and on overflow taken away, a 32nd of the length at a time.
 
-Limits.  A draw that must not change is any: the golden digests of tests/test_ruler.py hold each.
+Limits.  No draw may change: the golden digests of tests/test_ruler.py hold each.
 
-Source.  github.com/NVIDIA/RULER at c3f5e3b, scripts/data/synthetic; the passkey test:
-ruler_tasks.py.
+Source.  github.com/NVIDIA/RULER at c3f5e3b, scripts/data/synthetic.
 """
 
 import itertools
@@ -35,9 +32,7 @@ import numpy as np
 from evals.ruler_data import Pairs, english_of, essays_of, hotpotqa, squad, words_of
 from evals.ruler_tasks import NEEDLE, NOISE, Task
 
-DEPTHS = [
-    round(float(depth)) for depth in np.linspace(0, 100, num=40)
-]  # percent of an essay's sentences
+PERCENT = [round(float(p)) for p in np.linspace(0, 100, num=40)]  # depths, in an essay's sentences
 TRIES = 500  # draws of a sample at the smallest haystack until one fits: RULER draws for ever
 HOPELESS = 50  # of them while all are over by an eighth
 
@@ -46,7 +41,7 @@ Drawn = tuple[str, str, list[str], float | None]
 
 
 @dataclass
-class World:
+class Setup:
     """What every recipe draws from: private random states, and notes about the data."""
 
     length: int
@@ -55,21 +50,16 @@ class World:
     seed: int
     folder: Path | None
     notes: list[str] = field(default_factory=list)
-    rng: random.Random = field(init=False)
-    np_rng: np.random.RandomState = field(init=False)
 
     def __post_init__(self):
         self.rng = random.Random(self.seed)
         self.np_rng = np.random.RandomState(self.seed)
+        self.short = self.length < 4096
 
     def shuffled(self, items: list) -> list:
         # RULER shuffles every list with the first seed anew
         random.Random(self.seed).shuffle(items)
         return items
-
-    @property
-    def short(self) -> bool:
-        return self.length < 4096
 
 
 @dataclass(frozen=True)
@@ -132,17 +122,17 @@ def _largest(recipe: Recipe, count: Callable, length: int, budget: int) -> int:
 # The recipes, one a kind
 
 
-def _niah(row: Task, world: World) -> Recipe:
-    rng, words = world.rng, ()
+def _niah(row: Task, setup: Setup) -> Recipe:
+    rng, words = setup.rng, ()
     if "words" in (row.key, row.value):
-        nouns, adjectives = words_of(world.folder, world.notes, "nounlist.txt", "adjectivelist.txt")
+        nouns, adjectives = words_of(setup.folder, setup.notes, "nounlist.txt", "adjectivelist.txt")
         words = Pairs(adjectives, nouns)
     draw = {
         "words": lambda: rng.choice(words),
         "numbers": lambda: str(rng.randint(10**6, 10**7 - 1)),
         "uuids": lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
     }
-    essay = essays_of(world.folder, world.notes) if row.haystack == "essay" else None
+    essay = essays_of(setup.folder, setup.notes) if row.haystack == "essay" else None
     one = row.queries * row.values == 1
     template, prefix = (_singular(t) if one else t for t in (row.template, row.answer_prefix))
     kind = row.value[:-1] if one else row.value
@@ -150,37 +140,34 @@ def _niah(row: Task, world: World) -> Recipe:
     def needle(key: str, value: str) -> str:
         return NEEDLE.format(type_needle_v=row.value, key=key, value=value)
 
+    def hidden(units: int, needles: list[str]) -> str:
+        if essay:
+            return _at_depths(essay(units), needles, rng)
+        units = max(units, len(needles))
+        lines = [NOISE] * units
+        if row.haystack == "needle":
+            lines = [needle(draw[row.key](), draw[row.value]()) for _ in range(units)]
+        spots = sorted(rng.sample(range(units), len(needles)), reverse=True)
+        for spot, line in zip(spots, needles, strict=True):
+            lines.insert(spot, line)
+        return "\n".join(lines)
+
     def make(units: int, index: int | None) -> Drawn:
         keys, values, needles = [], [], []
         for _ in range(row.keys):
             keys.append(draw[row.key]())
             values.append([draw[row.value]() for _ in range(row.values)])
             needles += [needle(keys[-1], value) for value in values[-1]]
-        world.shuffled(needles)
-        if essay:
-            context = _at_depths(essay(units), needles, rng)
-        else:
-            units = max(units, len(needles))
-            lines = [NOISE] * units
-            if row.haystack == "needle":
-                lines = [needle(draw[row.key](), draw[row.value]()) for _ in range(units)]
-            spots = sorted(rng.sample(range(units), len(needles)), reverse=True)
-            for spot, line in zip(spots, needles, strict=True):
-                lines.insert(spot, line)
-            context = "\n".join(lines)
+        context = hidden(units, setup.shuffled(needles))
         asked = rng.sample(range(row.keys), row.queries)
         outputs = [value for i in asked for value in values[i]]
         *first, last = (keys[i] for i in asked)
         query = f"{', '.join(first)}, and {last}" if first else last
         prompt = template.format(type_needle_v=kind, context=context, query=query)
-        return (
-            prompt,
-            prefix.format(type_needle_v=kind, query=query),
-            outputs,
-            prompt.find(outputs[0]) / len(prompt),
-        )
+        answer_prefix = prefix.format(type_needle_v=kind, query=query)
+        return prompt, answer_prefix, outputs, prompt.find(outputs[0]) / len(prompt)
 
-    step = 500 if essay else 5 if world.short else 25
+    step = 500 if essay else 5 if setup.short else 25
     return Recipe(make, step, probe=step)
 
 
@@ -191,7 +178,7 @@ def _singular(template: str) -> str:
 
 
 def _at_depths(sentences: list[str], needles: list[str], rng: random.Random) -> str:
-    depths = rng.sample(DEPTHS, len(needles))
+    depths = rng.sample(PERCENT, len(needles))
     cuts = [0, *sorted(int(len(sentences) * (depth / 100)) for depth in depths), len(sentences)]
     parts = []
     for i, (start, end) in enumerate(pairwise(cuts)):
@@ -199,14 +186,14 @@ def _at_depths(sentences: list[str], needles: list[str], rng: random.Random) -> 
     return " ".join(parts)
 
 
-def _vt(row: Task, world: World, hops: int = 4) -> Recipe:
-    rng = world.rng
+def _vt(row: Task, setup: Setup, hops: int = 4) -> Recipe:
+    rng = setup.rng
 
     def letters(k: int) -> str:
         return "".join(rng.choices(string.ascii_uppercase, k=k))
 
     def number() -> str:
-        return str(world.np_rng.randint(10000, 99999))
+        return str(setup.np_rng.randint(10000, 99999))
 
     def ask(units: int, k: int) -> Drawn:
         names = [letters(k) for _ in range(hops + 1)]
@@ -222,76 +209,114 @@ def _vt(row: Task, world: World, hops: int = 4) -> Recipe:
 
     worked = Recipe(lambda units, index: ask(units, 3), step=5, probe=5)
     try:
-        _, prompt, prefix, names, _ = sized(worked, world.count, length=500, samples=1, budget=0)[0]
-    except (
-        TooLittle
-    ):  # five noise lines are over 500 tokens with this tokenizer: RULER never returns; take them
+        _, prompt, prefix, names, _ = sized(worked, setup.count, length=500, samples=1, budget=0)[0]
+    except TooLittle:  # with this tokenizer RULER never returns: five lines are over 500 tokens
         prompt, prefix, names, _ = ask(5, 3)
     example = f"{prompt}{prefix} {' '.join(names)}\n"
 
     def make(units: int, index: int | None) -> Drawn:
         prompt, prefix, outputs, depth = ask(units, 5)
-        if index is None:
-            return prompt, prefix, outputs, depth
-        shown = example
-        for name in names:
-            shown = shown.replace(name, letters(len(name)))
-        return shown.replace("12345", number()) + "\n" + prompt, prefix, outputs, depth
+        if index is not None:
+            shown = example
+            for name in names:
+                shown = shown.replace(name, letters(len(name)))
+            prompt = shown.replace("12345", number()) + "\n" + prompt
+        return prompt, prefix, outputs, depth
 
-    step = 5 if world.short else 10
-    return Recipe(make, step, probe=step, extra=world.count(example))
+    step = 5 if setup.short else 10
+    return Recipe(make, step, probe=step, extra=setup.count(example))
 
 
-def _cwe(row: Task, world: World, common: int = 10) -> Recipe:
-    lists = words_of(world.folder, world.notes, "nounlist.txt", "adjectivelist.txt", "verblist.txt")
-    words = world.shuffled(sorted({word for one in lists for word in one}))
-    english = cache(lambda: english_of(world.folder, world.notes, lists, world.length))
+def _cwe(row: Task, setup: Setup, common: int = 10) -> Recipe:
+    lists = words_of(setup.folder, setup.notes, "nounlist.txt", "adjectivelist.txt", "verblist.txt")
+    words = setup.shuffled(sorted({word for one in lists for word in one}))
+    english = cache(lambda: english_of(setup.folder, setup.notes, lists, setup.length))
     # (words, times a common one is listed, times another): of the worked example, of the question
-    shown, asked = ((20, 3, 1), (6, 1)) if world.short else ((40, 10, 3), (30, 3))
+    shown, asked = ((20, 3, 1), (6, 1)) if setup.short else ((40, 10, 3), (30, 3))
 
-    def listed(units: int, often: int, seldom: int) -> tuple[str, list[str]]:
+    def numbered(words: list[str]) -> str:
+        return " ".join(f"{i + 1}. {word}" for i, word in enumerate(words))
+
+    def ask(units: int, often: int, seldom: int) -> tuple[str, list[str]]:
         pool = words if units <= len(words) else english()
         if units > len(pool):
             raise ValueError(
-                f"length {world.length}: cwe has {len(pool)} different words and needs {units}"
+                f"length {setup.length}: cwe has {len(pool)} different words and needs {units}"
             )
-        drawn = world.rng.sample(pool, units)
-        context = world.shuffled(drawn[:common] * often + drawn[common:] * seldom)
-        return _numbered(context), drawn[:common]
+        drawn = setup.rng.sample(pool, units)
+        listed = setup.shuffled(drawn[:common] * often + drawn[common:] * seldom)
+        return row.template.format(context=numbered(listed)), drawn[:common]
 
     def make(units: int, index: int | None) -> Drawn:
-        context, answer = listed(*shown)
-        example = row.template.format(context=context) + row.answer_prefix + " " + _numbered(answer)
-        context, answer = listed(units, *asked)
-        return (
-            example + "\n" + row.template.format(context=context),
-            row.answer_prefix,
-            answer,
-            None,
-        )
+        example, shown_answer = ask(*shown)
+        question, answer = ask(units, *asked)
+        example += f"{row.answer_prefix} {numbered(shown_answer)}\n"
+        return example + question, row.answer_prefix, answer, None
 
     return Recipe(make, step=10, probe=4096, slack=2)
 
 
-def _numbered(words: list[str]) -> str:
-    return " ".join(f"{i + 1}. {word}" for i, word in enumerate(words))
-
-
-def coded_words(row: Task, world: World) -> list[tuple]:
-    """[(tokens, prompt, prefix, references, depth)]"""
-    made = _coded(row, world, world.length, world.samples)
-    if made is None:
-        raise TooLittle(
-            next(
-                n for n in itertools.count(world.length + 1) if _coded(row, world, n, world.samples)
-            )
+def _qa(row: Task, setup: Setup) -> Recipe:
+    path = setup.folder / row.haystack
+    questions, documents = (squad if row.haystack == "squad.json" else hotpotqa)(path)
+    if setup.samples > len(questions):
+        raise ValueError(
+            f"samples {setup.samples}: {path} has {len(questions)} questions that can be answered"
         )
+
+    def make(units: int, index: int | None) -> Drawn:
+        query, outputs, answering, related = questions[index or 0]
+        more = max(0, units - len(answering))
+        if len(answering) + more >= len(documents):
+            units = len(answering) + more
+            chosen = (documents * (units // len(documents) + 1))[:units]
+        elif more > len(related):
+            taken = {*answering, *related}
+            others = [text for text in documents if text not in taken]
+            chosen = answering + related + setup.rng.sample(others, more - len(related))
+        else:
+            chosen = answering + setup.rng.sample(related, more)
+        listed = (f"Document {i + 1}:\n{text}" for i, text in enumerate(setup.shuffled(chosen)))
+        prompt = row.template.format(context="\n\n".join(listed), query=query)
+        return prompt, row.answer_prefix, outputs, None
+
+    return Recipe(make, step=10, probe=10)
+
+
+def _passkey(row: Task, setup: Setup) -> Recipe:
+    depths = np.linspace(0, 1, min(setup.samples, 32)).tolist()
+    sentences = re.findall(r"\S[^.]*\.", NOISE)
+
+    def noise(n: int) -> str:
+        return " ".join((sentences * (n // len(sentences) + 1))[:n])
+
+    def make(units: int, index: int | None) -> Drawn:
+        depth, key = depths[(index or 0) % len(depths)], setup.rng.randint(1, 50000)
+        before = round(units * depth)
+        prompt = row.template.format(before=noise(before), key=key, after=noise(units - before))
+        return prompt, row.answer_prefix, [str(key)], depth
+
+    return Recipe(make, step=1, probe=100)
+
+
+RECIPES = {"niah": _niah, "vt": _vt, "cwe": _cwe, "qa": _qa, "passkey": _passkey}
+
+
+# fwe, which has no haystack
+
+
+def coded_words(row: Task, setup: Setup) -> list[tuple]:
+    """[(tokens, prompt, prefix, references, depth)]"""
+    lengths = itertools.count(setup.length)
+    least, made = next((n, made) for n in lengths if (made := _coded(row, setup, n)))
+    if least > setup.length:
+        raise TooLittle(least)
     return made
 
 
-def _coded(row: Task, world: World, length: int, samples: int) -> list[tuple] | None:
+def _coded(row: Task, setup: Setup, length: int) -> list[tuple] | None:
     """None where `length` is too short for the third answer to occur."""
-    rng, room = random.Random(world.seed), length - row.max_new_tokens
+    rng, room = random.Random(setup.seed), length - row.max_new_tokens
     ranks, step = max(0, room // 50), room // 32
     if ranks < 4:
         return None
@@ -301,77 +326,26 @@ def _coded(row: Task, world: World, length: int, samples: int) -> list[tuple] | 
         words = set()
         while len(words) < ranks:
             words.add("".join(rng.choices(string.ascii_lowercase, k=6)))
-        return ["...", *world.shuffled(sorted(words))[1:]]  # the most frequent word is noise
+        return ["...", *setup.shuffled(sorted(words))[1:]]  # the most frequent word is noise
 
     def prompt(words: list[str], total: int) -> str:
         counts = (total * share / (math.pi**2 / 6)).astype(int)  # zeta(2) normalises k^-2
-        coded = world.shuffled(
-            [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
-        )
-        return row.template.format(context=" ".join(coded))
+        coded = [word for word, n in zip(words, counts, strict=True) for _ in range(n)]
+        return row.template.format(context=" ".join(setup.shuffled(coded)))
 
     def tokens(words: list[str], total: int) -> int:
-        return world.count(prompt(words, total) + row.answer_prefix)
+        return setup.count(prompt(words, total) + row.answer_prefix)
 
     words, total, made = vocabulary(), room // 6, []
     while tokens(words, total) < room:
         total += step
-    for _ in range(samples):
-        words, kept = vocabulary(), total - step
-        while (size := tokens(words, kept)) > room and kept >= 27:
-            kept -= step
+    for _ in range(setup.samples):
+        words, n = vocabulary(), total - step
+        while (size := tokens(words, n)) > room and n >= 27:
+            n -= step
         # 27 / 4^2 / zeta(2) > 1: the fewest words among which rank 4, the third answer, occurs
-        if kept < 27:
+        if n < 27:
             return None
-        made.append(
-            (size + row.max_new_tokens, prompt(words, kept), row.answer_prefix, words[1:4], None)
-        )
+        size += row.max_new_tokens
+        made.append((size, prompt(words, n), row.answer_prefix, words[1:4], None))
     return made
-
-
-def _qa(row: Task, world: World) -> Recipe:
-    path = world.folder / row.haystack
-    questions, documents = (squad if row.haystack == "squad.json" else hotpotqa)(path)
-    if world.samples > len(questions):
-        raise ValueError(
-            f"samples {world.samples}: {path} has {len(questions)} questions that can be answered"
-        )
-
-    def make(units: int, index: int | None) -> Drawn:
-        query, outputs, own, related = questions[index or 0]
-        units = max(units, len(own))
-        if units >= len(documents):
-            chosen = (documents * (units // len(documents) + 1))[:units]
-        elif units - len(own) > len(related):
-            taken = {*own, *related}
-            others = [i for i in range(len(documents)) if i not in taken]
-            chosen = [
-                documents[i]
-                for i in own + related + world.rng.sample(others, units - len(own) - len(related))
-            ]
-        else:
-            chosen = [documents[i] for i in own + world.rng.sample(related, units - len(own))]
-        world.shuffled(chosen)
-        context = "\n\n".join(f"Document {i + 1}:\n{document}" for i, document in enumerate(chosen))
-        return row.template.format(context=context, query=query), row.answer_prefix, outputs, None
-
-    return Recipe(make, step=10, probe=10)
-
-
-def _passkey(row: Task, world: World) -> Recipe:
-    depths = np.linspace(0, 1, min(world.samples, 32)).tolist()
-    sentences = re.findall(r"\S[^.]*\.", NOISE)
-
-    def noise(n: int) -> str:
-        return " ".join((sentences * (n // len(sentences) + 1))[:n])
-
-    def make(units: int, index: int | None) -> Drawn:
-        depth, key = depths[(index or 0) % len(depths)], world.rng.randint(1, 50000)
-        before = round(units * depth)
-        prompt = row.template.format(before=noise(before), key=key, after=noise(units - before))
-        return prompt, row.answer_prefix, [str(key)], depth
-
-    return Recipe(make, step=1, probe=100)
-
-
-RECIPES = {"niah": _niah, "vt": _vt, "cwe": _cwe, "qa": _qa, "passkey": _passkey}

@@ -1,20 +1,19 @@
 """RULER's thirteen tasks and the passkey test: their prompts, word for word, and their scores.
 
-What.  A task is one row of TASKS: which recipe of ruler.py draws it, what hides in which haystack,
-the template of the prompt, the first words of the answer, and the rule of the score:
+A task is one row of TASKS: which recipe of ruler_draw.py draws it, what hides in which haystack,
+the template of the prompt, the first words of the answer, and the score of a sample:
 
-    all      100 mean over samples of the share of references that the prediction contains
-    any      100 mean over samples of [it contains any reference]                         (qa)
-    number   100 mean over samples of [its first number is the key]                  (passkey)
+    all      the share of its references that the prediction contains
+    any      1 if it contains any reference                                               (qa)
+    number   1 if its first number is the key                                        (passkey)
 
-letter case ignored, control characters read as newlines, rounded to two decimals. RULER's own
-figure is the mean of the 13 scores, each of 500 samples at seed 42.
+letter case ignored, control characters read as newlines. A task's figure is 100 times the mean over
+samples, rounded to two decimals; RULER's is the mean of the 13, of 500 samples each at seed 42.
 
 Two known variants of RULER; `Task.version` names the one used.
     vt   until 4a216f4 (2025-05-13) the answer prefix said "assgined"; figures published before,
          and lm-eval's, have the typo. Task `vt` has today's spelling, task `vt_typo` the old one.
-    qa   lm-eval's string_match_part gives the fraction of a sample's references that were found,
-         not "any": lower.
+    qa   lm-eval's string_match_part gives the share of a sample's references, not "any": lower.
 
 Source.  RULER, arXiv 2404.06654, github.com/NVIDIA/RULER at c3f5e3b (its templates: Apache-2.0).
 Passkey: Landmark attention, arXiv 2305.16300, as in PI, arXiv 2306.15595 (a length is reached at 20
@@ -31,7 +30,7 @@ NEEDLE = "One of the special magic {type_needle_v} for {key} is: {value}."
 
 @dataclass(frozen=True)
 class Task:
-    kind: str  # which function below draws it
+    kind: str  # which recipe of ruler_draw.py draws it
     max_new_tokens: int
     template: str
     answer_prefix: str
@@ -131,8 +130,10 @@ def named(task: str) -> Task:
     return TASKS[task]
 
 
-def score(task: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """0 .. 100, by the task's rule (module docstring). references: each sample's `outputs`.
+def marks(
+    task: str, predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[float]:
+    """0 .. 1 of each sample, by the task's rule. references: each sample's `outputs`.
 
     Raises ValueError where samples and predictions are not as many, or a sample has no references.
     """
@@ -141,15 +142,20 @@ def score(task: str, predictions: Sequence[str], references: Sequence[Sequence[s
         counts = f"{len(predictions)} predictions for {len(references)} samples"
         raise ValueError(f"{task}: {counts}; one each is needed")
     if not all(references):
-        raise ValueError(
-            f"{task}: sample {[bool(r) for r in references].index(False)} has no references"
-        )
-    total = 0.0
+        first = [bool(each) for each in references].index(False)
+        raise ValueError(f"{task}: sample {first} has no references")
+    out = []
     for prediction, wanted in zip(predictions, references, strict=True):
-        said = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
+        answer = re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
         if metric == "number":
-            found = [re.findall(r"\d+", said)[:1] == list(wanted)]
+            found = [re.findall(r"\d+", answer)[:1] == list(wanted)]
         else:
-            found = [reference.lower() in said for reference in wanted]
-        total += any(found) if metric == "any" else sum(found) / len(found)
-    return round(total / len(predictions) * 100, 2)
+            found = [reference.lower() in answer for reference in wanted]
+        out.append(float(any(found)) if metric == "any" else sum(found) / len(found))
+    return out
+
+
+def score(task: str, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+    """RULER's own figure, 0 .. 100."""
+    each = marks(task, predictions, references)
+    return round(sum(each) / len(each) * 100, 2)

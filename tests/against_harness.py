@@ -71,7 +71,7 @@ def compare(
         groups.setdefault(request.doc_id, []).append(request)
     groups = [sorted(groups[k], key=lambda r: r.idx) for k in sorted(groups)]
     mine = tasks.load(file, limit)
-    got = likelihood.score(model, likelihood.encode(tokenizer, mine.pairs), mine, torch.float32)
+    got = likelihood.score(model, likelihood.encode(tokenizer, mine.pairs), mine)
     answers = iter(harness.loglikelihood([r for g in groups for r in g], disable_tqdm=True))
     agree, worst = 0, 0.0
     for i, (group, item) in enumerate(zip(groups, mine.items, strict=True)):

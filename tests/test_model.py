@@ -8,7 +8,7 @@ from conftest import random_model, tiny_config
 import kernel_cpu
 import model as model_file
 import precision
-import train
+from engine import step
 from hub import checkpoint
 from hub.checkpoint import set_parameter
 from model import (
@@ -142,7 +142,7 @@ def test_the_head_dimension_has_one_source():
 def test_chunked_loss_and_gradient_equal_the_plain_ones():
     model = random_model().double()
     h = torch.randn(2, 50, 32, dtype=torch.float64, requires_grad=True)
-    plain = torch.nn.functional.cross_entropy(model.lm_head(h).float().flatten(0, 1), IDS.flatten())
+    plain = torch.nn.functional.cross_entropy(model.lm_head(h).flatten(0, 1), IDS.flatten())
     (expected,) = torch.autograd.grad(plain, h)
     for chunk in (7, 100, 1000):
         loss = next_token_loss(model, h, IDS, chunk)
@@ -156,7 +156,7 @@ def test_checkpointing_changes_nothing_but_memory():
     student = make_student(teacher, teacher.config.extended("linear", 8))
 
     def gradients(checkpointing: bool):
-        loss, parts, _ = train.relation_loss(
+        loss, parts, _ = step.relation_loss(
             teacher, student, IDS, torch.float32, checkpointing=checkpointing
         )
         loss.backward()
@@ -179,7 +179,7 @@ def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
     forward, calls = kernel_cpu._forward, []
     monkeypatch.setattr(kernel_cpu, "_forward", lambda *a, **k: calls.append(a) or forward(*a, **k))
     more = {"impl": "tiled", "checkpointing": checkpointing}
-    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, **more)
+    loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, **more)
     weights = list(trainable(student).values())
     first = torch.autograd.grad(loss, weights, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, weights)))
@@ -189,10 +189,10 @@ def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
 def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    _, parts, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
-    _, dense, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
+    _, parts, _ = step.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
+    _, dense, _ = step.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
     torch.testing.assert_close(parts, dense)
-    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
+    loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
     weights = torch.tensor([1.0, 0.5, 0.5])  # Hkv / H = 2 / 4
     torch.testing.assert_close(loss.detach(), (parts * weights).sum(-1).mean())
 
@@ -200,7 +200,7 @@ def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads
 def test_unscaled_student_has_no_relation_loss():
     teacher = random_model()
     same = make_student(teacher, teacher.config)
-    loss, _, _ = train.relation_loss(teacher, same, IDS, torch.float32)
+    loss, _, _ = step.relation_loss(teacher, same, IDS, torch.float32)
     assert loss.item() == 0
 
 
@@ -229,12 +229,12 @@ def test_refusals_name_the_key_and_value(change, said):
 def test_the_logit_term_is_the_plain_kl_and_none_without_scaling():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    alone, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
+    alone, _, _ = step.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
     p, q = student(IDS).log_softmax(-1), teacher(IDS).log_softmax(-1)
     torch.testing.assert_close(both - alone, 0.5 * (q.exp() * (q - p)).sum(-1).mean())
     same = make_student(teacher, teacher.config)
-    assert train.relation_loss(teacher, same, IDS, torch.float32, logit_weight=1.0)[0].abs() < 1e-6
+    assert step.relation_loss(teacher, same, IDS, torch.float32, logit_weight=1.0)[0].abs() < 1e-6
 
 
 def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
@@ -244,8 +244,8 @@ def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     v = student.model.layers[1].self_attn.v_proj.weight
     v.data = (turn @ v.data.view(2, 8, 32)).view(16, 32)
-    relations, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
+    relations, _, _ = step.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1
 
 
@@ -257,9 +257,7 @@ def test_the_next_token_kl_sees_the_turn_that_no_relation_sees():
     straight = keys.detach().clone()
     cos, sin = rotation(teacher.config.rope, 8, torch.tensor(1), 2, torch.float32)  # [D]
     keys.data = rotate(straight.view(2, 8, 32).mT, cos, sin).mT.reshape(16, 32)
-    loss, relations, kl = train.relation_loss(
-        teacher, student, IDS, torch.float32, logit_weight=1.0
-    )
+    loss, relations, kl = step.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs().max() < 1e-5 and kl > 0.01
     loss.backward()  # a small step down it is one towards where the keys stood
     assert (keys.grad * (keys - straight)).sum() > 0

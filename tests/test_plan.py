@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as model_file
 import train
 from bench import step as bench_step
-from engine import cost, lora
+from engine import cost, lora, plan, step
 from model import TRAINED, make_student
 
 SHAPES = {
@@ -44,7 +44,7 @@ def loss_of(stage: cost.Stage, teacher, student, dtype: torch.dtype, checkpointi
     ids = torch.randint(0, 512, (2, stage.T + 1), generator=torch.Generator().manual_seed(0))
     if stage.objective == "relation":
         more = {"checkpointing": checkpointing, "logit_weight": float(stage.logits)}
-        return train.relation_loss(teacher, student, ids[:, :-1], dtype, **more)[0]
+        return step.relation_loss(teacher, student, ids[:, :-1], dtype, **more)[0]
     h = student.hidden(ids[:, :-1], dtype, checkpointing)
     return model_file.next_token_loss(student, h, ids[:, 1:])
 
@@ -113,7 +113,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
     teacher, student = pair(shape, rank)
     stage = stage_of(kind)
     weights = [*teacher.parameters(), *student.parameters()]
-    inputs, layers, recompute = Kept(weights), [], train.recompute
+    inputs, layers, recompute = Kept(weights), [], step.recompute
 
     def counted(f, *args, **more):
         for tensor in torch.utils._pytree.tree_leaves(args):
@@ -133,7 +133,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
             inputs.bytes += sum(tensor.nbytes for tensor in numbers if tensor is not None)
         return recompute(f, *args, **more)
 
-    monkeypatch.setattr(train, "recompute", counted)
+    monkeypatch.setattr(step, "recompute", counted)
     monkeypatch.setattr(
         model_file,
         "recompute",
@@ -141,7 +141,7 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
     )
     monkeypatch.setattr(model_file, "next_token_loss", lambda student, h, targets: h.sum())
     monkeypatch.setattr(
-        train, "logit_kl", lambda teacher, student, h_teacher, h_student: h_student.mean()
+        step, "logit_kl", lambda teacher, student, h_teacher, h_student, chunk: h_student.mean()
     )
     loss_of(stage, teacher, student, torch.float32, True)
     assert len(layers) == student.config.n_layer
@@ -165,7 +165,7 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
     monkeypatch.setattr(
         model_file.F, "scaled_dot_product_attention", lambda q, k, v, **_: q + k.mean() + v.mean()
     )
-    monkeypatch.setattr(train, "relation_kl", lambda x, y, **_: (x - y).square().sum(-1))
+    monkeypatch.setattr(step, "relation_kl", lambda x, y, **_: (x - y).square().sum(-1))
     monkeypatch.setattr(
         model_file, "recompute", lambda f, *a, **_: f(*a)
     )  # the head's, made again, is not counted
@@ -235,3 +235,24 @@ def test_the_named_shapes_have_their_models_size(name, millions):
     assert round(cost.parameters(bench_step.config_of(name))[0] / 1e6) == pytest.approx(
         millions, abs=1
     )
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("native", [2048, 4096, 8192, 32768, 131072])
+def test_the_defaults_make_sense_from_2k_to_128k(native, kind, gpu):
+    """Enough steps on a GPU, and blocks that the student's context holds."""
+    config = random_model(max_position_embeddings=native).config
+    number = train.defaults(config, config.extended(kind, 8), gpu)
+    steps = {n: number[f"tokens{n}"] / max(number[f"step{n}"], number[f"length{n}"]) for n in "12"}
+    assert number["length1"] <= native and number["length2"] <= 8 * native
+    assert steps["1"] >= plan.FEWEST_STEPS and steps["2"] >= (plan.FEWEST_STEPS if gpu else 4)
+
+
+def test_a_stage_of_few_steps_is_warned_of():
+    config = random_model().config
+    student = config.extended("linear", 8)
+    for steps, warns in ((plan.FEWEST_STEPS - 1, True), (plan.FEWEST_STEPS, False)):
+        stage = cost.Stage("stage2", "next token", 64, 2, steps, 1e-3)
+        text = plan.describe(config, student, [stage], [{}])
+        assert (f"stage2 has {steps} steps" in text and "--tokens2" in text) == warns

@@ -314,7 +314,7 @@ def test_scores_equal_transformers_one_at_a_time(folder, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     encode = Fast.from_file(str(folder / "tokenizer.json")).encode
     requests = likelihood.encode(tokenizer, task.pairs)
-    result = likelihood.score(model, requests, task, torch.float32)
+    result = likelihood.score(model, requests, task)
     for item, logps, greedy, chosen in zip(
         task.items, result.logps, result.greedy, result.predictions, strict=True
     ):
@@ -351,9 +351,9 @@ def test_a_greedy_last_word_is_right(tiny_dir, tmp_path):
     assert rows
     task = tasks.load(write(tmp_path / "lambada.jsonl", rows))
     requests = likelihood.encode(tokenizer, task.pairs)
-    result = likelihood.score(model, requests, task, torch.float32)
+    result = likelihood.score(model, requests, task)
     assert result.values["lambada_openai, accuracy"].tolist() == [1.0, 0.0] * (len(rows) // 2)
-    found = report.summary(result.values)
+    found = {row: report.mean_and_error(row, x) for row, x in result.values.items()}
     logps = [float(s[0]) for s in result.logps]
     perplexity, error = found["lambada_openai, perplexity"]
     assert perplexity == pytest.approx(math.exp(-statistics.mean(logps)))
@@ -372,7 +372,7 @@ def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_di
         ("if not self", ".value = 3"),
     ]
     requests = likelihood.encode(tokenizer, pairs)
-    alone = [likelihood.likelihoods(model, [one], torch.float32)[0] for one in requests]
+    alone = [likelihood.likelihoods(model, [one])[0] for one in requests]
     rows = []
     hidden = Llama.hidden
     monkeypatch.setattr(
@@ -380,7 +380,7 @@ def test_batches_do_not_change_the_scores_and_equal_inputs_are_read_once(tiny_di
     )
     for tokens in (1, 16, 4096):
         rows.clear()
-        together = likelihood.likelihoods(model, requests, torch.float32, tokens)
+        together = likelihood.likelihoods(model, requests, tokens)
         assert [s for s, _ in together] == pytest.approx([s for s, _ in alone], abs=1e-4)
         assert sum(rows) == 3
 
@@ -506,7 +506,7 @@ def test_a_score_is_labelled_by_its_layout_not_by_its_file(tmp_path):
     )
     mine = tasks.load(write(tmp_path / "mine.jsonl", [{"text": "a b c"}]))
     assert mine.version == "own task, LAMBADA, not lm-eval's prompts"
-    assert [said[:22] for said in tasks.own([task, mine])] == [
+    assert [said[:22] for said in tasks.notes([task, mine])] == [
         "boolq: own task, query",
         "mine: own task, LAMBAD",
     ]

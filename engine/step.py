@@ -1,0 +1,325 @@
+"""A step's gradients, at speed and within memory: the fast path of the two plain losses.
+
+What.  train.py holds stage 1's and stage 2's losses as one reads them. They run as they are
+wherever nothing more is needed. This module gives the same losses and the same gradients where
+something is:
+
+    recompute        a layer keeps its inputs [B, T, C] alone; the rest is computed again in the
+                     backward. Of a relation its numbers per row are kept (`kept` of relation_kl),
+                     so that only its gradient is left to do
+    chunks           at most HEAD_CHUNK tokens' logits exist at once, forward and backward
+    the last layer   ends at its q, k and v where no loss depends on more
+    tiles            a long block, a tile of tokens at a time, its layers' inputs in the host's
+                     memory (engine/tiles.py), over one process or several (engine/sequence.py)
+    units            with --shard, what gathers layer l of both models while it is at work
+    a CUDA graph     one launch per micro-batch instead of thousands (engine/graph.py)
+
+How.  `Step.backward` adds share * the gradient of one micro-batch's loss; `Step.finish` averages
+over processes and gives the norm, `Step.clip` clips by it. What the norm says is checked between
+the two, by the caller.
+
+Limits.  The teacher takes no gradient. Weights of the relations, the authors' head count and an
+`impl` of one's own are options of the fast path alone.
+
+Source.  Equality with the plain losses, in loss and every gradient: tests/test_step.py.
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from engine import graph, parallel
+from engine.cost import HEAD_CHUNK, Stage
+from engine.offload import Store
+from engine.sequence import cut, processes_per_block
+from engine.tiles import Pass, Tiles, walk
+from model import Llama, by_chunks, trainable, widened
+from model import next_token_loss as cross_entropy
+from relation_kl import relation_kl
+
+_USUAL = {"relations": "qkv", "authors_heads": False, "impl": "auto"}  # the plain loss's
+
+
+class Step:
+    """What a stage's steps do between the blocks' ids and the clipped gradient."""
+
+    def __init__(
+        self,
+        teacher: Llama,
+        student: Llama,
+        plain: dict,
+        *,
+        dtype: torch.dtype,
+        kl_weight: float = 1.0,
+        relations: str = "qkv",
+        authors_heads: bool = False,
+        impl: str = "auto",
+        dropout: float = 0.0,
+        checkpointing: bool = False,
+        world: parallel.World | None = None,
+        units: list | None = None,
+        graphs: bool = True,
+        tiles: Tiles | None = None,
+    ):
+        """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight) -> (loss, relations
+        [L, 3], next-token KL), "next token": f(student, ids [n, T + 1], dtype) -> (loss,)}. graphs:
+        record CUDA graphs wherever that is possible.
+        """
+        self.teacher, self.student, self.plain, self.dtype = teacher, student, plain, dtype
+        self.kl_weight, self.checkpointing, self.units = kl_weight, checkpointing, units
+        self.options = {"relations": relations, "authors_heads": authors_heads, "impl": impl}
+        self.weights = list(trainable(student).values())
+        self.reducer = parallel.Reducer(self.weights, world) if world else None
+        self.processes = world.size if world else 1
+        self.tiles, self.noisy, self.store = tiles, dropout > 0, Store(student.device)
+        self.store.reserve(tiles.host if tiles else 0)
+        again = checkpointing or tiles is not None
+        record, why = graph.wanted(student.device, self.processes, again, dropout)
+        self.recorded = record and graphs
+        self.gradients = graph.Recorded(self.losses, self.weights, self.recorded)
+        self.why = f"CUDA graph {'on' if record else 'off'}, because {why}"
+
+    def losses(self, part: Stage, ids: Tensor) -> tuple[Tensor, ...]:
+        """The loss of ids [n, T + 1], and what else is logged: plain where that is enough."""
+        relation, plain = part.objective == "relation", self.plain.get(part.objective)
+        how = {"dtype": self.dtype, **(self.options if relation else {})}
+        P = processes_per_block(part.batch, self.processes)
+        if self.tiles or P > 1:
+            every = len(self.student.model.layers)
+            tiles = self.tiles or Tiles(on_gpu=every, outputs=every)
+            how |= {"tiles": tiles, "store": self.store, "P": P, "noisy": self.noisy}
+            if not relation:
+                return long_next_token_loss(self.student, ids, **how)
+            return long_relation_loss(self.teacher, self.student, ids, self.kl_weight, **how)
+        enough = not (self.checkpointing or self.units) and len(ids) * part.T <= HEAD_CHUNK
+        how["checkpointing"] = self.checkpointing
+        if not relation:
+            if plain and enough:
+                return plain(self.student, ids, self.dtype)
+            return next_token_loss(self.student, ids, **how)
+        ids, usual = ids[:, :-1], self.options == _USUAL
+        if plain and enough and usual and self.kl_weight:
+            return plain(self.teacher, self.student, ids, self.dtype, self.kl_weight)
+        how |= {"logit_weight": self.kl_weight, "units": self.units}
+        return relation_loss(self.teacher, self.student, ids, **how)
+
+    def zero(self) -> None:
+        """Gradients are 0 after this."""
+        self.gradients.zero()
+
+    def backward(self, part: Stage, ids: Tensor, share: float, last: bool) -> tuple[Tensor, ...]:
+        """Adds share * the gradient of the loss of ids [n, T + 1]; the detached values of `losses`.
+
+        last: this step's last micro-batch, in whose backward processes exchange gradients.
+        """
+        if self.reducer:
+            self.reducer.last = last
+        return self.gradients(part, ids, share)
+
+    def finish(self) -> Tensor:
+        """Gradients, any shape, averaged over processes; the norm of all before clipping."""
+        if self.reducer:
+            self.reducer.finish()
+        return parallel.whole(torch.nn.utils.get_total_norm([w.grad for w in self.weights]))
+
+    def clip(self, norm: Tensor, longest: float = 1.0) -> None:
+        """Shortens gradients, any shape, of this norm over all to `longest`, if they are longer."""
+        torch.nn.utils.clip_grads_with_norm_(self.weights, longest, norm)
+
+    def close(self) -> None:
+        """Takes its hooks off the weights; drops recorded graphs and the host's memory."""
+        self.gradients = self.store = None
+        if self.reducer:
+            self.reducer.close()
+
+
+# ---- the losses
+
+
+def relation_loss(
+    teacher: Llama,
+    student: Llama,
+    ids: Tensor,
+    dtype: torch.dtype,
+    *,
+    impl: str = "auto",
+    checkpointing: bool = False,
+    authors_heads: bool = False,
+    logit_weight: float = 0.0,
+    relations: str = "qkv",
+    units: list | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, relations [L, 3], next-token KL) of both models over ids [B, T], in nats.
+
+    The last two carry no gradient. Both models advance together, so that the q, k and v of only one
+    layer of each are alive at a time.
+    """
+    B, T = ids.shape
+    L = teacher.config.n_layer
+    with torch.no_grad():
+        h_teacher = teacher.embed(ids, dtype)
+    h_student = student.embed(ids, dtype)
+    turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
+    # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
+    scales = teacher.score_scale(T), student.score_scale(T)
+
+    def advance(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
+        """Layer l of both: (teacher's h, student's h, mean KL [3]). kept: see relation_kl."""
+        last = l + 1 == L and not logit_weight
+        with torch.no_grad():
+            h_teacher, theirs = _layer(teacher.model.layers[l], h_teacher, turns[0], last)
+        h_student, ours = _layer(student.model.layers[l], h_student, turns[1], last)
+        parts = []
+        for r, (x, y, k) in enumerate(zip(ours, theirs, kept, strict=True)):  # Q/Q, K/K, V/V
+            b, a = scales if r < 2 else (x.shape[-1] ** -0.5,) * 2
+            parts.append(relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=k).mean())
+        return h_teacher, h_student, torch.stack(parts)
+
+    table = []
+    for l in range(L):
+        run = advance
+        if checkpointing and torch.is_grad_enabled():
+            run = functools.partial(advance, kept=([], [], []))
+            run = functools.partial(recompute, run, use_reentrant=False)
+        if units:
+            run = functools.partial(units[l], run)
+        h_teacher, h_student, parts = run(l, h_teacher, h_student)
+        table.append(parts)
+    table = torch.stack(table)  # [L, 3]
+    loss = _weighted(table, teacher, relations, authors_heads)
+    if not logit_weight:
+        return loss, table.detach(), torch.zeros_like(loss.detach())
+    kl = logit_kl(teacher, student, h_teacher, h_student, HEAD_CHUNK).mean()
+    return loss + logit_weight * kl, table.detach(), kl.detach()
+
+
+def _weighted(table: Tensor, model: Llama, relations: str, authors_heads: bool) -> Tensor:
+    """The loss of relations [L, 3]: a mean over layers of the weighted sum of the three."""
+    shared = model.config.n_kv_head / model.config.n_head if authors_heads else 1.0
+    weights = (float("q" in relations), shared * ("k" in relations), shared * ("v" in relations))
+    return sum(w * table[:, r].mean() for r, w in enumerate(weights))
+
+
+def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool):
+    if last:
+        return h, layer.self_attn.qkv(layer.input_layernorm(h), turn)
+    # Not layer(...): a sharded layer's unit is gathered already
+    return type(layer).forward(layer, h, turn)
+
+
+def logit_kl(
+    teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor, chunk: int
+) -> Tensor:
+    """KL(teacher || student) of the next-token distributions, in nats, [B T].
+
+    h_teacher, h_student: [B, T, C] before the last norm. At most [chunk, V] logits of each exist at
+    once.
+    """
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_r = widened(teacher.lm_head(teacher.model.norm(y))).log_softmax(-1)
+        log_p = widened(student.lm_head(student.model.norm(x))).log_softmax(-1)
+        return F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1)  # [<= chunk]
+
+    return by_chunks(part, chunk, h_student.flatten(0, 1), h_teacher.flatten(0, 1))
+
+
+def next_token_loss(
+    student: Llama, ids: Tensor, dtype: torch.dtype, checkpointing: bool = False
+) -> tuple[Tensor]:
+    """(cross-entropy,) in nats of ids [B, T + 1], a mean over B T tokens."""
+    h = student.hidden(ids[:, :-1], dtype, checkpointing)
+    return (cross_entropy(student, h, ids[:, 1:], HEAD_CHUNK),)
+
+
+# ---- the same over tiles, and over the processes that share a block
+
+
+def long_relation_loss(
+    teacher: Llama,
+    student: Llama,
+    ids: Tensor,
+    logit_weight: float,
+    *,
+    dtype: torch.dtype,
+    impl: str,
+    authors_heads: bool,
+    relations: str,
+    tiles: Tiles,
+    store: Store,
+    P: int = 1,
+    noisy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relation_loss of ids [B, T + 1], of which P processes do a share each."""
+    B, T = ids.shape[0], ids.shape[1] - 1
+    work, h = _begin(student, ids, dtype, tiles, store, P, noisy, teacher)
+    qk, v = (student.score_scale(T), teacher.score_scale(T)), (student.config.head_dim**-0.5,) * 2
+
+    def relate(x: Tensor, y: Tensor, r: int, kept: list | None) -> Tensor:
+        a, b = qk if r < 2 else v
+        return relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=kept).mean()
+
+    work.relate = relate
+    h_student, h_teacher, table = walk(work, h, student, teacher, not logit_weight)
+    loss = _weighted(table, teacher, relations, authors_heads)
+    if not logit_weight:
+        return loss, table.detach(), torch.zeros_like(loss.detach())
+    kl = logit_kl(teacher, student, h_teacher, h_student, HEAD_CHUNK).sum() * (P / (B * T))
+    return loss + logit_weight * kl, table.detach(), kl.detach()
+
+
+def long_next_token_loss(
+    student: Llama,
+    ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    tiles: Tiles,
+    store: Store,
+    P: int = 1,
+    noisy: bool = False,
+) -> tuple[Tensor]:
+    """next_token_loss of ids [B, T + 1], of which P processes do a share each."""
+    work, h = _begin(student, ids, dtype, tiles, store, P, noisy)
+    h, _, _ = walk(work, h, student)
+    losses = _cross_entropies(student, h, _share(work, ids)[:, 1:])
+    return (losses.sum() * (P / ids[:, 1:].numel()),)
+
+
+@torch.no_grad()
+def token_losses(model: Llama, ids: Tensor, dtype: torch.dtype, P: int = 1) -> Tensor:
+    """Cross-entropy in nats [B, T] of each token of ids [B, T + 1], on all P processes that share
+    the block; layers and head run over tiles of tokens.
+    """
+    work, h = _begin(model, ids, dtype, Tiles(), Store(model.device), P)
+    h, _, _ = walk(work, h, model)
+    mine = _share(work, ids)[:, 1:]
+    return work.cut.gather(_cross_entropies(model, h, mine).view(mine.shape))
+
+
+def _begin(student, ids, dtype, tiles, store, P, noisy=False, teacher=None) -> tuple[Pass, Tensor]:
+    """A pass over ids [B, T + 1], and h [B, T/P, C] of the embeddings of this process's tokens."""
+    part = cut(P, ids.shape[1] - 1)
+    a, b = part.span(ids.shape[1] - 1)
+    h = student.embed(ids[:, a:b], dtype)
+    turns = [m and [x[a:b] for x in m.cos_sin(ids.shape[1] - 1, h)] for m in (student, teacher)]
+    noise = int(torch.randint(2**40, ())) if noisy else None
+    return Pass(tiles, store, part, turns, noise=noise), h
+
+
+def _share(work: Pass, ids: Tensor) -> Tensor:
+    """This process's tokens of ids [B, T + 1], and the one after them."""
+    a, b = work.cut.span(ids.shape[1] - 1)
+    return ids[:, a : b + 1]
+
+
+def _cross_entropies(model: Llama, h: Tensor, targets: Tensor) -> Tensor:
+    """Of h [B, T/P, C] before the last norm, in nats, [B T/P]."""
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(widened(model.lm_head(model.model.norm(x))), y, reduction="none")
+
+    return by_chunks(part, HEAD_CHUNK, h.flatten(0, 1), targets.flatten())

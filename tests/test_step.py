@@ -1,0 +1,289 @@
+"""The fast path of a step equals the plain losses, in loss and in every gradient."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from conftest import random_model
+
+from engine import cost, lora, offload, parallel, sequence, step
+from engine import tiles as tiles_file
+from engine.tiles import Tiles
+from model import TRAINED, make_student, next_token_loss, trainable
+from relation_kl import relation_kl
+
+T, VOCAB = 50, 512
+IDS = torch.randint(0, VOCAB, (2, T + 1), generator=torch.Generator().manual_seed(0))
+
+
+def plain_relation_loss(teacher, student, ids, dtype, kl_weight=1.0):
+    """Stage 1's loss as on a blackboard."""
+    T, table = ids.shape[1], []
+    qk, v = (student.score_scale(T), teacher.score_scale(T)), (teacher.config.head_dim**-0.5,) * 2
+    both = zip(teacher.walk(ids, dtype), student.walk(ids, dtype), strict=True)
+    for (h_teacher, theirs), (h_student, ours) in both:  # noqa: B007 - the last ones are wanted
+        three = zip(ours, theirs, (qk, qk, v), strict=True)
+        rows = [relation_kl(x, y, scale=a, teacher_scale=b).mean() for x, y, (a, b) in three]
+        table.append(torch.stack(rows))
+    log_r, log_p = (
+        model.lm_head(model.model.norm(h)).float().log_softmax(-1)
+        for model, h in ((teacher, h_teacher), (student, h_student))
+    )
+    kl = F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1).mean()
+    table = torch.stack(table)
+    return table.sum(1).mean() + kl_weight * kl, table.detach(), kl.detach()
+
+
+def plain_next_token_loss(student, ids, dtype):
+    logits = student.lm_head(student.hidden(ids[:, :-1], dtype)).float()
+    return (F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()),)
+
+
+PLAIN = {"relation": plain_relation_loss, "next token": plain_next_token_loss}
+
+
+def stage_of(objective: str) -> cost.Stage:
+    return cost.Stage("stage", objective, T, 2, 1, 1e-3, objective == "relation")
+
+
+def models(kind: str, rank: int | None, dtype: torch.dtype, **shape):
+    """Teacher and student, both away from where they start: adapters have a gradient then."""
+    teacher = random_model(vocab_size=VOCAB, num_hidden_layers=3, **shape).to(dtype)
+    student = make_student(teacher, teacher.config.extended(kind, 8), () if rank else TRAINED)
+    if rank:
+        lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0)
+    torch.manual_seed(1)
+    for p in trainable(student).values():
+        p.data = p.data.to(dtype) + 0.05 * torch.randn(p.shape, dtype=dtype)
+    return teacher, student
+
+
+def values_and_gradients(made: step.Step, objective: str, pieces: int = 1) -> list[torch.Tensor]:
+    """The mean of the values, and the gradient of each weight, of IDS in that many pieces."""
+    made.zero()
+    values = [
+        made.backward(stage_of(objective), ids, 1 / pieces, i + 1 == pieces)
+        for i, ids in enumerate(IDS.chunk(pieces))
+    ]
+    norm = made.finish()
+    gradients = [w.grad.clone() for w in made.weights]
+    assert norm == torch.nn.utils.get_total_norm(gradients)
+    made.close()
+    return [sum(v) / pieces for v in zip(*values, strict=True)] + gradients
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor], dtype: torch.dtype) -> None:
+    """To the rounding of the narrowest numbers in a loss: norms and logits are float32."""
+    bound = 2e-5 if dtype == torch.float32 else 1e-6
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).norm() <= bound * y.norm(), f"{(x - y).norm()} of {y.norm()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("objective", PLAIN)
+def test_fast_equals_plain(objective, kind, rank, dtype, monkeypatch):
+    teacher, student = models(kind, rank, dtype)
+    plain = step.Step(teacher, student, PLAIN, dtype=dtype)
+    expected = values_and_gradients(plain, objective)
+    assert all(g.norm() > 0 for g in expected[-len(plain.weights) :])
+    for chunk, checkpointing, pieces in ((4096, False, 1), (4096, True, 2), (13, False, 2)):
+        monkeypatch.setattr(step, "HEAD_CHUNK", chunk)
+        fast = step.Step(teacher, student, {}, dtype=dtype, checkpointing=checkpointing)
+        equal(values_and_gradients(fast, objective, pieces), expected, dtype)
+
+
+@pytest.mark.parametrize("objective", PLAIN)
+def test_the_plain_loss_runs_where_it_is_enough_and_only_there(objective, monkeypatch):
+    teacher, student = models("linear", None, torch.float32)
+    runs = []
+
+    def spied(*args):
+        runs.append(0)
+        return PLAIN[objective](*args)
+
+    enough = [{}, {"kl_weight": 0.5}]
+    more = [{"checkpointing": True}]
+    if objective == "relation":
+        more += [{"relations": "qk"}, {"authors_heads": True}, {"impl": "tiled"}, {"kl_weight": 0}]
+    for options, ran in [(o, 1) for o in enough] + [(o, 0) for o in more]:
+        runs.clear()
+        made = step.Step(teacher, student, {objective: spied}, dtype=torch.float32, **options)
+        made.backward(stage_of(objective), IDS, 1.0, True)
+        assert len(runs) == ran, options
+    monkeypatch.setattr(step, "HEAD_CHUNK", 2 * T - 1)
+    runs.clear()
+    made = step.Step(teacher, student, {objective: spied}, dtype=torch.float32)
+    made.backward(stage_of(objective), IDS, 1.0, True)
+    assert not runs, "more tokens than logits may exist at once"
+
+
+def test_a_gradient_is_clipped_by_the_norm_that_finish_returns():
+    teacher, student = models("linear", None, torch.float32)
+    made = step.Step(teacher, student, PLAIN, dtype=torch.float32)
+    made.zero()
+    made.backward(stage_of("next token"), IDS, 1.0, True)
+    norm = made.finish()
+    made.clip(norm, float(norm) / 4)
+    assert float(made.finish()) == pytest.approx(float(norm) / 4, rel=1e-4)
+    made.zero()
+    assert all(w.grad is None or not w.grad.any() for w in made.weights)
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
+@pytest.mark.parametrize("kind, kl_weight", [("linear", 1.0), ("yarn", 0.0)])
+@pytest.mark.parametrize("objective", PLAIN)
+def test_tiles_give_the_loss_and_the_gradient_of_the_whole(
+    objective, kind, kl_weight, rank, monkeypatch
+):
+    """In float64, to rounding: ragged tiles, a host's stack with ragged chunks, with and without
+    attention's output kept.
+    """
+    monkeypatch.setattr(offload, "CHUNK", 3000)
+    monkeypatch.setattr(tiles_file, "ROWS", 200)  # two calls of attention
+    teacher, student = models(kind, rank, torch.float64)
+    how = {"dtype": torch.float64, "kl_weight": kl_weight}
+    expected = values_and_gradients(step.Step(teacher, student, {}, **how), objective)
+    for tokens, on_gpu, outputs in ((14, 0, 3), (100, 1, 2), (7, 3, 0)):
+        tiles = Tiles(tokens, on_gpu, outputs)
+        found = values_and_gradients(step.Step(teacher, student, {}, tiles=tiles, **how), objective)
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3)
+
+
+CASES = {  # objective, positions, adapters, blocks, T, sharded, tiles
+    "stage 2": ("next token", "linear", None, 1, T, False, None),
+    "stage 1": ("relation", "yarn", None, 1, T, False, None),
+    "adapters in tiles": ("next token", "yarn", 4, 1, 49, False, Tiles(7, 1, 2)),
+    "two blocks": ("relation", "linear", 4, 2, T, False, Tiles(20, 0, 0)),
+    "sharded": ("relation", "linear", None, 1, 47, True, Tiles(20, 1, 3)),
+    "sharded adapters": ("next token", "linear", 4, 2, T, True, Tiles(20, 0, 3)),
+}
+
+
+def share_of(case: tuple, world) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """What one process has of a step, made whole: values, gradients, norm; the tokens' losses."""
+    objective, kind, adapters, blocks, T, sharded, tiles = case
+    teacher, student = models(kind, adapters, torch.float64)
+    units = parallel.shard(teacher, student, world, torch.float64) if sharded else None
+    how = {"dtype": torch.float64, "world": world, "units": units, "tiles": tiles}
+    made = step.Step(teacher, student, {}, **how)
+    stage = cost.Stage("stage", objective, T, blocks, 1, 1e-3, objective == "relation")
+    P = sequence.processes_per_block(blocks, world.size)
+    mine = IDS[:blocks, : T + 1].chunk(world.size // P)[world.rank // P]
+    made.zero()
+    values = [v.clone() for v in made.backward(stage, mine, 1.0, True)]
+    norm = made.finish()
+    gradients = [parallel.whole(w.grad) for w in made.weights]
+    made.close()
+    for value in values if world.size > 1 else ():
+        dist.all_reduce(value)
+    measured = step.token_losses(student, mine, torch.float64, P) if P > 1 else None
+    return [v / world.size for v in values] + gradients + [norm], measured
+
+
+def _process(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=size)
+    world = SimpleNamespace(size=size, rank=rank, device=torch.device("cpu"))
+    found = {name: share_of(case, world) for name, case in CASES.items()}
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_block_over_several_processes_is_that_of_one(size, tmp_path):
+    """In float64 under gloo: one loss, one gradient, one norm, to 1e-12; T ragged; two key/value
+    heads over four processes; sharded or not.
+    """
+    torch.multiprocessing.spawn(_process, (size, str(tmp_path)), nprocs=size)
+    found = torch.load(tmp_path / "found.pt")
+    for name, (objective, kind, adapters, blocks, T, _, _) in CASES.items():
+        alone = SimpleNamespace(size=1, rank=0)
+        whole = objective, kind, adapters, blocks, T, False, None
+        expected, _ = share_of(whole, alone)
+        figures, measured = found[name]
+        for x, y in zip(figures, expected, strict=True):
+            assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3), name
+        if measured is not None:
+            _, student = models(kind, adapters, torch.float64)
+            ids = IDS[: len(measured), : T + 1]
+            h = student.hidden(ids[:, :-1], torch.float64)
+            losses = next_token_loss(student, h, ids[:, 1:], reduction="none")
+            assert (measured - losses).abs().max() <= 1e-12, name
+
+
+@pytest.mark.parametrize(
+    "heads, key_heads, P, said",
+    [
+        (32, 8, 16, None),
+        (9, 3, 3, None),
+        (9, 3, 2, "9 heads"),
+        (12, 3, 2, None),
+        (6, 6, 4, "6 head"),
+    ],
+)
+def test_heads_that_cannot_be_dealt_out_are_refused_by_name(heads, key_heads, P, said):
+    c = SimpleNamespace(n_head=heads, n_kv_head=key_heads)
+    if said is None:
+        return sequence.refuse_heads(c, P)
+    with pytest.raises(ValueError, match=said):
+        sequence.refuse_heads(c, P)
+
+
+def test_blocks_and_processes_must_go_into_each_other():
+    assert [sequence.processes_per_block(b, 4) for b in (8, 4, 2, 1)] == [1, 1, 2, 4]
+    with pytest.raises(ValueError, match="batch is 3 and there are 4 processes"):
+        sequence.processes_per_block(3, 4)
+
+
+@pytest.mark.parametrize("objective", PLAIN)
+def test_tiles_in_bfloat16_are_as_exact_as_the_whole(objective):
+    """Against float64: the error of the loss and of all gradients, at most twice the untiled's."""
+
+    def run(dtype, tiles):
+        teacher, student = models("yarn", None, torch.float32)
+        teacher = teacher.to(torch.bfloat16).to(dtype)  # the same numbers in each
+        masters = trainable(student)
+        student = make_student(teacher, student.config)
+        for name, w in trainable(student).items():
+            w.data = masters[name].data.to(torch.float64 if dtype == torch.float64 else w.dtype)
+        made = step.Step(teacher, student, {}, dtype=dtype, tiles=tiles)
+        values = values_and_gradients(made, objective)
+        return torch.cat([v.double().flatten() for v in values])
+
+    exact = run(torch.float64, None)
+    whole, tiled = run(torch.bfloat16, None), run(torch.bfloat16, Tiles(14, 1, 2))
+    assert (tiled - exact).norm() <= 2 * (whole - exact).norm()
+    assert torch.equal(tiled, run(torch.bfloat16, Tiles(14, 1, 2))), "the same bits twice"
+
+
+def test_the_noise_of_adapters_is_the_same_in_forward_and_backward():
+    """In tiles, dropout and all: the gradient is that of the loss, by finite differences."""
+    teacher, student = models("linear", 4, torch.float64)
+    for layer in student.model.layers:
+        for name in TRAINED:
+            getattr(layer.self_attn, name).dropout = 0.3
+    made = step.Step(teacher, student, {}, dtype=torch.float64, dropout=0.3, tiles=Tiles(14, 0, 1))
+    stage, w = stage_of("next token"), made.weights[0]
+    direction = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(0))
+
+    def loss(shift: float) -> float:
+        torch.manual_seed(5)
+        w.data += shift * direction
+        with torch.no_grad():
+            (value,) = made.losses(stage, IDS)
+        w.data -= shift * direction
+        return value.item()
+
+    torch.manual_seed(5)
+    made.zero()
+    (value,) = made.backward(stage, IDS, 1.0, True)
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert value.item() == loss(0.0)
+    assert (w.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6)
