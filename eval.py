@@ -48,6 +48,7 @@ from pathlib import Path
 import torch
 
 from engine import data, folder
+from engine.machine import versions
 from evals import flags, held_out, layers, likelihood, longtext, prompts, report, tasks
 from evals.generate import stream
 from evals.report import Scores
@@ -56,7 +57,8 @@ from evals.ruler_tasks import RULER_TASKS
 from evals.subject import Subject
 from hub import checkpoint, files
 from hub.tokenizer import load_tokenizer
-from model import Llama, LlamaConfig, choose_dtype, make_student
+from model import Llama, LlamaConfig, make_student
+from precision import choose_dtype
 
 
 def asked(args: argparse.Namespace) -> list[Callable[[Subject, Scores], None]]:
@@ -98,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         for measure in asked(args):
             measure(subject, scores)
         about = {"command": args.command, "seconds": round(time.time() - began, 1)}
-        about |= report.versions(device) | {"seed": args.seed, "dtype": str(dtype)[6:]}
+        about |= versions(device) | {"seed": args.seed, "dtype": str(dtype)[6:]}
         print(report.render(scores, about))
         print(json.dumps(about))
 
@@ -189,7 +191,7 @@ def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig
 
 def config_of(path: Path) -> LlamaConfig:
     """config.json, which the weights must fit: by their headers, in milliseconds."""
-    config = LlamaConfig.from_hf(files.read_json(path / "config.json"))
+    config = LlamaConfig.from_hf(files.read_json(files.own(path, "config.json")))
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), path)
     return config

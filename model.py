@@ -18,8 +18,8 @@ L layers, V vocabulary.
 Precision.  Weights keep the dtype they are given; a Linear casts its weight to the dtype of the
 activations, so that float32 master weights train under bfloat16 compute with no autocast. RMSNorm
 works in float32, casts to the activations' dtype and then multiplies by its weight, in that order:
-so does every LLaMA in the ecosystem. Activations are bfloat16 on a GPU and on CPUs that multiply it
-faster than float32, float32 elsewhere: `choose_dtype` says which and why.
+so does every LLaMA in the ecosystem. Which dtype activations and attention are computed in where
+nobody says so is precision.py's choice.
 
 The student.  `make_student` builds a second Llama around the teacher's own tensors: nothing is
 copied but the weights that learn.
@@ -44,9 +44,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from hub import checkpoint, files
+from hub import checkpoint, files, rope_json
 from hub import config as config_json
 from hub.checkpoint import set_parameter
+from precision import attention_dtype
 from rope import RopeConfig, frequencies, rotate, rotation
 
 TRAINED = ("q_proj", "k_proj", "v_proj")  # what learns, in both stages
@@ -84,61 +85,15 @@ class LlamaConfig:
     def from_hf(config: dict) -> "LlamaConfig":
         """Reads config.json. Raises ValueError naming the key, its value and what is supported."""
         filled = config_json.fill(config)
-        return LlamaConfig(**config_json.read(filled), rope=RopeConfig.from_hf(filled))
+        return LlamaConfig(**config_json.read(filled), rope=rope_json.read(filled))
 
     def to_hf(self) -> dict:
         """A config.json for this network: its source, with rope and window as they are now."""
-        return config_json.write(self) | self.rope.to_hf()
+        return config_json.write(self) | rope_json.write(self.rope)
 
     def extended(self, kind: str, factor: float) -> "LlamaConfig":
         """The student's: positions stretched, and no window, which would hide the new context."""
         return replace(self, rope=self.rope.scaled(kind, factor), window=None)
-
-
-# ---------------------------------------------------------- the dtype that activations are kept in
-
-
-def choose_dtype(device: torch.device, asked: str = "auto") -> tuple[torch.dtype, str]:
-    """(the dtype that activations are computed in, why).
-
-    asked: "auto", "bfloat16" or "float32"; ValueError for anything else.
-    """
-    if asked != "auto":
-        if asked not in ("bfloat16", "float32"):
-            raise ValueError(f"--dtype is {asked!r}; it must be auto, bfloat16 or float32")
-        return getattr(torch, asked), "--dtype says so"
-    if device.type == "cuda":
-        return torch.bfloat16, "GPUs multiply it fastest"
-    if device.type == "cpu" and cpu_bfloat16():
-        return torch.bfloat16, f"this CPU multiplies it faster than float32 ({cpu_bfloat16()})"
-    return torch.float32, f"this {device.type} has no fast bfloat16"
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    return choose_dtype(device)[0]
-
-
-@functools.cache
-def cpu_bfloat16() -> str | None:
-    """The instructions with which this CPU multiplies bfloat16 matrices, or None."""
-    if not torch.backends.mkldnn.is_available():
-        return None
-    if hasattr(torch.cpu, "get_capabilities"):
-        has = torch.cpu.get_capabilities()
-        amx, avx512 = has.get("amx_bf16", False), has.get("avx512_bf16", False)
-    else:  # torch 2.11
-        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-    return "AMX" if amx else "AVX512-BF16" if avx512 else None
-
-
-def attention_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What attention over activations of `dtype` is computed in: float32 where that is the faster.
-
-    Forward and backward of 4 heads over 4,096 tokens on one core, in ms: float32 234, bfloat16 with
-    AMX 149, with AVX512-BF16 alone 274 (torch 2.13).
-    """
-    slow = device.type == "cpu" and dtype == torch.bfloat16 and cpu_bfloat16() != "AMX"
-    return torch.float32 if slow else dtype
 
 
 # ------------------------------------------------------------------------------------- the network
@@ -330,7 +285,7 @@ class Llama(nn.Module):
         left over or of another shape than config.json says, before any allocation; and for weights
         that are not finite.
         """
-        config = LlamaConfig.from_hf(files.read_json(Path(path) / "config.json"))
+        config = LlamaConfig.from_hf(files.read_json(files.own(Path(path), "config.json")))
         with torch.device("meta"):
             model = Llama(config)
         checkpoint.load_weights(model, Path(path), dtype=dtype, device=device)

@@ -11,7 +11,7 @@ breaks. Every way out changes the frequencies (s = `factor`, n = the length at h
 
     default    w_k
     linear     w_k / s                         position interpolation: all angles as in training
-    ntk        theta' = theta s^(D/(D-2))      slowest pair / s, fastest / 1; on disk a plain theta
+    ntk        theta' = theta s^(D/(D-2))      slowest pair / s, fastest / 1: a plain, larger theta
     dynamic    theta' = theta (s n/M0 - (s-1))^(D/(D-2))   ntk that grows with n, from n = M0 on
     yarn       pairs that turn more than 32 times in M0 keep w_k, those that turn less than once
                get w_k / s, a ramp between; and cos and sin are multiplied by 0.1 ln s + 1, the
@@ -40,13 +40,9 @@ How it is applied.  Angles in float32; cos and sin, times the attention factor, 
 activations' dtype. Pair k is (x_k, x_{k+D/2}), Hugging Face's half-split layout:
 x' = x cos + rotate_half(x) sin.
 
-On disk.  transformers 4 writes `rope_theta` + `rope_scaling`, transformers 5 one dict
-`rope_parameters`. `from_hf` reads either or both (`rope_scaling` wins, as in transformers 5),
-`to_hf` writes both.
-
 Limits.  A scaled teacher is scaled further only by its own kind (linear, yarn, llama3: the factors
-multiply, M0 stays). Anything else, such as linear over llama3, has no representation on disk and is
-refused.
+multiply, M0 stays). Anything else, such as linear over llama3, no config.json can say: refused. How
+config.json says the rest is told in hub/rope_json.py.
 
 Source.  RoFormer arXiv 2104.09864; position interpolation 2306.15595; YaRN 2309.00071; LongRoPE
 2402.13753; the formulas and defaults are those of transformers' modeling_rope_utils, to float32.
@@ -60,10 +56,10 @@ from torch import Tensor
 
 KINDS = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # what a config.json may say
 STUDENT_KINDS = ("linear", "ntk", "dynamic", "yarn", "llama3")  # what --rope offers
-_NEED_M0 = ("yarn", "llama3", "longrope")
+NEED_M0 = ("yarn", "llama3", "longrope")
 MULTIPLY = ("linear", "yarn", "llama3")  # scaled by their own kind, the factors multiply
 # The optional numbers of each kind, with transformers' defaults (None: derived)
-_TUNING = {
+TUNING = {
     "yarn": {
         "attention_factor": None,
         "beta_fast": 32.0,
@@ -89,96 +85,12 @@ class RopeConfig:
     head_dim: int = 128  # D: the network's own, which ntk, yarn and longrope depend on
     tuning: tuple[tuple[str, object], ...] = ()  # the kind's optional numbers that the file gave
 
-    @staticmethod
-    def from_hf(config: dict) -> "RopeConfig":
-        """Reads either dialect of config.json; ValueError names the key and value it refuses.
-
-        The head dimension is read here alone: a key of its own, or width / heads.
-        """
-        scaling, parameters = _table(config, "rope_scaling"), _table(config, "rope_parameters")
-        table = scaling or parameters
-        kind = table.get("rope_type", table.get("type", "default"))
-        if not isinstance(kind, str) or kind not in KINDS:
-            known = ", ".join(KINDS)
-            raise ValueError(f"rope_type {kind!r} is not supported; the known ones are {known}")
-        # The table's own theta, then the top level's; never that of the other dialect's table
-        theta = _number("rope_theta", table.get("rope_theta", config.get("rope_theta", 10000.0)))
-        key = "max_position_embeddings"
-        longest = _whole(key, config.get(key, 2048))
-        original = None
-        if kind in _NEED_M0:
-            # transformers 5: the top level overrides the nested key for these kinds
-            key = "original_max_position_embeddings"
-            original = _whole(key, config.get(key, table.get(key, longest)))
-        factor = table.get("factor")
-        if factor is None and (kind == "longrope" or (kind == "yarn" and "factor" in table)):
-            factor = longest / original
-        factor = _number("factor", 1.0 if kind == "default" else factor)
-        for key in ("low_freq_factor", "high_freq_factor") if kind == "llama3" else ():
-            _number(key, table.get(key))
-        if table.get("partial_rotary_factor", 1.0) != 1:
-            raise ValueError(
-                f"partial_rotary_factor is {table['partial_rotary_factor']!r}, which changes the "
-                "mathematics in a way this model lacks"
-            )
-        known = _TUNING.get(kind, {})
-        tuning = tuple((k, _tuned(k, table[k])) for k in known if table.get(k) is not None)
-        dim = _head_dim(config)
-        return RopeConfig(kind, theta, factor, longest, original, dim, tuning)._checked()
-
-    def to_hf(self) -> dict:
-        """The keys of config.json, both dialects; unambiguous to transformers, vLLM, llama.cpp."""
-        out = {"max_position_embeddings": self.max_position, "rope_theta": self.theta}
-        if self.kind == "default":
-            parameters = {"rope_type": "default", "rope_theta": self.theta}
-            return {**out, "rope_scaling": None, "rope_parameters": parameters}
-        table = {"rope_type": self.kind, "factor": float(self.factor)}  # vLLM refuses an integer
-        if self.original is not None:  # llama.cpp reads that of llama3 from the top level
-            table["original_max_position_embeddings"] = self.original
-            out["original_max_position_embeddings"] = self.original
-        for key, value in self._filled().items():
-            if value is not None:
-                table[key] = list(value) if isinstance(value, tuple) else value
-        out["rope_scaling"] = {"type": self.kind, **table}
-        out["rope_parameters"] = {**table, "rope_theta": self.theta}
-        return out
-
     def scaled(self, kind: str, factor: float) -> "RopeConfig":
         """The same model's positions stretched by `factor` (> 1) with `kind`, a STUDENT_KIND.
 
         Raises ValueError where that is impossible or no config.json can say it.
         """
-        if kind not in STUDENT_KINDS:
-            raise ValueError(f"--rope {kind!r} is not one of {', '.join(STUDENT_KINDS)}")
-        if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 1):
-            raise ValueError(f"the scale is {factor!r}; it must be a number above 1, such as 8")
-        longer = round(self.length * factor) if factor < 2**31 else 2**31
-        if longer >= 2**31:
-            raise ValueError(
-                f"the scale is {factor:g}: {self.length:,} tokens times that is beyond 2^31, the "
-                "most that programs number; lower --scale"
-            )
-        if self.kind == kind and kind in MULTIPLY:
-            tuning = self._tuning_to_scale()
-            return replace(self, factor=self.factor * factor, max_position=longer, tuning=tuning)
-        if self.kind != "default":
-            remedy = "use a teacher with plain RoPE"
-            if self.kind in MULTIPLY:
-                remedy = f"use --rope {self.kind}"
-            raise ValueError(
-                f"the teacher's RoPE is already scaled ({self.kind}, factor {self.factor:g}): "
-                f"{kind} on top of it has no representation in config.json; {remedy}"
-            )
-        if kind in ("ntk", "dynamic") and self.head_dim < 4:
-            raise ValueError(f"head_dim is {self.head_dim}; --rope {kind} needs 4 or more")
-        if kind == "ntk":
-            theta = self.theta * factor ** (self.head_dim / (self.head_dim - 2))
-            return replace(self, theta=theta, max_position=longer)
-        factor = float(factor)
-        if kind == "dynamic":  # its config.json keeps M0 in max_position_embeddings
-            return replace(self, kind=kind, factor=factor)
-        original = self.max_position if kind in _NEED_M0 else None
-        return replace(self, kind=kind, factor=factor, max_position=longer, original=original)
+        return _scaled(self, kind, factor)
 
     @property
     def length(self) -> int:
@@ -197,44 +109,10 @@ class RopeConfig:
         factor = "" if self.kind == "default" else f", factor {self.factor:g}"
         return f"{self.kind} RoPE{factor}, theta {self.theta:g}, {self.length:,} tokens"
 
-    def _tuning_to_scale(self) -> tuple[tuple[str, object], ...]:
-        """The tuning for a larger factor: a stored attention_factor equal to the derived one is
-        dropped, so that it is derived anew; any other is refused.
-        """
-        given = self._filled().get("attention_factor")
-        derived = frequencies(replace(self, tuning=()), self.head_dim)[1]
-        if given is not None and abs(given - derived) > 1e-3:
-            raise ValueError(
-                f"the teacher's yarn has an attention_factor of its own, {given}: no rule says how "
-                "it grows; use a teacher with plain RoPE"
-            )
-        return tuple((k, v) for k, v in self.tuning if k != "attention_factor")
-
-    def _filled(self) -> dict:
-        return _TUNING.get(self.kind, {}) | dict(self.tuning)
-
-    def _checked(self) -> "RopeConfig":
-        if self.kind != "default" and self.factor < 1:
-            raise ValueError(f"the rope factor is {self.factor}; it must be at least 1")
-        if self.theta <= 1:
-            raise ValueError(f"rope_theta is {self.theta}; it must be above 1")
-        tuning = self._filled()
-        if self.kind == "llama3" and tuning["low_freq_factor"] >= tuning["high_freq_factor"]:
-            low, high = tuning["low_freq_factor"], tuning["high_freq_factor"]
-            raise ValueError(f"low_freq_factor {low} must be below high_freq_factor {high}")
-        if self.kind == "longrope" and self.original < 2:
-            raise ValueError("original_max_position_embeddings is 1; longrope needs 2 or more")
-        for name in ("short_factor", "long_factor") if self.kind == "longrope" else ():
-            table = tuning[name]
-            if not isinstance(table, tuple) or len(table) != self.head_dim // 2:
-                pairs = self.head_dim // 2
-                raise ValueError(f"longrope needs {name} with head_dim / 2 = {pairs} numbers")
-        if self.kind == "dynamic" and self.head_dim < 4:
-            raise ValueError(f"head_dim is {self.head_dim}; dynamic positions need 4 or more")
-        w, _ = frequencies(self, self.head_dim, self.length)
-        if not (torch.isfinite(w).all() and (w > 0).all()):
-            raise ValueError(f"the positions of config.json ({self}) have no finite frequencies")
-        return self
+    @property
+    def full_tuning(self) -> dict:
+        """The optional numbers of the kind: the file's, else the defaults."""
+        return TUNING.get(self.kind, {}) | dict(self.tuning)
 
 
 def frequencies(
@@ -246,10 +124,10 @@ def frequencies(
     hand may have left that at its default. Only dynamic and longrope depend on seq_len; None means
     no longer than the model's own length.
     """
-    D, s, tuning = head_dim, rope.factor, rope._filled()
+    D, s, tuning = head_dim, rope.factor, rope.full_tuning
     exponents = torch.arange(0, D, 2, dtype=torch.int64).float() / D  # 2k / D
     w = 1.0 / (rope.theta**exponents)
-    if rope.kind == "linear":
+    if rope.kind == "linear":  # position interpolation: token p turns as p / s did in training
         return w / s, 1.0
     if rope.kind == "dynamic":
         longest = max(seq_len or 0, rope.max_position)
@@ -265,6 +143,25 @@ def frequencies(
         derived = 1.0 if s <= 1 else math.sqrt(1 + math.log(s) / math.log(rope.original))
         return 1.0 / stretched, tuning["attention_factor"] or derived
     return w, 1.0
+
+
+def rotation(
+    rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [*positions.shape, head_dim] in `dtype` for integer positions.
+
+    seq_len: the longest position plus 1.
+    """
+    w, attention_factor = frequencies(rope, head_dim, seq_len)
+    angles = positions[..., None].float() * w.to(positions.device)
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, H, T, D] turned; cos and sin are [T, D], or [B, 1, T, D] where rows have their own."""
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
 
 
 def _yarn(rope: RopeConfig, w: Tensor, D: int, tuning: dict) -> tuple[Tensor, float]:
@@ -298,66 +195,52 @@ def _llama3(rope: RopeConfig, w: Tensor, tuning: dict) -> Tensor:
     return torch.where(wavelength < rope.original / high, w, out)
 
 
-def rotation(
-    rope: RopeConfig, head_dim: int, positions: Tensor, seq_len: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin [*positions.shape, head_dim] in `dtype` for integer positions.
+# ---- stretching: which positions can follow from which
 
-    seq_len: the longest position plus 1.
+
+def _scaled(rope: RopeConfig, kind: str, factor: float) -> RopeConfig:
+    if kind not in STUDENT_KINDS:
+        raise ValueError(f"--rope {kind!r} is not one of {', '.join(STUDENT_KINDS)}")
+    if not (isinstance(factor, int | float) and math.isfinite(factor) and factor > 1):
+        raise ValueError(f"the scale is {factor!r}; it must be a number above 1, such as 8")
+    longer = round(rope.length * factor) if factor < 2**31 else 2**31
+    if longer >= 2**31:
+        raise ValueError(
+            f"the scale is {factor:g}: {rope.length:,} tokens times that is beyond 2^31, the "
+            "most that programs number; lower --scale"
+        )
+    if rope.kind == kind and kind in MULTIPLY:
+        tuning = _tuning_to_scale(rope)
+        return replace(rope, factor=rope.factor * factor, max_position=longer, tuning=tuning)
+    if rope.kind != "default":
+        remedy = "use a teacher with plain RoPE"
+        if rope.kind in MULTIPLY:
+            remedy = f"use --rope {rope.kind}"
+        raise ValueError(
+            f"the teacher's RoPE is already scaled ({rope.kind}, factor {rope.factor:g}): "
+            f"{kind} on top of it has no representation in config.json; {remedy}"
+        )
+    if kind in ("ntk", "dynamic") and rope.head_dim < 4:
+        raise ValueError(f"head_dim is {rope.head_dim}; --rope {kind} needs 4 or more")
+    if kind == "ntk":
+        theta = rope.theta * factor ** (rope.head_dim / (rope.head_dim - 2))
+        return replace(rope, theta=theta, max_position=longer)
+    factor = float(factor)
+    if kind == "dynamic":  # its config.json keeps M0 in max_position_embeddings
+        return replace(rope, kind=kind, factor=factor)
+    original = rope.max_position if kind in NEED_M0 else None
+    return replace(rope, kind=kind, factor=factor, max_position=longer, original=original)
+
+
+def _tuning_to_scale(rope: RopeConfig) -> tuple[tuple[str, object], ...]:
+    """The tuning for a larger factor: a stored attention_factor equal to the derived one is
+    dropped, so that it is derived anew; any other is refused.
     """
-    w, attention_factor = frequencies(rope, head_dim, seq_len)
-    angles = positions[..., None].float() * w.to(positions.device)
-    angles = torch.cat((angles, angles), dim=-1)
-    return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, H, T, D] turned; cos and sin are [T, D], or [B, 1, T, D] where rows have their own."""
-    half = x.shape[-1] // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
-
-
-# ---- reading config.json: each value is taken as its key means it, or refused by name
-
-
-def _table(config: dict, key: str) -> dict:
-    value = config.get(key)
-    if not (value is None or isinstance(value, dict)):
-        raise ValueError(f"{key} is {value!r}; it must be an object or null")
-    return value or {}
-
-
-def _number(name: str, value) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and 0 < value < 1e12):
-        raise ValueError(f"{name} is {value!r}; it must be a number above 0 and below 1e12")
-    return float(value)
-
-
-def _whole(name: str, value) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-        raise ValueError(f"{name} is {value!r}; it must be an integer from 1 up to 2^31")
-    return value
-
-
-def _tuned(name: str, value):
-    if name == "truncate":
-        if not isinstance(value, bool):
-            raise ValueError(f"truncate is {value!r}; it must be true or false")
-        return value
-    if name in ("short_factor", "long_factor"):
-        if not isinstance(value, list):
-            raise ValueError(f"{name} is {value!r}; it must be a list of numbers")
-        return tuple(_number(name, v) for v in value)
-    return _number(name, value)
-
-
-def _head_dim(config: dict) -> int:
-    dim = config.get("head_dim")
-    if dim is None:
-        width = _whole("hidden_size", config.get("hidden_size", 128))
-        dim = max(width // _whole("num_attention_heads", config.get("num_attention_heads", 1)), 1)
-    dim = _whole("head_dim", dim)
-    if dim % 2:
-        raise ValueError(f"head_dim is {dim}; rotary positions need an even one")
-    return dim
+    given = rope.full_tuning.get("attention_factor")
+    derived = frequencies(replace(rope, tuning=()), rope.head_dim)[1]
+    if given is not None and abs(given - derived) > 1e-3:
+        raise ValueError(
+            f"the teacher's yarn has an attention_factor of its own, {given}: no rule says how "
+            "it grows; use a teacher with plain RoPE"
+        )
+    return tuple((k, v) for k, v in rope.tuning if k != "attention_factor")

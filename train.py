@@ -10,37 +10,47 @@ relation_kl.py compares their q, k and v:
 
     L = mean over layers of (KL_Q/Q + KL_K/K + KL_V/V) + weight * KL of the next-token distributions
 
-each relation a mean over its own rows and heads. Only the q, k and v projections learn; every other
-tensor of the student IS the teacher's.
+each relation a mean over its own rows and heads: `relation_loss`. Only the q, k and v projections
+learn; every other tensor of the student IS the teacher's.
 
-What the last term adds.  One rotation of all keys of a head leaves its relations as they are
-(relation_kl.py). Turn the keys of the last layer as if every token stood one further on: the
-relations of all layers are still perfect, and every query looks one token beside what it means. The
-next-token distributions change, and the gradient of their KL leads back:
+What the last term adds.  It is ours: the paper has the relations alone (--logit-weight 0). One
+rotation of all keys of a head leaves its relations as they are (relation_kl.py). Turn the keys of
+the last layer as if every token stood one further on: the relations of all layers are still
+perfect, and every query looks one token beside what it means. The next-token distributions change,
+and the gradient of their KL leads back:
         pytest tests/test_model.py::test_the_next_token_kl_sees_the_turn_that_no_relation_sees
 
-Stage 2.  The student alone learns to predict the next token: L2 = next-token loss. With
+Stage 2.  The student alone learns to predict the next token in long blocks: `next_token_loss`. With
 --native-blocks n, stage 1's L is added, over n blocks of stage 1's length beside each long one, so
 that what stage 1 won is kept.
 
-Lengths.  Stage 1 reads short blocks (512 or 2048 tokens), stage 2 long ones (up to 16K, or the
-native length where that is more), the student under the stretched positions. engine/plan.py
-chooses lengths, rates and tokens that no flag gives.
+How it is computed.  The two losses below are the specification, and what runs wherever nothing more
+is needed. Where memory or time ask for more (layers computed again in the backward, logits in
+chunks, models cut over GPUs, CUDA graphs), engine/step.py computes the same loss and gradients
+another way; tests/test_step.py holds it to these.
+
+The numbers.  `defaults` has every number that a person tunes, by what it depends on; a flag wins.
+Two points, 2e-3 at width C = 576 and the paper's 2e-5 at C = 4096, fix the rate's power law: Adam
+moves every weight by about its rate per step, and the wider a layer, the more such moves add up in
+its output. Stage 1 wants many small steps on short blocks, stage 2 steps more than length (LOG.md
+has the runs). All kinds of positions but linear leave the fast pairs alone and lose less before
+training: they take gentler rates and fewer tokens.
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
 
 --out DIR gets cache/ (tokenised text, unless --cache says where); when training begins, run.json
 (arguments, versions, seed) and metrics.jsonl (a line per step); every --save-minutes, state/ (for
---resume) and curves.png; at the end, report.json, .md and .png (what was lost, what came back) and
-student/, the Hugging Face directory; with --lora-rank adapter/, with --tensorboard tensorboard/.
-.linear-ard.json lists these; a run holds .linear-ard.lock.
+--resume) and curves.png; at the end, report.json, .md and .png (what was lost, what came back,
+where the time went) and student/, the Hugging Face directory; with --lora-rank adapter/, with
+--tensorboard tensorboard/. .linear-ard.json lists these; a run holds .linear-ard.lock.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
 SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.
 
 Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
-number of query heads even where keys are shared: --preset authors does as they do.
+number of query heads even where keys are shared: --preset authors does as they do. For widths far
+from the two that were measured the defaults are guesses: try a few rates.
 
 Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.py.
 """
@@ -48,357 +58,248 @@ Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.
 from engine import exits  # first: from here on, a Ctrl-C ends in one line  # isort: skip
 
 import dataclasses
-import functools
-import sys
-import time
+import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch import Tensor
 
-from engine import cost, data, flags, folder, graph, lora, parallel, plan, resume, watch
-from engine.lookups import Lookups
+from engine import flags, lora, parallel
+from engine.cost import Stage
+from engine.plan import Plan, make_plan
+from engine.run import GOES_ON, Run
+from engine.step import Step
 from evals import report
 from evals.held_out import HeldOut
 from hub import checkpoint, download, files
 from hub.card import licence_of, model_card
-from hub.tokenizer import load_tokenizer
-from model import (
-    TRAINED,
-    Llama,
-    LlamaConfig,
-    by_chunks,
-    choose_dtype,
-    make_student,
-    next_token_loss,
-    trainable,
-)
+from model import TRAINED, Llama, LlamaConfig, make_student, trainable
+from model import next_token_loss as cross_entropy
 from relation_kl import relation_kl
 
-# ---- stage 1's loss
+# ---- the two losses
 
 
 def relation_loss(
-    teacher: Llama,
-    student: Llama,
-    ids: Tensor,
-    dtype: torch.dtype,
-    *,
-    impl: str = "auto",
-    checkpointing: bool = False,
-    authors_heads: bool = False,
-    logit_weight: float = 0.0,
-    relations: str = "qkv",
-    units: list | None = None,
+    teacher: Llama, student: Llama, ids: Tensor, dtype: torch.dtype, kl_weight: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, relations [L, 3], next-token KL) of both models over ids [B, T], in nats.
-
-    The last two carry no gradient. Both models advance together, so that the q, k and v of only one
-    layer of each are alive at a time. With `checkpointing` a layer keeps its two inputs [B, T, C]
-    and the losses' numbers per row; the rest is computed again in the backward. Without the logit
-    term the last layer ends at its q, k and v, as no loss depends on more. units: with --shard,
-    what gathers layer l of both models while a function runs (engine/parallel.py).
-    """
-    B, T = ids.shape
-    L, H, Hkv = (getattr(teacher.config, k) for k in ("n_layer", "n_head", "n_kv_head"))
-    with torch.no_grad():
-        h_teacher = teacher.embed(ids, dtype)
-    h_student = student.embed(ids, dtype)
-    turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
+    """Stage 1 over ids [B, T]: (loss, its relations [L, 3], its next-token KL), in nats."""
+    T, table = ids.shape[1], []
     # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
-    scales = teacher.score_scale(T), student.score_scale(T)
-
-    def advance(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
-        """Layer l of both: (teacher's h, student's h, mean KL [3]). kept: see relation_kl."""
-        last = l + 1 == L and not logit_weight
-        with torch.no_grad():
-            h_teacher, theirs = _layer(teacher.model.layers[l], h_teacher, turns[0], last)
-        h_student, ours = _layer(student.model.layers[l], h_student, turns[1], last)
-        parts = []
-        for r, (x, y, k) in enumerate(zip(ours, theirs, kept, strict=True)):  # Q/Q, K/K, V/V
-            b, a = scales if r < 2 else (x.shape[-1] ** -0.5,) * 2
-            parts.append(relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=k).mean())
-        return h_teacher, h_student, torch.stack(parts)
-
-    table = []
-    for l in range(L):
-        run = advance
-        if checkpointing and torch.is_grad_enabled():
-            run = functools.partial(advance, kept=([], [], []))
-            run = functools.partial(recompute, run, use_reentrant=False)
-        if units:
-            run = functools.partial(units[l], run)
-        h_teacher, h_student, parts = run(l, h_teacher, h_student)
-        table.append(parts)
-    table = torch.stack(table)  # [L, 3]
-    shared = Hkv / H if authors_heads else 1.0
-    weights = (float("q" in relations), shared * ("k" in relations), shared * ("v" in relations))
-    loss = sum(w * table[:, r].mean() for r, w in enumerate(weights))
-    if not logit_weight:
-        return loss, table.detach(), torch.zeros_like(loss.detach())
-    kl = logit_kl(teacher, student, h_teacher, h_student)
-    return loss + logit_weight * kl, table.detach(), kl.detach()
+    qk = student.score_scale(T), teacher.score_scale(T)
+    v = (teacher.config.head_dim**-0.5,) * 2
+    lock_step = zip(teacher.walk(ids, dtype), student.walk(ids, dtype), strict=True)
+    for (h_teacher, theirs), (h_student, ours) in lock_step:  # noqa: B007 - the last h are used
+        kl = [
+            relation_kl(x, y, scale=a, teacher_scale=b).mean()
+            for x, y, (a, b) in zip(ours, theirs, (qk, qk, v), strict=True)  # Q/Q, K/K, V/V
+        ]
+        table.append(torch.stack(kl))
+    table = torch.stack(table)
+    next_token = next_token_kl(teacher, student, h_teacher, h_student)
+    return table.mean(0).sum() + kl_weight * next_token, table, next_token
 
 
-def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool):
-    if last:
-        return h, layer.self_attn.qkv(layer.input_layernorm(h), turn)
-    # Not layer(...): a sharded layer's unit is gathered already
-    return type(layer).forward(layer, h, turn)
+def next_token_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor) -> Tensor:
+    """Mean KL(teacher || student) of the next token; h [B, T, C] after the last layer."""
+    log_r = teacher.lm_head(teacher.model.norm(h_teacher)).float().log_softmax(-1)
+    log_p = student.lm_head(student.model.norm(h_student)).float().log_softmax(-1)
+    return F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1).mean()
 
 
-def logit_kl(
-    teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor, chunk: int = 4096
-) -> Tensor:
-    """Mean KL(teacher || student) of the next-token distributions, in nats.
+def next_token_loss(student: Llama, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
+    """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it."""
+    return (cross_entropy(student, student.hidden(ids[:, :-1], dtype), ids[:, 1:]),)
 
-    h_teacher, h_student: [B, T, C] before the last norm. At most [chunk, V] logits of each exist at
-    once.
+
+PLAIN = {"relation": relation_loss, "next token": next_token_loss}
+
+# ---- the numbers that a person tunes
+
+
+def defaults(teacher: LlamaConfig, student: LlamaConfig, gpu: bool) -> dict[str, float]:
+    """What the flags of these names are where they are left out; step1, step2: tokens of a step."""
+    C, native, linear = teacher.width, teacher.rope.length, student.rope.kind == "linear"
+    narrow = C <= 1024
+    # 2e-3 was best at C = 320 too; the power law's 0.3 at C = 64 blows a model up
+    rate = min(2e-3, 2e-3 * (576 / C) ** 2.3) * (1.0 if linear else 0.3)
+    tokens1, tokens2 = {
+        # gpu, linear
+        (True, True): (1_048_576, 3_145_728),
+        (True, False): (262_144, 524_288),
+        (False, True): (262_144, 131_072),  # about an hour at 135M parameters, by estimate
+        (False, False): (65_536, 65_536),  # stage 1: 169 s on eight Xeon cores with AMX
+    }[gpu, linear]
+    # Of stage 2: 16K, where blocks gave a lower loss at 64K than blocks of 64K at equal tokens; the
+    # native length where that is more, as long as it leaves 32 steps
+    length2 = max(16_384, min(native, 2 ** int(math.log2(tokens2 / 32))))
+    return {
+        "tokens1": tokens1,
+        "length1": min(native, 512 if narrow else 2048),
+        "step1": 1024 if narrow else 8192,
+        "lr1": rate,
+        "tokens2": tokens2,
+        "length2": min(student.rope.length, length2),
+        "step2": 16_384,
+        "lr2": rate / (4 if linear else 2),  # whatever --lr1 is
+    }
+
+
+# Whole recipes: --preset NAME; "demo" is taken where no --teacher is named, and the plan says so.
+PRESETS = {
+    # Another objective: KL x 3, blocks of stage 1's kind in stage 2, text like the teacher's own;
+    # and many small steps. LOG.md has the search
+    "demo": {
+        "logit_weight": 3.0,
+        "native_blocks": 4,
+        "lookups": 0.25,
+        "batch1": 1,
+        "batch2": 1,
+        "length2": 4096,
+    },
+    "demo linear": {"tokens1": 380_000, "lr1": 2e-3, "tokens2": 270_000, "lr2": 1.5e-3},
+    "demo yarn": {"tokens1": 140_000, "lr1": 5e-4, "tokens2": 82_000, "lr2": 3e-4},
+    # The paper's own: adapters, 144 steps of 4 x 4096 tokens, relations alone
+    "authors": {
+        "lora_rank": 1024,
+        "lora_alpha": 2048.0,
+        "lora_dropout": 0.05,
+        "lr1": 2e-5,
+        "length1": 4096,
+        "batch1": 4,
+        "tokens1": 144 * 4 * 4096,
+        "logit_weight": 0.0,
+        "authors_heads": True,
+    },
+    "default": {
+        "logit_weight": 1.0,  # of the next-token KL
+        "native_blocks": 0,  # SmolLM2 lost by them
+        "lookups": 0.0,
+        "authors_heads": False,
+        "lora_dropout": 0.0,
+    },
+}
+CLIP = 1.0  # the longest gradient
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """The learning rate of a step, 0 the first: up over a twentieth of them, then straight down.
+
+    It begins above 0 and ends at a fiftieth of the stage's.
     """
-
-    def part(x: Tensor, y: Tensor) -> Tensor:
-        with torch.no_grad():
-            log_r = teacher.lm_head(teacher.model.norm(y)).float().log_softmax(-1)
-        log_p = student.lm_head(student.model.norm(x)).float().log_softmax(-1)
-        return F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1)  # [<= chunk]
-
-    return by_chunks(part, chunk, h_student.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
+    warm = math.ceil(stage.steps / 20)
+    down = (stage.steps - step) / max(1, stage.steps - warm)
+    return stage.lr * min((step + 1) / (warm + 1), max(0.02, down))
 
 
-# ---- both stages
+# ---- the recipe
 
 
 def main(argv: list[str] | None = None) -> None:
     """One run, from the command line to the exported directory; see the head of this file."""
-    args = flags.parse(argv, __doc__)  # nothing changes args after this line
+    args = flags.parse(argv, __doc__, PRESETS)
     world = parallel.World(args.device)  # this process, or torchrun's many
-    device, (dtype, why) = world.device, choose_dtype(world.device, args.dtype)
-
-    # ---- plan: what can be refused without text and weights is refused here; nothing is written
-    native = LlamaConfig.from_hf(files.read_json(args.teacher / "config.json"))
-    longer = native.extended(args.rope or plan.rope_kind(native), args.scale)
-    tokenizer = load_tokenizer(args.teacher)
-    stages = plan.make_stages(args, native, longer)
-    plan.check(args, native, longer, stages, world.size)
-    apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
-    check = functools.partial(folder.check, args.out, "--out", "train.py", resume=args.resume)
-    if args.resume or not args.dry_run:
-        world.on_main(lambda: check(apart=apart))
-    free = int(world.min(cost.free_memory(device)))
-    peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
-    shards = world.size if args.shard else 1
-    # of each stage: blocks at a time, recompute activations?, memory by part
-    settle = functools.partial(plan.settle, native, dtype=dtype, device=device, free=free)
-    settle = functools.partial(settle, micro=args.micro, rank=args.lora_rank, shards=shards)
-    settled = [settle(s, own=s.batch // world.size) for s in stages]
-    needs = [need for _, _, need in settled]
-    print(plan.describe(native, longer, stages, needs, args.lora_rank))
-    print(plan.describe_loss(args, stages))
-    print(f"compute: {str(dtype)[6:]}, because {why}")
-    impl, why = plan.relation_impl(args, native, dtype, device)
-    print(f"relation loss: {impl}, because {why}")
-    print(plan.describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
-    for stage, need in zip(stages, needs, strict=True):
-        plan.refuse_if_too_large(need, free, stage)
-    if args.dry_run and not args.resume:
-        return world.exit(0)
-    depends = world.on_main(resume.matters, args, stages)
+    plan = make_plan(args, world, defaults)  # printed; all that needs no text and no weights
+    run = Run(plan, world)
     if args.dry_run:
-        world.on_main(resume.find, args, depends, stages)
+        run.find()
         return world.exit(0)
-
-    with folder.Folder(args.out, "train.py", active=world.main) as out:
-        world.on_main(lambda: check(apart=apart))  # another run may have come and gone since
-
-        # ---- where to begin: at zero, or where the newest good state says
-        at = world.on_main(resume.find, args, depends, stages)
-
-        # ---- models: the student's tensors ARE the teacher's, but for float32 copies of q, k and v
-        place = "cpu" if args.shard else str(device)
-        teacher = Llama.from_pretrained(args.teacher, dtype=dtype, device=place)
-        student = make_student(teacher, longer, trained=() if args.lora_rank else TRAINED)
-        if args.lora_rank:
-            torch.manual_seed(args.seed)
-            lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
-        else:  # the copies start from the stored numbers, not from their rounding to `dtype`
-            stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
-            for name, value in stored.items():
-                student.get_parameter(name).data.copy_(value)
-        units = parallel.shard(teacher, student, world, dtype) if args.shard else None
-        weights = trainable(student)
-        if at.state:
-            resume.load(at.state, weights, None, 0)
-
-        # ---- text: tokenised once, by the first process, when all else is known to be right
-        def enough(corpus: data.Corpus) -> None:
-            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
-            plan.check_text(corpus, stages, documents)
-            resume.same_text(at, corpus.digest)
-            out.add(*out.owned(args.cache))  # the text will be worth keeping
-
-        with files.disk_sentences(args.cache):
-            corpus = world.main_first(
-                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=enough
-            )
-        depends["text"] = corpus.digest
-        print(plan.describe_text(corpus, stages))
-        lookups = Lookups(tokenizer, corpus.train) if args.lookups else None
-        held_out = HeldOut(corpus, tokenizer, native.rope.length, args.scale, args.eval_blocks)
-        stop, saved = resume.StopRequest(), time.time()
-        versions = report.versions(device) | {"processes": world.size}
-        about = {"arguments": depends, "versions": versions}
-        about |= {"text": corpus.name, "command": sys.argv}
-        if world.main:
-            log = watch.Watch(out, stages, native, args, peak, world.size, about, at.total)
-
-        def save() -> None:
-            """All processes gather; the first one writes."""
-            tensors = resume.gather(weights, optimiser, keep=world.main)
-            with files.disk_sentences(args.out, resume.kept(at)):
-                world.on_main(resume.write, out, tensors, at, depends)
-
-        def measure(name: str, model: Llama) -> None:
-            """A column of the table, filled by the first process, or by all of a sharded model."""
-            if held_out.n_blocks and name not in at.columns:
-                measured = held_out.measure
-                at.columns[name] = measured(model) if args.shard else world.on_main(measured, model)
-
-        measure(report.TEACHER, teacher)
-        measure(report.UNTRAINED, student)
-
-        # ---- the stages: one loop, two objectives
-        for number in range(at.stage, len(stages)):
-            stage, (micro, checkpointing, _) = stages[number], settled[number]
+    with run:  # the folder is this run's from here on
+        teacher, student, units = make_models(plan, world)
+        weights, corpus = trainable(student), run.read_text()
+        native = plan.native.rope.length
+        held_out = HeldOut(corpus, plan.tokenizer, native, args.scale, args.eval_blocks)
+        run.begin(weights, held_out)  # where the newest state says
+        run.measure(report.TEACHER, teacher)
+        run.measure(report.UNTRAINED, student)
+        for stage in run.stages():
             optimiser = torch.optim.AdamW(
-                weights.values(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0,
-                fused=device.type == "cuda" and not args.shard,
-            )  # fmt: skip
-            if at.step:
-                resume.load(at.state, weights, optimiser, at.step)
-            reducer = parallel.Reducer(weights.values(), world)  # averages gradients over processes
-
-            def losses(part: cost.Stage, piece: Tensor, again: bool = checkpointing) -> tuple:
-                """The loss of a piece [n, T + 1] of a step's blocks, and what else is logged."""
-                if part.objective == "relation":  # relate tokens as the teacher does
-                    return relation_loss(
-                        teacher, student, piece[:, :-1], dtype, impl=impl, checkpointing=again,
-                        authors_heads=args.authors_heads, logit_weight=args.logit_weight,
-                        relations=args.relations, units=units,
-                    )  # fmt: skip
-                h = student.hidden(piece[:, :-1], dtype, again)  # predict the next token
-                return (next_token_loss(student, h, piece[:, 1:]),)
-
-            record, why = graph.wanted(device, world.size, checkpointing, args.lora_dropout)
-            gradients = graph.Recorded(losses, list(weights.values()), record)
-            print(f"{stage.name}: CUDA graph {'on' if record else 'off'}, because {why}")
-            if world.main:
-                log.begin(number, at.step)
-            for step in range(at.step, stage.steps):
-                began = time.time()
-
-                # this step's blocks, a function of seed and step alone, a few at a time
-                figures = watch.Figures(native.n_layer, device)
-                gradients.zero()
-                try:
-                    for part, few in ((stage, micro), (stage.beside, args.micro)):
-                        if part is None:
-                            continue
-                        mine = part.batch // world.size
-                        first = step * part.batch + world.rank * mine
-                        seed = data.seed_of(args.seed, number, part is stage.beside)
-                        ids = corpus.batch(seed, first, mine, part.T)  # [mine, T + 1]
-                        ids = lookups.mix(ids, seed, first, args.lookups) if lookups else ids
-                        ids = ids.to(device)
-                        few = 1 if args.lora_dropout else few  # whose noise has a seed per block
-                        few = cost.at_a_time(part, few, mine)
-                        for begin in range(0, mine, few):
-                            piece = ids[begin : begin + few]
-                            resume.reseed(args.seed, at.total, first + begin)
-                            reducer.last = part is (stage.beside or stage) and begin + few >= mine
-                            share = len(piece) / mine
-                            figures.add(part, gradients(part, piece, share), share)
-                    reducer.finish()
-
-                    # all processes agree: on the figures, whether to stop, whether to save
-                    late = world.main and time.time() - saved > 60 * args.save_minutes
-                    stopping, saving = figures.agree(world, bool(stop), late)
-                    grads = [w.grad for w in weights.values()]
-                    norm = parallel.whole(torch.nn.utils.get_total_norm(grads))
-                    watch.refuse_non_finite(
-                        world, stage, step, figures, float(norm), weights, student, ids, at
-                    )
-
-                    # update
-                    torch.nn.utils.clip_grads_with_norm_(weights.values(), 1.0, norm)
+                weights.values(), lr=stage.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=plan.fused
+            )
+            step = Step(teacher, student, PLAIN, world=world, units=units, **plan.how(stage))
+            with run.training(stage, optimiser, step):
+                for n in run.steps(stage):
+                    step.zero()
+                    for part, ids, share, last in run.micro_batches(stage, n):
+                        run.figures.add(part, step.backward(part, ids, share, last), share)
+                    norm = step.finish()  # gradients are averaged over all processes
+                    run.agree(n, norm)  # that numbers are finite, whether to save, whether to stop
+                    step.clip(norm, CLIP)
                     for group in optimiser.param_groups:
-                        group["lr"] = plan.learning_rate(stage, step)
+                        group["lr"] = learning_rate(stage, n)
                     optimiser.step()
-                except (MemoryError, RuntimeError) as e:
-                    if exits.ran_out(e):
-                        raise plan.out_of_memory(stage, device, resume.kept(at)) from None
-                    raise
-
-                # log, save
-                at.step, at.total = step + 1, at.total + 1
-                if world.main:
-                    lr, seconds = group["lr"], time.time() - began
-                    log.step(at.total - 1, step, figures, float(norm), lr, seconds, device)
-                if stopping or saving:
-                    save()
-                    saved = time.time()
-                    if world.main:
-                        log.draw(patience=60)
-                if stopping:
-                    print(f"\nstopped after step {step + 1} of {stage.name}; --resume goes on")
-                    out.close()
-                    return world.exit(exits.STOPPED)
-            reducer.close()
-            if world.main:
-                log.end()
-            measure(stage.name, student)
-            at.stage, at.step = number + 1, 0
-            save()
-
-        # ---- report and export: a Hugging Face directory, read back before it counts
-        if args.shard:
-            parallel.unshard(student, world)
-        world.on_main(export, out, args, student, native, longer, stages, at.columns, about)
-        stop.close()
-        if world.main:
-            log.close()
-        out.close()
-        world.exit(0)
+                    run.log(n, norm, group["lr"])
+                    run.save_if_due()
+                    if run.stopping:
+                        return run.stop()
+            run.end_stage(stage, student)  # measured and saved
+        export(run, student)
+        run.done()
 
 
-def export(out, args, student, native, longer, stages, columns, about) -> None:
-    """The table, the adapter, and the Hugging Face directory."""
-    with files.disk_sentences(args.out, ". The last saved state is kept: --resume goes on from it"):
-        text = report.write(out, columns, about) if columns else ""
+def make_models(plan: Plan, world: parallel.World):
+    """(teacher, student, what --shard gathers at a time or None).
+
+    The student's tensors are the teacher's, but for float32 copies of q, k and v, or adapters.
+    """
+    args = plan.args
+    place = "cpu" if args.shard else str(plan.device)
+    teacher = Llama.from_pretrained(args.teacher, dtype=plan.dtype, device=place)
+    student = make_student(teacher, plan.longer, trained=() if args.lora_rank else TRAINED)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    else:  # the copies start from the stored numbers, not from their rounding to plan.dtype
+        stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
+        for name, value in stored.items():
+            student.get_parameter(name).data.copy_(value)
+    units = parallel.shard(teacher, student, world, plan.dtype) if args.shard else None
+    return teacher, student, units
+
+
+def export(run: Run, student: Llama) -> None:
+    """The table, the adapter, and the Hugging Face directory, read back before it counts."""
+    if run.args.shard:
+        parallel.unshard(student, run.world)
+    with run.times("export"):
+        run.world.on_main(_export, run, student)
+
+
+def _export(run: Run, student: Llama) -> None:
+    plan, args, out, columns = run.plan, run.args, run.out, run.at.columns
+    with files.disk_sentences(args.out, GOES_ON):
+        text = report.write(out, columns, run.about) if columns else ""
         if args.lora_rank:
             with out.directory("adapter") as work:
                 lora.write_adapter(student, work, str(args.teacher), TRAINED)
         card = model_card(
             download.model_name(args.teacher),
-            before=str(native.rope),
-            after=str(longer.rope),
-            kind=longer.rope.kind,
-            length=longer.rope.length,
-            stages=[dataclasses.asdict(stage) for stage in stages],
+            before=str(plan.native.rope),
+            after=str(plan.longer.rope),
+            kind=plan.longer.rope.kind,
+            length=plan.longer.rope.length,
+            stages=[dataclasses.asdict(stage) for stage in plan.stages],
             scores=text,
-            arguments=about["arguments"],
+            arguments=run.about["arguments"],
             base_model=download.repository_of(args.teacher),
             licence=licence_of(args.teacher),
         )
         with out.directory("student") as work:
             checkpoint.write_pretrained(
-                lora.merge(student), work, tokenizer_from=args.teacher, card=card,
-                dtype=checkpoint.stored_dtype(args.teacher), frozen_from=args.teacher,
+                lora.merge(student),
+                work,
+                tokenizer_from=args.teacher,
+                card=card,
+                dtype=checkpoint.stored_dtype(args.teacher),
+                frozen_from=args.teacher,
                 trained=TRAINED,
-            )  # fmt: skip
+            )
+        if columns:  # once more, now that it is known how long the export took
+            report.write(out, columns, run.about, {"seconds": run.times.rows()})
     at = args.out / "student"
     print(f"\n{text}\n" if text else "")
-    print(f"exported to {at} ({longer.rope.length:,} tokens of context); next:")
+    print(f"time: {run.times}")
+    print(f"exported to {at} ({plan.longer.rope.length:,} tokens of context); next:")
     text = " ".join(["", "--data", *map(str, args.data)]) if args.data else ""
     print(f"  python eval.py --model {at} --against {args.teacher}{text}")
 

@@ -44,9 +44,9 @@ from model import (
     TRAINED,
     Llama,
     LlamaConfig,
-    compute_dtype,
     make_student,
 )
+from precision import choose_dtype
 from relation_kl import relation_kl
 
 
@@ -128,7 +128,7 @@ class Timed:
 
     def __init__(self, arguments, config: LlamaConfig, stage: cost.Stage, device: torch.device):
         self.stage, self.device, self.rank = stage, device, arguments.lora_rank
-        self.dtype = compute_dtype(device)
+        self.dtype = choose_dtype(device)[0]
         free = cost.free_memory(device)
         settled = plan.settle(
             config, stage, self.dtype, device, arguments.micro, self.rank, 1, stage.batch, free
@@ -274,7 +274,7 @@ def bench_step(arguments, fixed: dict, log) -> None:
             )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config_of(arguments.model)
-    peak = cost.peak_flops(device, compute_dtype(device))
+    peak = cost.peak_flops(device, choose_dtype(device)[0])
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(
         f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: "

@@ -1,38 +1,41 @@
-"""Makes the demo's teacher: a tokenizer and a small LLaMA, trained from nothing on the standard
-library's sources.
+"""Makes the demo's teacher: a tokenizer and a small LLaMA, trained from nothing on the default
+text (engine/default_text.py).
 
-    python demo/make_teacher.py --out demo/teacher --minutes 60
+    python demo/make_teacher.py --out DIR --steps 0                  the tokenizer alone
+    python demo/make_teacher.py --out DIR --tokenizer DIR --steps N  the weights, with that one
 
 A quarter of the blocks are look-up documents (engine/lookups.py), so that recall over a distance
 can be measured later. The tokenizer is byte-level BPE, kept as a tiktoken rank file and, for other
 programs, as tokenizer.json. The weights train with Muon (the matrices) and AdamW (the rest), in
-bf16 with float32 masters, and are stored in bf16.
+bf16 with float32 masters, and are stored in bf16: minutes on a GPU, an hour of two CPU cores.
 
-Limits.  It stops by the clock, so another machine ends elsewhere; the seed fixes the data's order
-only.
+Limits.  The seed fixes the weights' beginning and the data's order; another device rounds
+otherwise and ends with other weights, about as good.
 """
 
 import argparse
 import base64
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from engine import data
+from engine import data, default_text
 from engine.lookups import Lookups
 from hub import checkpoint
 from hub.tokenizer import LLAMA3_WORDS, load_tokenizer
 from model import Llama, LlamaConfig, next_token_loss
 
 T, BATCH, SHARE = 512, 16, 0.25  # native context, blocks per step, share of look-up documents
+RATE = 4e-3
 END = "<|end|>"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.tiktoken", "tokenizer_config.json")
 SHAPE = {
     "model_type": "llama",
     "vocab_size": 4096,
@@ -51,15 +54,10 @@ SHAPE = {
 }
 
 
-def sources() -> list[tuple[str, Path]]:
-    """The demo's own corpus and, for more text, the standard library's tests."""
-    root = data.standard_library()
-    tests = [(str(f.relative_to(root)), f) for f in sorted((root / "test").rglob("*.py"))]
-    return data.find_files([]) + tests
-
-
 def make_tokenizer(out: Path, texts: list[str]) -> None:
     """Trains BPE and writes it twice: 256 bytes, then the merges in order, then the end token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
     words = [
         pre_tokenizers.Split(Regex(LLAMA3_WORDS), "isolated"),
         pre_tokenizers.ByteLevel(False, use_regex=False),
@@ -118,49 +116,45 @@ def blocks(corpus: data.Corpus, lookups: Lookups, step: int) -> torch.Tensor:
 @torch.no_grad()
 def measure(model: Llama, corpus: data.Corpus, lookups: Lookups) -> tuple[float, float]:
     """(held-out loss in nats, share of look-ups right) at the native length."""
-    held = corpus.held_out_blocks(T, 64)
+    device = model.lm_head.weight.device
+    held = corpus.held_out_blocks(T, 64).to(device)
     loss = next_token_loss(model, model.hidden(held[:, :-1], torch.bfloat16), held[:, 1:]).item()
     rng, right = np.random.default_rng(2), []
     for _ in range(32):
         ids, where = lookups.document(rng, T, "far")
-        best = model(torch.from_numpy(ids[None, :-1])).argmax(-1)[0]
+        best = model(torch.from_numpy(ids[None, :-1]).to(device)).argmax(-1)[0].cpu()
         right += (best[where] == torch.from_numpy(ids[where + 1])).tolist()
     return loss, sum(right) / len(right)
 
 
-def train(model: Llama, corpus: data.Corpus, lookups: Lookups, minutes: float, log) -> None:
+def train(model: Llama, corpus: data.Corpus, lookups: Lookups, steps: int, log) -> None:
+    device = model.lm_head.weight.device
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "layers" in n]
     others = [p for n, p in model.named_parameters() if not (p.dim() == 2 and "layers" in n)]
-    muon = torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
-    adam = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    begin, step, share = time.time(), 0, 0.0
-    while share < 1:
-        share = (time.time() - begin) / (60 * minutes)
-        # Warm-up, level, then down
-        rate = min((step + 1) / 100, 1.0) * max(0.02, min(1.0, (1 - share) / 0.5))
-        ids = blocks(corpus, lookups, step)
+    muon = torch.optim.Muon(matrices, lr=RATE, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(others, lr=RATE, betas=(0.9, 0.95), weight_decay=0.0)
+    begin = time.time()
+    for step in range(steps):
+        # Warm-up over 100 steps, level, and from the middle down
+        rate = min((step + 1) / 100, 1.0) * max(0.02, min(1.0, 2 * (1 - step / steps)))
+        ids = blocks(corpus, lookups, step).to(device)
         h = model.hidden(ids[:, :-1], torch.bfloat16)
         loss = next_token_loss(model, h, ids[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimiser in (muon, adam):
-            optimiser.param_groups[0]["lr"] = 4e-3 * rate
+            optimiser.param_groups[0]["lr"] = RATE * rate
             optimiser.step()
             optimiser.zero_grad()
-        if step % 50 == 0 or share >= 1:
-            row = {
-                "step": step,
-                "tokens": (step + 1) * BATCH * T,
-                "minutes": round(share * minutes, 1),
-            }
-            row["loss"] = round(loss.item(), 4)
-            if step % 250 == 0 or share >= 1:
-                row["held_out"], row["recall"] = (
-                    round(x, 4) for x in measure(model, corpus, lookups)
-                )
+        last = step == steps - 1
+        if step % 50 == 0 or last:
+            row = {"step": step, "tokens": (step + 1) * BATCH * T, "loss": round(loss.item(), 4)}
+            row["minutes"] = round((time.time() - begin) / 60, 2)
+            if step % 250 == 0 or last:
+                figures = measure(model, corpus, lookups)
+                row["held_out"], row["recall"] = (round(x, 4) for x in figures)
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
-        step += 1
 
 
 def main() -> None:
@@ -170,35 +164,43 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="directory to write; it must not exist yet"
     )
-    parser.add_argument("--minutes", type=float, default=60, help="training time")
+    parser.add_argument("--steps", type=int, default=3600, help=f"of {BATCH} x {T} tokens (3600)")
+    parser.add_argument("--tokenizer", type=Path, help="directory of an earlier run (made anew)")
+    parser.add_argument(
+        "--text", type=Path, help="the folder `sympy`, unpacked (the installed one)"
+    )
     args = parser.parse_args()
     if args.out.exists():
         sys.exit(f"--out {args.out} exists; remove it or name another")
+    found = default_text.find_files(args.text)
+    texts = [text for _, text in data.documents(found)]
     args.out.mkdir(parents=True)
-    torch.manual_seed(0)
     (args.out / "config.json").write_text(json.dumps(SHAPE))
-    make_tokenizer(args.out, [f.read_text(encoding="utf-8", errors="ignore") for _, f in sources()])
+    if args.tokenizer:
+        for name in TOKENIZER_FILES:
+            shutil.copyfile(args.tokenizer / name, args.out / name)
+    else:
+        make_tokenizer(args.out, texts)
     tokenizer = load_tokenizer(args.out)
-    texts = [(n, f.read_text(encoding="utf-8", errors="ignore")) for n, f in sources()]
-    streams = data.split(
-        [(n, np.asarray(tokenizer.encode_documents([t])[0], dtype=np.uint16)) for n, t in texts]
-    )
-    corpus = data.Corpus(*streams, name="the standard library and its tests")
+    each = tokenizer.encode_documents(texts)
+    named = [(n, np.asarray(ids, np.uint16)) for (n, _), ids in zip(found, each, strict=True)]
+    corpus = data.Corpus(*data.split(named), name=default_text.NAME)
     lookups = Lookups(tokenizer, corpus.train)
+    print(f"{len(corpus.train):,} training tokens, {len(corpus.held_out):,} held out", flush=True)
+    if args.steps == 0:
+        return
+    torch.manual_seed(0)
     model = Llama(LlamaConfig.from_hf(SHAPE))
-    initialise(model)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(corpus.train):,} "
-        "training tokens"
-    )
+    initialise(model)  # on the CPU: the same numbers for every device
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, on {device}", flush=True)
     with (args.out / "training.jsonl").open("w") as log:
-        train(model, corpus, lookups, args.minutes, log)
-    checkpoint.save_pretrained(
-        model, args.out.with_name("written"), tokenizer_from=args.out, dtype=torch.bfloat16
-    )
-    for file in args.out.with_name("written").iterdir():
+        train(model.to(device), corpus, lookups, args.steps, log)
+    written = args.out.with_name(f"{args.out.name}.written")
+    checkpoint.save_pretrained(model.cpu(), written, tokenizer_from=args.out, dtype=torch.bfloat16)
+    for file in written.iterdir():
         file.replace(args.out / file.name)
-    args.out.with_name("written").rmdir()
+    written.rmdir()
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ class Stage:
     steps: int
     lr: float
     logits: bool = False  # "relation": the next-token distributions are compared too
-    beside: "Stage | None" = None  # blocks of the other objective in the same steps
+    auxiliary: "Stage | None" = None  # blocks of the other objective in the same steps
 
     @property
     def tokens(self) -> int:
@@ -171,9 +171,9 @@ def memory(
     # One relation's student in float32 and its gradient, and what it hands on: the largest is Q/Q
     parts["at work"] = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
     parts |= {"allocator, a tenth": sum(parts.values()) // 10}
-    if stage.beside:  # one after the other: the larger of the two counts
-        few = at_a_time(stage.beside, None, stage.beside.batch)
-        other = memory(c, stage.beside, dtype, few, checkpointing, rank, shards, attention)
+    if stage.auxiliary:  # one after the other: the larger of the two counts
+        few = at_a_time(stage.auxiliary, None, stage.auxiliary.batch)
+        other = memory(c, stage.auxiliary, dtype, few, checkpointing, rank, shards, attention)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
 
@@ -205,8 +205,8 @@ def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, fl
         parts["relation"] = L * 6 * c.head_dim * stage.T * heads
     parts["backward"] = L * learning + (L - 1) * qkv + layers * (rest + 2 * attention) + head
     parts = {k: v * stage.T * stage.batch for k, v in parts.items()}
-    if stage.beside:
-        parts["relation blocks"] = sum(flops(c, stage.beside, rank).values())
+    if stage.auxiliary:
+        parts["relation blocks"] = sum(flops(c, stage.auxiliary, rank).values())
     return parts
 
 

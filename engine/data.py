@@ -5,17 +5,16 @@
 Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl (a document per
 line, its field `text`), .txt.gz and .jsonl.gz, .csv and .parquet (a document per row, its column
 `text`; Parquet where pyarrow is there) and .npy (one stream of ids, already tokenised). Without
-any: the sources of the Python standard library on this machine (tests and site-packages left out),
-about 10 MB of real text that needs no network.
+any: what default_text.py names, 15 MB of Python that are the same on every machine.
 
 Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
 and of every file's name and contents, and is mapped, not read, from then on; a checksum tells
 whether it is still what was written. A text that is refused, or that the disk has no room for,
 leaves nothing behind.
 
-Held out.  One document in 20, by a hash of its name, never trains; so the same standard-library
-module is held out under every Python version. Where that gives less than 1 % of the tokens (few,
-long documents) the last 5 % of the stream are held out instead.
+Held out.  One document in 20, by a hash of its name, never trains, whatever else is read with it.
+Where that gives less than 1 % of the tokens (few, long documents) the last 5 % of the stream are
+held out instead.
 
 Order.  The training stream has n = (tokens - 1) // T blocks. Epoch e visits them in a permutation
 drawn from (seed, e); the k-th block of a run is thus a function of (seed, k), whatever the number
@@ -30,7 +29,6 @@ import functools
 import gzip
 import hashlib
 import os
-import sysconfig
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -41,13 +39,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import token_cache
+from engine import default_text, token_cache
 from hub import files
 from hub.tokenizer import Tokenizer
 
 LINES = (".jsonl", ".jsonl.gz")
 KINDS = (".txt", ".txt.gz", ".md", ".py", *LINES, ".csv", ".parquet", ".npy")
-_NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "__pycache__"}
 HELD_OUT_ONE_IN = 20
 _BATCH = 256  # documents tokenised at a time
 
@@ -116,10 +113,6 @@ class Corpus:
         )
 
 
-def standard_library() -> Path:
-    return Path(sysconfig.get_paths()["stdlib"])
-
-
 def load_corpus(
     paths: list[Path],
     tokenizer: Tokenizer,
@@ -129,21 +122,21 @@ def load_corpus(
     without: Path | None = None,
     check: Callable[[Corpus], None] = lambda corpus: None,
 ) -> Corpus:
-    """The corpus of `paths` (empty: the standard library), tokenised into `cache` unless it is
+    """The corpus of `paths` (empty: default_text.py's), tokenised into `cache` unless it is
     there already.
 
     without: a folder to leave out of the scan, such as the run's own; the cache is left out too.
     check: called before anything is written, to refuse a text that is too short. Raises ValueError
     naming the file (and line) that is missing, empty, undecodable or malformed.
     """
-    if cache.resolve() in [path.resolve() for path in paths]:
+    if os.path.realpath(cache) in [os.path.realpath(path) for path in paths]:
         raise ValueError(f"--cache {cache} is a folder of --data; name another")
     found = find_files(paths, [cache, *([without] if without else [])])
     key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
     for name, file in found:
         key.update(os.fsencode(f"{name}\0{files.digest(file)}\n"))
     digest = key.hexdigest()[:20]
-    what = ", ".join(map(str, paths)) if paths else f"the standard library in {standard_library()}"
+    what = ", ".join(map(str, paths)) if paths else default_text.NAME
     parts = token_cache.read(cache / digest)
     fresh = None if parts else _tokenise(found, tokenizer, quiet)
     corpus = Corpus(*(parts or fresh), what, digest)
@@ -162,15 +155,17 @@ def find_files(paths: list[Path], without: list[Path] = ()) -> list[tuple[str, P
     Raises ValueError for a path that does not exist or whose kind is not read, and where there is
     no text.
     """
+    if not paths:
+        return default_text.find_files()
     found: dict[str, Path] = {}
-    for path in paths or [standard_library()]:
+    for path in paths:
+        files.refuse_lost_link(path)
         if not path.exists():
             raise ValueError(f"--data {path} does not exist")
         if path.is_dir():
-            for file in _below(path, KINDS if paths else (".py",), without):
-                name = file.relative_to(path)
-                if paths or not _NOT_SOURCES & set(name.parts):
-                    found[str(name) if str(name) not in found else str(file)] = file
+            for file in _below(path, without):
+                name = str(file.relative_to(path))
+                found[name if name not in found else str(file)] = file
         elif not path.is_file():
             raise ValueError(
                 f"--data {path} is no file or folder (a pipe cannot be read twice); save the text "
@@ -187,19 +182,21 @@ def find_files(paths: list[Path], without: list[Path] = ()) -> list[tuple[str, P
     return sorted(found.items())
 
 
-def _below(path: Path, kinds: tuple[str, ...], without: list[Path]) -> Iterator[Path]:
+def _below(path: Path, without: list[Path]) -> Iterator[Path]:
     """Every file of these kinds under a folder. Raises ValueError where a folder cannot be read."""
 
     def refuse(e: OSError) -> None:
         raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
 
-    own = [folder.resolve() for folder in without]
+    own = [os.path.realpath(folder) for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
-        folders[:] = sorted(f for f in folders if (Path(here) / f).resolve() not in own)
+        folders[:] = sorted(f for f in folders if os.path.realpath(Path(here) / f) not in own)
         for name in sorted(names):
             file = Path(here) / name
-            if name.lower().endswith(kinds) and file.is_file():
-                yield file
+            if name.lower().endswith(KINDS):
+                files.refuse_lost_link(file)
+                if file.is_file():
+                    yield file
 
 
 def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.ndarray]]:

@@ -3,8 +3,8 @@
 A value out of range, a flag without the flag it needs, a preset's values: all are settled here,
 before anything is read. The result is never changed afterwards.
 
-Presets stand for a whole recipe: `authors` is the paper's own, the demo's is taken where no
---teacher is named. A flag that is given wins over a preset.
+Presets stand for a whole recipe (train.py): `authors` is the paper's own; `demo` is taken where no
+--teacher is named, and the plan says so. A flag that is given wins over a preset.
 """
 
 import argparse
@@ -19,21 +19,6 @@ from rope import STUDENT_KINDS
 
 HERE = Path(__file__).resolve().parents[1]
 SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv", "none")
-# fmt: off
-PRESETS = {
-    # Many small steps, and text like the teacher's own: LOG.md has the search
-    "demo": {"batch1": 1, "batch2": 1, "length2": 4096, "logit_weight": 3.0, "native_blocks": 4,
-             "lookups": 0.25},
-    "demo linear": {"tokens1": 380_000, "lr1": 2e-3, "tokens2": 270_000, "lr2": 1.5e-3},
-    "demo yarn": {"tokens1": 140_000, "lr1": 5e-4, "tokens2": 82_000, "lr2": 3e-4},
-    # The paper's own: adapters, 144 steps of 4 x 4096 tokens, relations alone
-    "authors": {"lora_rank": 1024, "lora_alpha": 2048.0, "lora_dropout": 0.05, "lr1": 2e-5,
-                "length1": 4096, "batch1": 4, "tokens1": 144 * 4 * 4096, "logit_weight": 0.0,
-                "authors_heads": True},
-    "default": {"logit_weight": 1.0, "lookups": 0.0, "native_blocks": 0, "authors_heads": False,
-                "lora_dropout": 0.0},
-}
-# fmt: on
 
 
 def parser(about: str) -> argparse.ArgumentParser:
@@ -59,7 +44,7 @@ def parser(about: str) -> argparse.ArgumentParser:
         type=path,
         nargs="+",
         default=[],
-        help="text files or folders (Python's own sources)",
+        help="text files or folders (sympy's sources)",
     )
     what.add_argument("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
     what.add_argument(
@@ -97,7 +82,9 @@ def parser(about: str) -> argparse.ArgumentParser:
     )
     how.add_argument("--lora-dropout", type=share, help="on the adapters' input (0)")
     how.add_argument(
-        "--preset", choices=("authors",), help="authors: the paper's adapters and stage 1"
+        "--preset",
+        choices=("authors", "demo"),
+        help="authors: the paper's adapters and stage 1; demo: what no --teacher means",
     )
     how.add_argument("--micro", type=count, help="blocks at a time (as many as fill 8192 tokens)")
     how.add_argument(
@@ -123,6 +110,11 @@ def parser(about: str) -> argparse.ArgumentParser:
     run.add_argument(
         "--save-minutes", type=weight, default=10, help="write the state at least this often (10)"
     )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits every run on a GPU too, attention's backward being slower",
+    )
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.add_argument(
         "--shard", action="store_true", help="under torchrun: cut the models over the GPUs (FSDP2)"
@@ -141,12 +133,18 @@ def parser(about: str) -> argparse.ArgumentParser:
     return p
 
 
-def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
-    """The arguments of a run, complete and in range. Raises ValueError in one sentence."""
+def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argparse.Namespace:
+    """The arguments of a run, complete and in range. presets: train.py's.
+
+    Raises ValueError in one sentence.
+    """
     args = parser(about).parse_args(argv)
-    demo = () if args.teacher else (f"demo {args.rope or 'linear'}", "demo")
-    for preset in (args.preset, *demo, "default"):
-        for key, value in PRESETS.get(preset, {}).items():
+    names = [args.preset]
+    if not args.teacher or args.preset == "demo":
+        names += [f"demo {args.rope or 'linear'}", "demo"]
+    args.preset = args.preset or (None if args.teacher else "demo")
+    for name in (*names, "default"):
+        for key, value in presets.get(name, {}).items():
             if getattr(args, key, None) is None:
                 setattr(args, key, value)
     if args.lora_rank is None and (args.lora_alpha or args.lora_dropout):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hub import download
+from hub import download, rope_json
 from hub.card import adapter_card
 from hub.checkpoint import set_parameter
 from model import Linear, Llama
@@ -124,7 +124,7 @@ def write_adapter(student: Llama, work: Path, base: str, trained: tuple[str, ...
         "inference_mode": True,
     }
     name = download.model_name(Path(base))
-    readme = adapter_card(name, student.config.rope.to_hf(), repository)
+    readme = adapter_card(name, rope_json.write(student.config.rope), repository)
     save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
     (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
     (work / "README.md").write_text(readme)

@@ -1,57 +1,132 @@
 """The plan: what a run will do and need, and every reason to refuse it, before anything is loaded.
 
+    make_plan(args, world, defaults) -> Plan        made, checked and printed in one call
+
 Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a
-peak learning rate. `make_stages` fills in what the user left out; `settle` decides how a step uses
-the memory that is free; `check` refuses what cannot work, with the flag that helps.
-
-Defaults.  From runs at two widths (LOG.md), C = 320 and C = 576, and the paper's at C = 4096.
-
-    Rate      Adam moves every weight by about its rate per step, whatever the gradient's size, and
-              the wider a layer, the more such moves add up in its output. Two points, 2e-3 at
-              C = 576 and 2e-5 at C = 4096, fix a power law: lr = 2e-3 (576 / C)^2.3, never above
-              2e-3, which was best at C = 320 too. Stage 2 takes a quarter of it, whatever --lr1 is.
-    Kinds     All but linear leave the fast pairs alone and lose less before training: they take 0.3
-              of that rate, half of that in stage 2, and a sixth to a half of the tokens (TOKENS).
-    Stage 1   wants many small steps on short blocks: 1024 tokens per step in blocks of 512 beat
-              2048 per step at equal tokens. Above C = 1024: 8192 per step in blocks of 2048.
-    Stage 2   wants steps more than length: blocks of 16K gave a lower loss at 64K than blocks of
-              64K at equal tokens. A native length beyond 16K is kept; the extended one is the most.
-    CPU       its tokens are meant for about an hour at 135M parameters, by estimate; yarn's 65,536
-              of stage 1 took 169 s on eight Xeon cores with AMX (bfloat16).
+peak learning rate. `make_stages` fills in what the user left out from train.py's `defaults`;
+`settle` decides how a step uses the memory that is free: `check` and `refuse_if_too_large` refuse
+what cannot work, with the flag that helps.
 
 Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
-For widths far from these two the defaults are guesses: try a few rates.
-
-Source.  The measured points: LOG.md; the paper: LinearARD, arXiv 2604.00004.
 """
 
 import argparse
-import math
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
-from engine import data
+from engine import cost, data, folder, machine
 from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
 from engine.exits import OutOfMemory
+from engine.parallel import World
 from hub import checkpoint, files
-from model import TRAINED, Llama, LlamaConfig, attention_dtype
+from hub.tokenizer import Tokenizer, load_tokenizer
+from model import TRAINED, Llama, LlamaConfig
+from precision import attention_dtype, choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
-
-TOP_RATE = 2e-3  # the best rate measured; the power law's 0.3 at C = 64 blows a model up
-GENTLE = 0.3  # of it for kinds that keep the fast pairs as they are
-# Tokens of stage 1 and stage 2, by device and by whether the positions are linear
-TOKENS = {
-    ("cuda", True): (1_048_576, 3_145_728),
-    ("cuda", False): (262_144, 524_288),
-    ("cpu", True): (262_144, 131_072),
-    ("cpu", False): (65_536, 65_536),
-}
 
 # Fewer tokens at a time might not fill a GPU. At 7B, 4096 at a time and nothing computed twice took
 # 2.3 s per step, where 8192 and all layers twice took 3.6 (bench step, H100).
 FEWEST_TOKENS = 4096
+FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
+
+
+class Fit(NamedTuple):
+    """How a stage's step uses the memory that is free."""
+
+    micro: int  # blocks at a time
+    checkpointing: bool  # layers are computed again in the backward
+    need: dict[str, int]  # bytes by part
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before text and weights are read."""
+
+    args: argparse.Namespace
+    native: LlamaConfig
+    longer: LlamaConfig  # the student's
+    tokenizer: Tokenizer
+    stages: list[Stage]
+    fits: list[Fit]  # of each stage
+    device: torch.device
+    dtype: torch.dtype  # of activations
+    impl: str  # of the relation loss
+    peak: float  # flop/s of one device
+
+    @property
+    def fused(self) -> bool:
+        """Is Adam one kernel? Not over shards, nor on a CPU."""
+        return self.device.type == "cuda" and not self.args.shard
+
+    def fit(self, stage: Stage) -> Fit:
+        """How a step of this stage uses the memory."""
+        return self.fits[self.stages.index(stage)]
+
+    def how(self, stage: Stage) -> dict:
+        """What engine/step.py is told beside the models."""
+        args = self.args
+        return {
+            "dtype": self.dtype,
+            "kl_weight": args.logit_weight,
+            "relations": args.relations,
+            "authors_heads": args.authors_heads,
+            "impl": args.impl,
+            "dropout": args.lora_dropout,
+            "checkpointing": self.fit(stage).checkpointing,
+        }
+
+
+def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Plan:
+    """The plan of these arguments, printed. defaults: train.py's. Nothing is written.
+
+    Raises ValueError for all that can be refused without text and weights.
+    """
+    if args.deterministic:
+        machine.fix_order()
+    device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
+    native = LlamaConfig.from_hf(files.read_json(files.own(args.teacher, "config.json")))
+    longer = native.extended(args.rope or rope_kind(native), args.scale)
+    tokenizer = load_tokenizer(args.teacher)
+    stages = make_stages(args, native, longer, defaults)
+    check(args, native, longer, stages, world.size)
+    if args.resume or not args.dry_run:
+        world.on_main(check_folder, args)
+    free = int(world.min(cost.free_memory(device)))
+    peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
+    fits = [
+        settle(
+            native,
+            stage,
+            dtype=dtype,
+            device=device,
+            free=free,
+            micro=args.micro,
+            rank=args.lora_rank,
+            shards=world.size if args.shard else 1,
+            per_rank=stage.batch // world.size,
+        )
+        for stage in stages
+    ]
+    print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
+    print(describe_loss(args, stages))
+    print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
+    print(f"bits: {describe_bits(device, args.deterministic)}")
+    impl, why_impl = relation_impl(args, native, dtype, device)
+    print(f"relation loss: {impl}, because {why_impl}")
+    print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
+    for stage, fit in zip(stages, fits, strict=True):
+        refuse_if_too_large(fit.need, free, stage)
+    return Plan(args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak)
+
+
+def check_folder(args: argparse.Namespace) -> None:
+    """Raises ValueError where --out is not this run's to write in."""
+    apart = {"--teacher": args.teacher} | {f"--data {p}": p for p in args.data}
+    folder.check(args.out, "--out", "train.py", resume=args.resume, apart=apart)
 
 
 def rope_kind(config: LlamaConfig) -> str:
@@ -59,47 +134,36 @@ def rope_kind(config: LlamaConfig) -> str:
     return config.rope.kind if config.rope.kind in MULTIPLY else "linear"
 
 
-def make_stages(args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig) -> list[Stage]:
+def make_stages(
+    args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig, defaults: Callable
+) -> list[Stage]:
     """The stages that --stage asks for: stage 1 on short blocks, stage 2 on long ones.
 
-    Stage 2 may have `beside`: for each long block, --native-blocks of stage 1's kind at its length,
-    so that what stage 1 won is not lost again.
+    Stage 2 may have an `auxiliary`: for each long block, --native-blocks of stage 1's kind at its
+    length, so that what stage 1 won is not lost again.
     """
-    linear, native = student.rope.kind == "linear", config.rope.length
-    lr = min(TOP_RATE, TOP_RATE * (576 / config.width) ** 2.3) * (1.0 if linear else GENTLE)
-    small = config.width <= 1024
-    T1 = args.length1 or min(native, 512 if small else 2048)
-    T2 = args.length2 or min(student.rope.length, max(16384, native))
-    batch1 = args.batch1 or max(1, (1024 if small else 8192) // T1)
-    batch2 = args.batch2 or max(1, 16384 // T2)
-    tokens = TOKENS["cuda" if args.device.startswith("cuda") else "cpu", linear]
-    tokens1, tokens2 = args.tokens1 or tokens[0], args.tokens2 or tokens[1]
-    logits = args.logit_weight > 0
-    first = _stage("stage1", "relation", T1, batch1, tokens1, args.lr1 or lr, logits)
-    second = _stage(
-        "stage2", "next token", T2, batch2, tokens2, args.lr2 or lr / (4 if linear else 2)
-    )
+    number = defaults(config, student, args.device.startswith("cuda"))
+    number |= {k: v for k, v in vars(args).items() if k in number and v is not None}
+
+    def stage(n: int, objective: str, logits: bool = False) -> Stage:
+        T = number[f"length{n}"]
+        batch = getattr(args, f"batch{n}") or max(1, number[f"step{n}"] // T)
+        steps = max(1, round(number[f"tokens{n}"] / (T * batch)))
+        lr = float(f"{number[f'lr{n}']:.2g}")
+        return Stage(f"stage{n}", objective, T, batch, steps, lr, logits)
+
+    first, second = stage(1, "relation", args.logit_weight > 0), stage(2, "next token")
     if args.native_blocks:
-        beside = replace(first, name="stage2", batch=args.native_blocks * batch2, lr=second.lr)
-        second = replace(second, beside=replace(beside, T=min(T1, T2), steps=second.steps))
+        auxiliary = replace(
+            first,
+            name="stage2",
+            T=min(first.T, second.T),
+            batch=args.native_blocks * second.batch,
+            steps=second.steps,
+            lr=second.lr,
+        )
+        second = replace(second, auxiliary=auxiliary)
     return {"1": [first], "2": [second], "both": [first, second]}[args.stage]
-
-
-def _stage(
-    name: str, objective: str, T: int, batch: int, tokens: int, lr: float, logits=False
-) -> Stage:
-    steps = max(1, round(tokens / (T * batch)))
-    return Stage(name, objective, T, batch, steps, float(f"{lr:.2g}"), logits)
-
-
-def learning_rate(stage: Stage, step: int) -> float:
-    """The learning rate of a step, 0 the first: up over a twentieth of them, then straight down.
-
-    It begins above 0 and ends at a fiftieth of the stage's.
-    """
-    warm = math.ceil(stage.steps / 20)
-    down = (stage.steps - step) / max(1, stage.steps - warm)
-    return stage.lr * min((step + 1) / (warm + 1), max(0.02, down))
 
 
 # ---- what can be refused
@@ -122,7 +186,7 @@ def check(
                 f"--batch{s.name[-1]} is {s.batch} and there are {processes} processes; "
                 "it must be a multiple of that"
             )
-    distils = [s for s in stages for s in (s, s.beside) if s and s.objective == "relation"]
+    distils = [s for s in stages for s in (s, s.auxiliary) if s and s.objective == "relation"]
     if student.rope.kind == "dynamic" and any(config.rope.length >= s.T for s in distils):
         raise ValueError(
             "--rope dynamic changes nothing up to the native length: "
@@ -147,7 +211,7 @@ def check(
 def check_text(corpus, stages: list[Stage], lookups) -> None:
     """Every refusal that needs the text. lookups: None, or what makes look-up documents."""
     for stage in stages:
-        for s in (stage, stage.beside):
+        for s in (stage, stage.auxiliary):
             if s:
                 corpus.blocks(s.T)
                 if lookups:
@@ -188,29 +252,28 @@ def settle(
     micro: int | None,
     rank: int | None,
     shards: int,
-    own: int,
+    per_rank: int,
     free: int,
-) -> tuple[int, bool, dict[str, int]]:
-    """How a process that does `own` blocks of each step uses its `free` bytes of memory.
+) -> Fit:
+    """How a process that does `per_rank` blocks of each step uses its `free` bytes of memory.
 
-    Fewer blocks at a time come before computing layers twice, down to FEWEST_TOKENS. Returns
-    (blocks at a time, checkpointing, bytes by part).
+    Fewer blocks at a time come before computing layers twice, down to FEWEST_TOKENS.
     """
 
-    ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.beside) if s)
+    ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
 
-    def parts(few: int, checkpointing: bool) -> dict[str, int]:
+    def parts(blocks: int, checkpointing: bool) -> dict[str, int]:
         attention = attention_dtype(dtype, device)
-        held = memory(c, stage, dtype, few, checkpointing, rank, shards, attention)
-        return held | {"a step's ids": 8 * own * ids}
+        held = memory(c, stage, dtype, blocks, checkpointing, rank, shards, attention)
+        return held | {"a step's ids": 8 * per_rank * ids}
 
-    most = few = at_a_time(stage, micro, own)
-    while not micro and needs_checkpointing(parts(few, False), free):
-        few = few // 2
-        if few * stage.T < FEWEST_TOKENS:
-            return most, True, parts(most, True)
-    checkpointing = needs_checkpointing(parts(few, False), free)
-    return few, checkpointing, parts(few, checkpointing)
+    most = blocks = at_a_time(stage, micro, per_rank)
+    while not micro and needs_checkpointing(parts(blocks, False), free):
+        blocks = blocks // 2
+        if blocks * stage.T < FEWEST_TOKENS:
+            return Fit(most, True, parts(most, True))
+    checkpointing = needs_checkpointing(parts(blocks, False), free)
+    return Fit(blocks, checkpointing, parts(blocks, checkpointing))
 
 
 def refuse_if_too_large(parts: dict[str, int], free: int, stage: Stage) -> None:
@@ -231,8 +294,8 @@ def remedy(stage: Stage) -> str:
     )
 
 
-def out_of_memory(stage: Stage, device: torch.device, kept: str = "") -> OutOfMemory:
-    return OutOfMemory(f"{stage.name} ran out of memory on {device}: {remedy(stage)}{kept}")
+def out_of_memory(stage: Stage, device: torch.device, promise: str = "") -> OutOfMemory:
+    return OutOfMemory(f"{stage.name} ran out of memory on {device}: {remedy(stage)}{promise}")
 
 
 # ---- what is printed
@@ -270,7 +333,14 @@ def describe(
             f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
             f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
-        if b := stage.beside:
+        if stage.steps < FEWEST_STEPS:
+            n = stage.name[-1]
+            lines.append(
+                f"warning     {stage.name} has {stage.steps} steps, and fewer than some "
+                f"{FEWEST_STEPS} rarely suffice: raise --tokens{n}, or lower --length{n} (now "
+                f"{stage.T:,}) or --batch{n} (now {stage.batch})"
+            )
+        if b := stage.auxiliary:
             lines.append(
                 f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"
             )
@@ -283,15 +353,27 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
     terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in args.relations]
     weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
     terms += [f"{weight}next-token KL"] if args.logit_weight else []
-    if not any(s and s.objective == "relation" for stage in stages for s in (stage, stage.beside)):
+    if not any(
+        s and s.objective == "relation" for stage in stages for s in (stage, stage.auxiliary)
+    ):
         terms = ["next token"]
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
-    return f"loss        {' + '.join(terms)}{lookups}"
+    preset = f" (--preset {args.preset})" if args.preset else ""
+    return f"loss        {' + '.join(terms)}{lookups}{preset}"
+
+
+def describe_bits(device: torch.device, deterministic: bool) -> str:
+    """Whether a second run has the same bits, and why."""
+    if device.type == "cpu":
+        return "the same every run, as always on a CPU"
+    if deterministic:
+        return "the same every run, because --deterministic has attention add in a fixed order"
+    return "not the same every run, as attention's backward adds in no order; --deterministic does"
 
 
 def describe_text(corpus, stages: list[Stage]) -> str:
     """How much text there is, and how often training reads it."""
-    read = sum(s.T * s.batch * s.steps for stage in stages for s in (stage, stage.beside) if s)
+    read = sum(s.T * s.batch * s.steps for stage in stages for s in (stage, stage.auxiliary) if s)
     return (
         f"text: {len(corpus.train):,} tokens, of which training reads {read:,} "
         f"({read / len(corpus.train):.2g} times the text); {len(corpus.held_out):,} held out"

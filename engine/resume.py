@@ -1,7 +1,8 @@
 """Stopping and going on: training state that survives Ctrl-C, a kill at any moment, damage and a
 full disk.
 
-What.  state/step-N/ holds state.safetensors (the trained weights and Adam's two moments, by name)
+What.  state/step-N/ holds state.safetensors (the trained weights and, within a stage, Adam's two
+moments, by name)
 and state.json (the stage, the step, the figures so far, what the run depends on, and a checksum).
 It is written apart, synced and renamed (folder.py), so a name that exists was complete; the last
 two are kept. A state that does not read back as it was written is named and passed over for the one
@@ -14,8 +15,10 @@ the last save, and a measurement that was not over.
 
 Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
 step is one of its number, so weights, moments and the step's number are the whole state: a resumed
-run has the losses and weights of one that was never interrupted, to the bit, on the same hardware
-and library versions, with as much memory free (which decides how many blocks are read at a time).
+run has the losses and weights of one that was never interrupted, on the same hardware and library
+versions, with as much memory free (which decides how many blocks are read at a time). To the bit on
+a CPU, and on a GPU under --deterministic; on a GPU without it up to the rounding of the sums that
+torch's attention orders anew in each run.
 
 What it depends on.  The arguments that decide the result, and the contents of the teacher's files
 and of the text, by their digests. A resumed run must have the same; what changed is named.
@@ -42,6 +45,7 @@ import re
 import signal
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,16 +104,11 @@ class Progress:
     state: Path | None = None  # where weights and moments are to be read from
 
 
-def kept(at: Progress) -> str:
-    """What a refusal may promise."""
-    return ". The last saved state is kept: --resume goes on from it" if at.state else ""
-
-
 def gather(
-    weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, keep: bool = True
+    weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer | None, keep: bool = True
 ) -> dict[str, Tensor]:
-    """Weights and moments, whole and on the CPU. All ranks must call it where they are sharded; one
-    may keep them.
+    """Weights and, of an optimiser, its moments, whole and on the CPU. All ranks must call it where
+    they are sharded; one may keep them.
 
     Raises ValueError naming a weight that is not finite: such a state could never go on.
     """
@@ -120,7 +119,7 @@ def gather(
                 f"the update made {name} NaN or infinite; start anew, in another --out, with a "
                 "lower learning rate"
             )
-        moments = optimiser.state.get(p, {})
+        moments = optimiser.state.get(p, {}) if optimiser else {}
         held = {"": p} | {f"{k}.": moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
         for key, t in held.items():
             full = parallel.whole(t)
@@ -224,7 +223,7 @@ def matters(args: argparse.Namespace, stages: list) -> dict:
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
         if s.objective != "relation":
-            plan["native blocks"] = s.beside.batch // s.batch if s.beside else 0
+            plan["native blocks"] = s.auxiliary.batch // s.batch if s.auxiliary else 0
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
     return out | paths | {TEACHERS_FILES: digest(args.teacher)}
@@ -232,12 +231,12 @@ def matters(args: argparse.Namespace, stages: list) -> dict:
 
 def digest(path: Path) -> str:
     """Of the contents of a model directory's config, tokenizer and safetensors, by name."""
-    whole = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        kinds = (".safetensors", ".json", ".model", ".tiktoken", ".txt")
-        if file.name.endswith(kinds) and file.is_file():
-            whole.update(f"{file.name} {files.digest(file)}\n".encode())
-    return whole.hexdigest()[:16]
+    kinds = (".safetensors", ".json", ".model", ".tiktoken", ".txt")
+    found = [f for f in sorted(path.iterdir()) if f.name.endswith(kinds) and f.is_file()]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock: a core for each shard
+        digests = list(pool.map(files.digest, found))
+    lines = (f"{file.name} {value}\n" for file, value in zip(found, digests, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def find(args: argparse.Namespace, depends: dict, stages: list) -> Progress:

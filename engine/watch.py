@@ -42,6 +42,7 @@ from tqdm import tqdm
 from engine import cost, curves, data, parallel, resume
 from engine.folder import Folder
 from engine.lookups import chosen
+from engine.plan import Plan
 from relation_kl import RELATIONS
 
 SCHEMA = 2  # of metrics.jsonl, in run.json; raised when a key changes its meaning
@@ -88,15 +89,14 @@ class Figures:
 class Watch:
     """The log of one run, on the first process."""
 
-    def __init__(
-        self, out: Folder, stages, config, args, peak: float, size: int, about: dict, total: int
-    ):
+    def __init__(self, out: Folder, plan: Plan, processes: int, about: dict, at: resume.Progress):
         """The first writing of a run: run.json, and the log without what the resumed state does not
         know.
         """
         out.write("run.json", json.dumps(about | {"schema": SCHEMA}, indent=1) + "\n")
-        resume.cut_log(out, total)
-        self.out, self.stages, self.peak, self.size = out, stages, peak, size
+        resume.cut_log(out, at.total)
+        args, stages, config = plan.args, plan.stages, plan.native
+        self.out, self.stages, self.peak, self.processes = out, stages, plan.peak, processes
         self.seed, self.share, self.weight = args.seed, args.lookups, args.logit_weight
         self.log = (out.path / "metrics.jsonl").open("a")
         self.writer = None
@@ -138,7 +138,7 @@ class Watch:
         later = zip(self.work[self.number + 1 :], self.stages[self.number + 1 :], strict=True)
         left = (stage.steps - step - 1) * work + sum(w * s.steps for w, s in later)
         tokens = stage.T * stage.batch + (
-            stage.beside.T * stage.beside.batch if stage.beside else 0
+            stage.auxiliary.T * stage.auxiliary.batch if stage.auxiliary else 0
         )
         row = {
             "total": total,
@@ -151,7 +151,7 @@ class Watch:
         row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds)}
         row |= {
             "tflops": rate / 1e12,
-            "mfu": rate / (self.peak * self.size),
+            "mfu": rate / (self.peak * self.processes),
             "gib": cost.peak_memory(device),
         }
         row["eta_seconds"] = round(left / sorted(self.recent)[len(self.recent) // 2], 1)

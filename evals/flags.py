@@ -73,7 +73,7 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--prompt", help="continue this text, and measure nothing; - reads standard input")
     add("--new-tokens", type=count, help=f"of --prompt, at most ({NEW_TOKENS})")
     add = p.add_argument_group("held-out text").add_argument
-    add("--data", type=path, nargs="+", default=[], help="text (Python's own sources)")
+    add("--data", type=path, nargs="+", default=[], help="text (sympy's sources)")
     add("--no-text", action="store_true", help="leave the held-out text out")
     add("--native", type=count, help="tokens that count as 1x (the teacher's length)")
     add("--scale", type=positive, help="the longest blocks, in native lengths (the student's)")

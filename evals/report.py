@@ -14,6 +14,7 @@ report.json, all keys (SCHEMA counts changes that break a reader):
     about       {command, seed, dtype, torch, python, device, threads, seconds}
     facts       {figure: {version, items, seed, dtype, command, stderr: {model: error}, ...}}
     retention   {figure: {items, seed, resamples, kept, recovered}}, retention.py says of what
+    seconds     {part of a training run: seconds}, "all" among them (engine/timing.py)
     missing     [what was asked for and left out, and why]
     positions   {positions: [tokens], model: [loss in nats]}                       of --positions
     passkey     {lengths, depths, model: [depth][length] share found}              of --passkey
@@ -27,7 +28,6 @@ Limits.  `error` says how far other items would move a figure, not another train
 
 import json
 import math
-import platform
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -197,9 +197,12 @@ def _figure(key: str, value: float | None) -> str:
 # ---------------------------------------------------------------- files
 
 
-def write(out, columns: dict[str, dict[str, float]], about: dict) -> str:
-    """Writes report.json, .md and .png by out.write(name, data); returns the table."""
-    return render(Scores(columns, out=out), about)
+def write(out, columns: dict[str, dict[str, float]], about: dict, more: dict | None = None) -> str:
+    """Writes report.json, .md and .png by out.write(name, data); returns the table.
+
+    more: further keys of the JSON.
+    """
+    return render(Scores(columns, out=out, more=more or {}), about)
 
 
 def render(scores: Scores, about: dict) -> str:
@@ -221,19 +224,6 @@ def render(scores: Scores, about: dict) -> str:
         percent = [row for row in rows if is_share(row)]
         scores.draw("report", pictures.bars, columns, losses, percent, shares, scores.retention)
     return text
-
-
-def versions(device: torch.device) -> dict:
-    """What the figures were measured with."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": name,
-        "threads": torch.get_num_threads(),
-    }
 
 
 def _json(body: dict) -> str:

@@ -110,7 +110,7 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
     Raises ValueError where files, index and headers do not agree.
     """
-    index, single = own(path, "model.safetensors.index.json"), path / "model.safetensors"
+    index, single = own(path, "model.safetensors.index.json"), "model.safetensors"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -118,8 +118,8 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
         ):
             raise ValueError(f"{index} has no weight_map from tensor names to file names")
         files = sorted(set(weight_map.values()))
-    elif single.is_file():
-        weight_map, files = None, [single.name]
+    elif own(path, single).is_file():
+        weight_map, files = None, [single]
     else:
         raise ValueError(_no_weights(path))
     found = {}

@@ -13,8 +13,8 @@ A key that is absent has a default of its family's, as in transformers: Mistral'
 would refuse. JSON is loose where Python must not be: true is not 1, "32" is not 32, null is not the
 same as absent, and a vocabulary of 10^12 is a typing error that would be allocated.
 
-Limits.  Positions, and the head dimension that they depend on, are rope.py's to read and write. A
-window over some layers only is refused.
+Limits.  Positions, and the head dimension that they depend on, are rope_json.py's. A window over
+some layers only is refused.
 
 Source.  transformers 4.57 and 5: configuration_llama, _mistral, _qwen2, _qwen3.
 """

@@ -69,18 +69,13 @@ def read_json(path: Path) -> dict:
 def own(path: Path, name: str) -> Path:
     """The file `name` of the directory `path`, links resolved.
 
-    Raises ValueError where they lead out of it. A directory of the Hub's cache links
-    snapshots/<revision>/x to blobs/<hash>: those are its own. A file that does not exist is
-    returned as it would be.
+    Raises ValueError where they lead out of it, to nothing or in a circle. A directory of the Hub's
+    cache links snapshots/<revision>/x to blobs/<hash>: those are its own. A file that does not
+    exist is returned as it would be.
     """
     if Path(name).name != name or "\0" in name:
         raise ValueError(f"{name!r} does not name a file of {path}")
-    try:
-        here, file = path.resolve(strict=True), (path / name).resolve()
-    except (OSError, RuntimeError):  # RuntimeError: a link that leads to itself, until Python 3.12
-        raise ValueError(
-            f"{path / name} is a link that leads nowhere; copy the file there"
-        ) from None
+    here, file = _end_of_links(path), _end_of_links(path / name)
     allowed = [here]
     if here.parent.name == "snapshots":
         allowed.append(here.parent.parent / "blobs")
@@ -89,6 +84,21 @@ def own(path: Path, name: str) -> Path:
             f"{path / name} is a link to {file}, outside the model's directory; copy the file there"
         )
     return file
+
+
+def _end_of_links(path: Path) -> Path:
+    """`path`, links resolved. Raises ValueError where they lead to nothing or in a circle."""
+    refuse_lost_link(path)
+    return Path(os.path.realpath(path))  # Path.resolve raises for some circles until Python 3.12
+
+
+def refuse_lost_link(path: Path) -> None:
+    """Raises ValueError where `path` is a link to nothing or in a circle.
+
+    is_file() says only that there is no file: the link would be taken as one that is absent.
+    """
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ValueError(f"{path} is a link that leads nowhere; copy the file there")
 
 
 def parse_json(data: bytes, name: str) -> dict:

@@ -2,12 +2,12 @@
 
 import json
 import shutil
-import sysconfig
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine import default_text
 from hub import checkpoint
 from model import Llama, LlamaConfig
 
@@ -69,7 +69,7 @@ def model_copy(tiny_dir, tmp_path) -> Path:
 def text_dir(tmp_path_factory) -> Path:
     """About 60 small documents of real words."""
     folder = tmp_path_factory.mktemp("text")
-    source = (Path(sysconfig.get_paths()["stdlib"]) / "argparse.py").read_text()[:60_000]
+    source = dict(default_text.find_files())["sympy/core/function.py"].read_text()[:60_000]
     size = len(source) // 60
     for i in range(60):
         (folder / f"part{i:02d}.txt").write_text(source[i * size : (i + 1) * size])

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import write_model  # noqa: E402
 
+import train  # noqa: E402
 from engine import data, flags, folder, plan, resume  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
@@ -123,11 +124,11 @@ def checkpoint_case(rng: random.Random, work: Path, base: Path) -> None:
     file = path / rng.choice(["config.json"] * 4 + ["tokenizer.json", "tokenizer_config.json", "model.safetensors"] * 2
                              + ["tokenizer.tiktoken"])  # fmt: skip
     (damage_json if file.suffix == ".json" and rng.random() < 0.7 else damage_bytes)(rng, file)
-    args = flags.parse(["--teacher", str(path), "--device", "cpu"], "")
+    args = flags.parse(["--teacher", str(path), "--device", "cpu"], "", train.PRESETS)
     config = LlamaConfig.from_hf(json.loads((path / "config.json").read_text()))
     student = config.extended(plan.rope_kind(config), 2)
     load_tokenizer(path)
-    plan.check(args, config, student, plan.make_stages(args, config, student), 1)
+    plan.check(args, config, student, plan.make_stages(args, config, student, train.defaults), 1)
     ids = torch.arange(7)[None] % config.vocab_size
     ours = Llama.from_pretrained(path, dtype=torch.float32)(ids)
     if rng.random() < 0.04:
@@ -201,10 +202,10 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
     argv = ["--teacher", str(base / "teacher"), "--device", "cpu", "--out", str(work / "out")]
     for _ in range(rng.randrange(1, 3)):
         argv += [f"--{rng.choice(FLAGS)}", rng.choice(WORDS)]
-    args = flags.parse(argv, "")
+    args = flags.parse(argv, "", train.PRESETS)
     config = LlamaConfig.from_hf(json.loads((args.teacher / "config.json").read_text()))
     student = config.extended(args.rope or plan.rope_kind(config), args.scale)
-    stages = plan.make_stages(args, config, student)
+    stages = plan.make_stages(args, config, student, train.defaults)
     plan.check(args, config, student, stages, 1)
     for stage in stages:
         cpu, own = torch.device("cpu"), stage.batch

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from conftest import random_model
 
+from hub import rope_json
 from hub.card import adapter_card, licence_of, model_card
 
 STAGES = [
@@ -113,6 +114,6 @@ def test_the_licence_is_read_from_the_teachers_card(readme, found, tmp_path):
 
 def test_the_adapters_readme_says_which_positions_to_set():
     rope = random_model().config.rope.scaled("linear", 8)
-    text = adapter_card("tiny", rope.to_hf(), base_model="org/tiny")
+    text = adapter_card("tiny", rope_json.write(rope), base_model="org/tiny")
     assert front_matter(text)["base_model"] == "org/tiny" and '"factor": 8.0' in text
     assert front_matter(text)["library_name"] == "peft"

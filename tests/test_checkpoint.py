@@ -15,11 +15,10 @@ import transformers
 from conftest import random_model, write_model
 from safetensors.torch import load_file, save_file
 
-from hub import checkpoint, files
+from hub import checkpoint, files, rope_json
 from hub.checkpoint import set_parameter
 from hub.tokenizer import load_tokenizer
 from model import TRAINED, Llama, LlamaConfig, make_student
-from rope import RopeConfig
 
 IDS = torch.randint(0, 4096, (1, 20), generator=torch.Generator().manual_seed(0))
 
@@ -321,8 +320,8 @@ def test_an_export_keeps_the_stored_bits_of_what_was_frozen_and_only_of_that(tmp
 
 
 def test_an_export_whose_config_says_another_network_is_caught(tmp_path, monkeypatch):
-    real = RopeConfig.to_hf
-    monkeypatch.setattr(RopeConfig, "to_hf", lambda rope: real(rope) | {"rope_scaling": None, "rope_parameters": None})  # fmt: skip
+    real = rope_json.write
+    monkeypatch.setattr(rope_json, "write", lambda rope: real(rope) | {"rope_scaling": None, "rope_parameters": None})  # fmt: skip
     with pytest.raises(RuntimeError, match="other logits"):
         model = random_model(rope_scaling={"rope_type": "linear", "factor": 8.0})
         checkpoint.save_pretrained(model, tmp_path / "x")

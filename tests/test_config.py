@@ -9,6 +9,7 @@ import transformers
 from conftest import tiny_config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hub import rope_json
 from hub.config import FAMILIES
 from model import LlamaConfig
 from rope import RopeConfig, frequencies
@@ -174,7 +175,7 @@ def test_a_key_that_is_absent_has_its_familys_default():
 def test_qwens_documented_yarn_keeps_the_old_length_and_claims_the_new_one():
     """Its page adds the table and leaves max_position_embeddings at the length before scaling."""
     table = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    rope = RopeConfig.from_hf({"max_position_embeddings": 32768, "rope_scaling": table})
+    rope = rope_json.read({"max_position_embeddings": 32768, "rope_scaling": table})
     assert rope.length == 131072 and rope.max_position == 32768
     longer = rope.scaled("yarn", 2)
     assert longer.length == longer.max_position == 262144

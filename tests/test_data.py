@@ -6,14 +6,15 @@ import csv
 import gzip
 import json
 import os
+import shutil
 import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEACHER
+from conftest import ROOT, TEACHER
 
-from engine import data
+from engine import data, default_text
 from engine.lookups import PAIRS, Lookups
 from hub.tokenizer import load_tokenizer
 
@@ -86,10 +87,40 @@ def test_tokenised_once(tokenizer, text_dir, tmp_path, monkeypatch):
     assert np.array_equal(first.train, again.train) and isinstance(again.train, np.memmap)
 
 
-def test_the_default_is_the_standard_library_without_tests_and_packages():
+def test_the_default_is_pinned_sources_without_tests():
     names = [n for n, _ in data.find_files([])]
-    assert "argparse.py" in names and len(names) > 300
-    assert not any("site-packages" in n or n.startswith("test/") for n in names)
+    assert "sympy/core/add.py" in names and len(names) > 300
+    assert not any("site-packages" in n or "/tests/" in n for n in names)
+    assert f"\nsympy=={default_text.VERSION} " in (ROOT / "requirements.txt").read_text()
+
+
+def test_the_default_is_the_same_bytes_or_refused(tmp_path, monkeypatch):
+    for name, file in default_text.find_files():
+        copy = tmp_path / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy)
+    root = tmp_path / "sympy"
+    tests = root / "core" / "tests"
+    tests.mkdir()
+    (tests / "test_add.py").write_text("not read")
+    assert [n for n, _ in default_text.find_files(root)] == [
+        n for n, _ in default_text.find_files()
+    ]
+    changed = root / "core" / "add.py"
+    whole = changed.read_bytes()
+    changed.write_bytes(whole + b"\n")
+    with pytest.raises(ValueError, match=r"holds others; pip install sympy==.*, or give --data"):
+        default_text.find_files(root)
+    changed.write_bytes(whole)
+    (root / "more.py").write_text("x = 1\n")
+    with pytest.raises(ValueError, match="holds others"):
+        default_text.find_files(root)
+    (root / "more.py").rename(root / "core" / "add.py")
+    with pytest.raises(ValueError, match="holds others"):
+        default_text.find_files(root)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"not installed; pip install sympy==.*, or give --data"):
+        data.find_files([])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +202,8 @@ def test_tiktoken_and_tokenizers_agree_on_the_demos_vocabulary():
     fast = Fast.from_file(str(TEACHER / "tokenizer.json"))
     ours = load_tokenizer(TEACHER)
     assert ours.kind == "tiktoken" and ours.size == 4096
-    text = (data.standard_library() / "argparse.py").read_text() + " naïve ünïcode 12345 \t\r\n  ☃"
+    source = dict(default_text.find_files())["sympy/core/function.py"].read_text()
+    text = source + " naïve ünïcode 12345 \t\r\n  ☃"
     assert ours.encode(text) == fast.encode(text).ids
     assert ours.decode(ours.encode(text)) == text
 

@@ -10,8 +10,7 @@ import transformers
 from conftest import random_model, write_model
 
 import eval as evaluation
-import train
-from engine import lora
+from engine import lora, step
 from evals import generate, prompts, ruler
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
@@ -38,7 +37,7 @@ def test_fresh_adapters_change_nothing_and_alone_learn():
     with torch.no_grad():
         assert torch.equal(student(IDS), plain(IDS))
     assert all("lora_" in name for name in trainable(student)) and len(trainable(student)) == 12
-    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
+    loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32)
     loss.backward()
     assert any(p.grad.abs().max() > 0 for p in trainable(student).values())
     assert all(p.grad is None for p in teacher.parameters())

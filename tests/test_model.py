@@ -6,8 +6,9 @@ import transformers
 from conftest import random_model, tiny_config
 
 import model as model_file
+import precision
 import relation_kl
-import train
+from engine import step
 from hub import checkpoint
 from hub.checkpoint import set_parameter
 from model import (
@@ -15,13 +16,11 @@ from model import (
     Block,
     Llama,
     LlamaConfig,
-    attention_dtype,
-    choose_dtype,
-    compute_dtype,
     make_student,
     next_token_loss,
     trainable,
 )
+from precision import attention_dtype, choose_dtype
 from rope import rotate, rotation
 
 IDS = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -157,7 +156,7 @@ def test_checkpointing_changes_nothing_but_memory():
     student = make_student(teacher, teacher.config.extended("linear", 8))
 
     def gradients(checkpointing: bool):
-        loss, parts, _ = train.relation_loss(
+        loss, parts, _ = step.relation_loss(
             teacher, student, IDS, torch.float32, checkpointing=checkpointing
         )
         loss.backward()
@@ -182,7 +181,7 @@ def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
         relation_kl, "_numbers", lambda *a, **k: calls.append(a) or forward(*a, **k)
     )
     more = {"impl": "tiled", "checkpointing": checkpointing}
-    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, **more)
+    loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, **more)
     weights = list(trainable(student).values())
     first = torch.autograd.grad(loss, weights, retain_graph=True)
     assert all(map(torch.equal, first, torch.autograd.grad(loss, weights)))
@@ -192,10 +191,10 @@ def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
 def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    _, parts, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
-    _, dense, _ = train.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
+    _, parts, _ = step.relation_loss(teacher, student, IDS, torch.float32, impl="tiled")
+    _, dense, _ = step.relation_loss(teacher, student, IDS, torch.float32, impl="dense")
     torch.testing.assert_close(parts, dense)
-    loss, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
+    loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, authors_heads=True)
     weights = torch.tensor([1.0, 0.5, 0.5])  # Hkv / H = 2 / 4
     torch.testing.assert_close(loss.detach(), (parts * weights).sum(-1).mean())
 
@@ -203,7 +202,7 @@ def test_relation_loss_is_the_mean_of_the_dense_definition_over_layers_and_heads
 def test_unscaled_student_has_no_relation_loss():
     teacher = random_model()
     same = make_student(teacher, teacher.config)
-    loss, _, _ = train.relation_loss(teacher, same, IDS, torch.float32)
+    loss, _, _ = step.relation_loss(teacher, same, IDS, torch.float32)
     assert loss.item() == 0
 
 
@@ -232,12 +231,12 @@ def test_refusals_name_the_key_and_value(change, said):
 def test_the_logit_term_is_the_plain_kl_and_none_without_scaling():
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
-    alone, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
+    alone, _, _ = step.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, logit_weight=0.5)
     p, q = student(IDS).log_softmax(-1), teacher(IDS).log_softmax(-1)
     torch.testing.assert_close(both - alone, 0.5 * (q.exp() * (q - p)).sum(-1).mean())
     same = make_student(teacher, teacher.config)
-    assert train.relation_loss(teacher, same, IDS, torch.float32, logit_weight=1.0)[0].abs() < 1e-6
+    assert step.relation_loss(teacher, same, IDS, torch.float32, logit_weight=1.0)[0].abs() < 1e-6
 
 
 def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
@@ -247,8 +246,8 @@ def test_relations_are_blind_to_a_rotation_of_all_keys_and_logits_are_not():
     turn = torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(0))).Q
     v = student.model.layers[1].self_attn.v_proj.weight
     v.data = (turn @ v.data.view(2, 8, 32)).view(16, 32)
-    relations, _, _ = train.relation_loss(teacher, student, IDS, torch.float32)
-    both, _, _ = train.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
+    relations, _, _ = step.relation_loss(teacher, student, IDS, torch.float32)
+    both, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs() < 1e-5 and both > 0.1
 
 
@@ -260,9 +259,7 @@ def test_the_next_token_kl_sees_the_turn_that_no_relation_sees():
     straight = keys.detach().clone()
     cos, sin = rotation(teacher.config.rope, 8, torch.tensor(1), 2, torch.float32)  # [D]
     keys.data = rotate(straight.view(2, 8, 32).mT, cos, sin).mT.reshape(16, 32)
-    loss, relations, kl = train.relation_loss(
-        teacher, student, IDS, torch.float32, logit_weight=1.0
-    )
+    loss, relations, kl = step.relation_loss(teacher, student, IDS, torch.float32, logit_weight=1.0)
     assert relations.abs().max() < 1e-5 and kl > 0.01
     loss.backward()  # a small step down it is one towards where the keys stood
     assert (keys.grad * (keys - straight)).sum() > 0
@@ -275,9 +272,9 @@ def test_the_compute_dtype_is_chosen_with_a_reason_and_can_be_asked_for(monkeypa
         ("AVX512-BF16", torch.bfloat16, "AVX512-BF16"),
         (None, torch.float32, "no fast bfloat16"),
     ):
-        monkeypatch.setattr(model_file, "cpu_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(precision, "cpu_bfloat16", lambda has=has: has)
         chosen, why = choose_dtype(cpu)
-        assert chosen == compute_dtype(cpu) == dtype and reason in why
+        assert chosen == dtype and reason in why
         assert choose_dtype(gpu)[0] == torch.bfloat16
         assert choose_dtype(cpu, "float32") == (torch.float32, "--dtype says so")
         assert choose_dtype(gpu, "bfloat16")[0] == torch.bfloat16
@@ -290,7 +287,7 @@ def test_bfloat16_on_a_cpu_is_as_exact_as_eager_and_gives_the_same_bits_twice(
     instructions, monkeypatch
 ):
     """Against float64: logits and the gradient of q_proj, error <= 2 x that of plain bfloat16."""
-    monkeypatch.setattr(model_file, "cpu_bfloat16", lambda: instructions)
+    monkeypatch.setattr(precision, "cpu_bfloat16", lambda: instructions)
     assert attention_dtype(torch.bfloat16, torch.device("cpu")) == (
         torch.bfloat16 if instructions == "AMX" else torch.float32
     )

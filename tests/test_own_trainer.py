@@ -9,7 +9,7 @@ import torch
 import transformers
 from conftest import ROOT, random_model
 
-import train
+from engine import step
 from hub import checkpoint
 from model import Llama
 
@@ -61,7 +61,7 @@ def test_loss_and_gradient_equal_ours(family, kind, snippet, tmp_path):
     theirs(IDS, use_cache=False)
     loss = snippet["relation_loss"](their_teacher, theirs)
     loss.backward()
-    expected, *_ = train.relation_loss(our_teacher, ours, IDS, torch.float64)
+    expected, *_ = step.relation_loss(our_teacher, ours, IDS, torch.float64)
     expected.backward()
     assert loss.item() > 0.1
     torch.testing.assert_close(loss, expected, rtol=1e-7, atol=0)

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig as TheirConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from hub import rope_json
 from rope import RopeConfig, frequencies, rotate, rotation
 
 INDEX = [0, 1, 16, 20, 24, 32, 40, 45, 48, 63]
@@ -151,7 +152,7 @@ def keys(name: str) -> dict:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_values(name):
     _, seq_len, values, total, factor = GOLDEN[name]
-    w, attention = frequencies(RopeConfig.from_hf(keys(name)), 128, seq_len)
+    w, attention = frequencies(rope_json.read(keys(name)), 128, seq_len)
     torch.testing.assert_close(w[INDEX], torch.tensor(values), rtol=2e-6, atol=0)
     assert w.double().sum().item() == pytest.approx(total, rel=1e-6) and attention == pytest.approx(
         factor, rel=1e-6
@@ -178,7 +179,7 @@ def test_equal_to_transformers(name, dialect, seq_len):
         config |= {"rope_theta": 10000.0, "rope_scaling": table}
     else:
         config |= {"rope_parameters": {**table, "rope_theta": 10000.0}}
-    ours, attention = frequencies(RopeConfig.from_hf(config), 128, seq_len)
+    ours, attention = frequencies(rope_json.read(config), 128, seq_len)
     if name == "default":
         from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
@@ -191,12 +192,12 @@ def test_equal_to_transformers(name, dialect, seq_len):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_round_trip_through_either_dialect_alone_changes_nothing(name):
-    rope = RopeConfig.from_hf(dict(BASE, rope_scaling=TABLES[name]))
-    written = rope.to_hf() | {"head_dim": 128, "num_attention_heads": 1}
+    rope = rope_json.read(dict(BASE, rope_scaling=TABLES[name]))
+    written = rope_json.write(rope) | {"head_dim": 128, "num_attention_heads": 1}
     without_v5 = {k: v for k, v in written.items() if k != "rope_parameters"}
     without_v4 = {k: v for k, v in written.items() if k not in ("rope_scaling", "rope_theta")}
     for config in (written, without_v5, without_v4):
-        again = RopeConfig.from_hf(config)
+        again = rope_json.read(config)
         for seq_len in (100, 9000):
             assert torch.equal(
                 frequencies(again, 128, seq_len)[0], frequencies(rope, 128, seq_len)[0]
@@ -205,7 +206,7 @@ def test_a_round_trip_through_either_dialect_alone_changes_nothing(name):
 
 
 def test_the_linear_file_is_the_one_that_every_reader_understands():
-    written = RopeConfig(max_position=4096).scaled("linear", 8).to_hf()
+    written = rope_json.write(RopeConfig(max_position=4096).scaled("linear", 8))
     assert written == {
         "max_position_embeddings": 32768,
         "rope_theta": 10000.0,
@@ -255,7 +256,7 @@ def test_yarn_keeps_the_pairs_that_tell_neighbours_apart():
 
 def test_ntk_is_a_plain_theta():
     longer = RopeConfig(max_position=4096, head_dim=128).scaled("ntk", 8)
-    assert longer.kind == "default" and longer.to_hf()["rope_scaling"] is None
+    assert longer.kind == "default" and rope_json.write(longer)["rope_scaling"] is None
     assert longer.theta == pytest.approx(10000.0 * 8 ** (128 / 126))
     assert frequencies(longer, 128)[0][-1].item() == pytest.approx(
         10000.0 ** (-126 / 128) / 8, rel=1e-5
@@ -263,12 +264,12 @@ def test_ntk_is_a_plain_theta():
 
 
 def test_a_scaled_teacher_is_scaled_by_its_own_kind_or_refused():
-    llama31 = RopeConfig.from_hf(keys("llama3"))
+    llama31 = rope_json.read(keys("llama3"))
     assert llama31.scaled("llama3", 4).factor == 32 and llama31.scaled("llama3", 4).original == 8192
     with pytest.raises(ValueError, match=r"already scaled.*llama3.*--rope llama3"):
         llama31.scaled("linear", 8)
     with pytest.raises(ValueError, match="plain RoPE"):
-        RopeConfig.from_hf(keys("dynamic")).scaled("linear", 8)
+        rope_json.read(keys("dynamic")).scaled("linear", 8)
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_a_scaled_teacher_is_scaled_by_its_own_kind_or_refused():
 )
 def test_refusals_name_the_key(config, said):
     with pytest.raises(ValueError, match=said):
-        RopeConfig.from_hf(config)
+        rope_json.read(config)
 
 
 @pytest.mark.parametrize("scale", [0, 1, -2, float("nan"), float("inf"), "8"])
@@ -312,7 +313,7 @@ def test_rotation_depends_on_distance_alone():
 
 def test_yarn_on_yarn_derives_its_attention_factor_anew_or_refuses():
     table = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
-    derived = RopeConfig.from_hf(
+    derived = rope_json.read(
         dict(BASE, rope_scaling=table | {"attention_factor": 0.1 * math.log(4) + 1})
     )
     longer = derived.scaled("yarn", 8)
@@ -320,6 +321,4 @@ def test_yarn_on_yarn_derives_its_attention_factor_anew_or_refuses():
         0.1 * math.log(32) + 1
     )
     with pytest.raises(ValueError, match="attention_factor of its own"):
-        RopeConfig.from_hf(dict(BASE, rope_scaling=table | {"attention_factor": 2.0})).scaled(
-            "yarn", 8
-        )
+        rope_json.read(dict(BASE, rope_scaling=table | {"attention_factor": 2.0})).scaled("yarn", 8)

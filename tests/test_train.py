@@ -364,7 +364,7 @@ def test_a_non_finite_loss_names_step_layer_and_blocks(
         return 1e-4
 
     students = spy(monkeypatch)
-    monkeypatch.setattr(plan, "learning_rate", poison)
+    monkeypatch.setattr(train, "learning_rate", poison)
     said = refused(quick(small, text_dir, tmp_path, "--stage", stage))
     blocks = "8..11" if stage == "1" else "2..2"
     assert (
@@ -397,7 +397,7 @@ def test_out_of_memory_names_the_flags_that_help(small, text_dir, tmp_path, monk
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(train, "relation_loss", full)
+    monkeypatch.setitem(train.PLAIN, "relation", full)
     said = refused(quick(small, text_dir, tmp_path))
     assert said.startswith("stage1 ran out of memory on cpu") and "\n" not in said
     assert all(flag in said for flag in ("--length1", "--micro", "--lora-rank", "--shard"))
@@ -485,7 +485,7 @@ def test_parameter_count_is_the_models():
 def test_learning_rate_never_starts_or_ends_at_zero():
     for steps in (1, 2, 20, 1000):
         stage = cost.Stage("stage1", "relation", 8, 1, steps, 1.0)
-        rates = [plan.learning_rate(stage, s) for s in range(steps)]
+        rates = [train.learning_rate(stage, s) for s in range(steps)]
         assert min(rates) > 0 and max(rates) <= 1
 
 
@@ -526,7 +526,7 @@ def test_frozen_tensors_keep_every_bit_when_the_run_computes_in_bfloat16(
     checkpoint.save_pretrained(
         random_model(max_position_embeddings=128).to(stored), tmp_path / "t", tokenizer_from=TEACHER
     )
-    monkeypatch.setattr(train, "choose_dtype", lambda *_: (torch.bfloat16, "so"))
+    monkeypatch.setattr(plan, "choose_dtype", lambda *_: (torch.bfloat16, "so"))
     out = tmp_path / "out"
     train.main(
         [

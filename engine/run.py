@@ -1,0 +1,239 @@
+"""A run: everything about training that is not the method, behind a handful of names.
+
+    with Run(plan, world) as run:           the folder, its lock, the newest good state
+        run.read_text()                     tokenised once
+        run.begin(weights, held_out)        a resumed run's weights, the log, signals
+        for stage in run.stages():          those that are left
+            with run.training(...):         Adam's moments of a resumed run; memory that runs out
+                for n in run.steps(stage):  those that are left, of each:
+                    micro_batches, figures, agree, log, save_if_due, stopping
+            run.end_stage(stage)            saved
+
+What must hold.  All processes take the same decisions: to stop, to save, to refuse a loss that is
+not finite (`agree`). Rank 0 alone writes; where models are cut over processes, all of them measure
+and gather. A state is written every --save-minutes, on a stop, and when a stage is done and
+measured; one between stages holds weights alone, as the next stage begins with a new Adam.
+
+Limits.  One run per folder at a time (folder.py); what a kill costs stands in resume.py.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from engine import cost, data, exits, folder, plan, resume, watch
+from engine.cost import Stage
+from engine.lookups import Lookups
+from engine.machine import versions
+from engine.parallel import World
+from engine.plan import Plan
+from engine.timing import Times
+from hub import files
+from model import Llama
+
+GOES_ON = ". The last saved state is kept: --resume goes on from it"
+
+
+class Run:
+    """One run of a plan. `world`: this process's place among all."""
+
+    def __init__(self, plan: Plan, world: World):
+        self.plan, self.world, self.args = plan, world, plan.args
+        self.times = Times("start")
+        self.out = folder.Folder(self.args.out, "train.py", active=world.main)
+        self.saving = self.stopping = False  # what all processes agreed on in this step
+
+    # ---- where it is written, and where it begins
+
+    def find(self) -> None:
+        """Where the run begins: at zero or, with --resume, where the newest good state says."""
+        if self.args.dry_run and not self.args.resume:
+            return
+        args, stages = self.args, self.plan.stages
+        self.depends = self.world.on_main(resume.matters, args, stages)
+        self.at = self.world.on_main(resume.find, args, self.depends, stages)
+
+    def __enter__(self) -> "Run":
+        with contextlib.ExitStack() as folder_lock:
+            folder_lock.enter_context(self.out)
+            # Another run may have come and gone since
+            self.world.on_main(plan.check_folder, self.args)
+            self.find()
+            self._folder_lock = folder_lock.pop_all()  # nothing was refused: it is kept
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._folder_lock.__exit__(*error)
+
+    def read_text(self) -> data.Corpus:
+        """The text, tokenised by the first process, once all else is known to be right."""
+        args, stages, tokenizer = self.args, self.plan.stages, self.plan.tokenizer
+
+        def check(corpus: data.Corpus) -> None:
+            documents = Lookups(tokenizer, corpus.train) if args.lookups else None
+            plan.check_text(corpus, stages, documents)
+            resume.same_text(self.at, corpus.digest)
+            self.out.add(*self.out.owned(args.cache))  # the text will be worth keeping
+
+        with self.times("tokenising"), files.disk_sentences(args.cache):
+            self.corpus = self.world.main_first(
+                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check
+            )
+        self.depends["text"] = self.corpus.digest
+        print(plan.describe_text(self.corpus, stages))
+        self.lookups = Lookups(tokenizer, self.corpus.train) if args.lookups else None
+        return self.corpus
+
+    def begin(self, weights: dict[str, nn.Parameter], held_out) -> None:
+        """weights: what learns, set to a resumed run's; held_out: evals/held_out.py's HeldOut."""
+        self.weights, self.held_out = weights, held_out
+        if self.at.state:
+            resume.load(self.at.state, weights, None, 0)
+        self.stop_request, self.saved = resume.StopRequest(), time.time()
+        self.about = {
+            "arguments": self.depends,
+            "versions": versions(self.plan.device) | {"processes": self.world.size},
+        }
+        self.about |= {"text": self.corpus.name, "command": sys.argv}
+        if self.world.main:
+            self.watch = watch.Watch(self.out, self.plan, self.world.size, self.about, self.at)
+
+    def measure(self, name: str, model: Llama) -> None:
+        """A column of the table, filled by the first process, or by all of a sharded model."""
+        if not self.held_out.n_blocks or name in self.at.columns:
+            return
+        with self.times("measuring"):
+            f = self.held_out.measure
+            self.at.columns[name] = f(model) if self.args.shard else self.world.on_main(f, model)
+
+    # ---- the loop
+
+    def stages(self) -> Iterator[Stage]:
+        """The stages that are left."""
+        for number in range(self.at.stage, len(self.plan.stages)):
+            self.at.stage = number
+            yield self.plan.stages[number]
+
+    @contextlib.contextmanager
+    def training(self, stage: Stage, optimiser: torch.optim.Optimizer, step):
+        """Around a stage's steps. Raises OutOfMemory, with the flags that help."""
+        self.optimiser, self.step, self.stage_began = optimiser, step, []
+        if self.at.step:
+            resume.load(self.at.state, self.weights, optimiser, self.at.step)
+        print(f"{stage.name}: {step.why}")
+        if self.world.main:
+            self.watch.begin(self.at.stage, self.at.step)
+        try:
+            with self.times("steps"):
+                yield
+        except (MemoryError, RuntimeError) as e:
+            if exits.ran_out(e):
+                promise = GOES_ON if self.at.state else ""
+                raise plan.out_of_memory(stage, self.plan.device, promise) from None
+            raise
+        step.close()
+        self.times.first_step(self.stage_began)
+
+    def steps(self, stage: Stage) -> Iterator[int]:
+        """The numbers of the steps that are left."""
+        for n in range(self.at.step, stage.steps):
+            self.began = time.time()
+            self.figures = watch.Figures(self.plan.native.n_layer, self.plan.device)
+            yield n
+
+    def micro_batches(self, stage: Stage, n: int) -> Iterator[tuple[Stage, Tensor, float, bool]]:
+        """This process's blocks of step n, a function of seed and step alone, a few at a time.
+
+        Yields (stage or its auxiliary, ids [few, T + 1], their share of this process's blocks of
+        that kind, whether they are the step's last).
+        """
+        args, world = self.args, self.world
+        for part in (stage, stage.auxiliary):
+            if part is None:
+                continue
+            per_rank = part.batch // world.size
+            first = n * part.batch + world.rank * per_rank
+            seed = data.seed_of(args.seed, self.at.stage, part is stage.auxiliary)
+            ids = self.corpus.batch(seed, first, per_rank, part.T)  # [per_rank, T + 1]
+            ids = self.lookups.mix(ids, seed, first, args.lookups) if self.lookups else ids
+            ids = ids.to(self.plan.device)
+            asked = args.micro if part is stage.auxiliary else self.plan.fit(stage).micro
+            micro = cost.at_a_time(part, 1 if args.lora_dropout else asked, per_rank)
+            for begin in range(0, per_rank, micro):
+                resume.reseed(args.seed, self.at.total, first + begin)  # dropout's noise
+                self.ids = ids[begin : begin + micro]
+                last = part is (stage.auxiliary or stage) and begin + micro >= per_rank
+                yield part, self.ids, len(self.ids) / per_rank, last
+
+    def agree(self, n: int, norm: Tensor) -> None:
+        """Means over all processes; whether to stop or save. norm: [], of the whole gradient.
+
+        Raises ValueError, on all, for a loss or gradient that is not finite.
+        """
+        due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
+        agreed = self.figures.agree(self.world, bool(self.stop_request), due)
+        self.stopping, self.saving = agreed
+        stage, student = self.plan.stages[self.at.stage], self.step.student
+        watch.refuse_non_finite(
+            self.world,
+            stage,
+            n,
+            self.figures,
+            float(norm),
+            self.weights,
+            student,
+            self.ids,
+            self.at,
+        )
+
+    def log(self, n: int, norm: Tensor, lr: float) -> None:
+        """The step is done: its line in the log. norm: [], before clipping."""
+        self.at.step, self.at.total = n + 1, self.at.total + 1
+        seconds = time.time() - self.began
+        self.stage_began.append(seconds)
+        if self.world.main:
+            self.watch.step(
+                self.at.total - 1, n, self.figures, float(norm), lr, seconds, self.plan.device
+            )
+
+    def save_if_due(self) -> None:
+        """Writes a state, where all agreed that it is time or that the run stops."""
+        if self.saving or self.stopping:
+            self.save(self.optimiser)
+            self.saved = time.time()
+            if self.world.main:
+                self.watch.draw(patience=60)
+
+    def save(self, optimiser: torch.optim.Optimizer | None) -> None:
+        """All processes gather; the first one writes. optimiser: whose moments are kept too."""
+        with self.times("saving"):
+            tensors = resume.gather(self.weights, optimiser, keep=self.world.main)
+            with files.disk_sentences(self.args.out, GOES_ON if self.at.state else ""):
+                self.world.on_main(resume.write, self.out, tensors, self.at, self.depends)
+
+    def stop(self) -> None:
+        """Ends the process, as somebody asked."""
+        stage = self.plan.stages[self.at.stage]
+        print(f"\nstopped after step {self.at.step} of {stage.name}; --resume goes on")
+        self.out.close()
+        self.world.exit(exits.STOPPED)
+
+    def end_stage(self, stage: Stage, student: Llama) -> None:
+        """Its column of the table, and a state without moments: the next stage has a new Adam."""
+        if self.world.main:
+            self.watch.end()
+        self.measure(stage.name, student)
+        self.at.stage, self.at.step = self.at.stage + 1, 0
+        self.save(None)
+
+    def done(self) -> None:
+        """The result is written."""
+        self.stop_request.close()
+        if self.world.main:
+            self.watch.close()
+        self.out.close()
+        self.world.exit(0)
