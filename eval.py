@@ -152,7 +152,11 @@ def held_out_text(args: argparse.Namespace, subject: Subject, cache: Path) -> da
         corpus.held_out_blocks(longest, 1)
 
     with files.disk_sentences(cache):
-        return data.load_corpus(args.data, subject.tokenizer, cache, without=args.out, check=enough)
+        given = {"without": args.out, "check": enough, "field": args.text_field}
+        corpus = data.load_corpus(args.data, subject.tokenizer, cache, **given)
+    for note in corpus.notes:
+        print(note)
+    return corpus
 
 
 def load_models(

@@ -299,8 +299,11 @@ def _export(run: Run, student: Llama) -> None:
     at = args.out / "student"
     print(f"\n{text}\n" if text else "")
     print(f"time: {run.times}")
+    if plan.tokenizer.note:
+        print(f"note: {plan.tokenizer.note}")
     print(f"exported to {at} ({plan.longer.rope.length:,} tokens of context); next:")
     text = " ".join(["", "--data", *map(str, args.data)]) if args.data else ""
+    text += f" --text-field {args.text_field}" if args.text_field else ""
     print(f"  python eval.py --model {at} --against {args.teacher}{text}")
 
 

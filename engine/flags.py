@@ -46,6 +46,7 @@ def parser(about: str) -> argparse.ArgumentParser:
         default=[],
         help="text files or folders (sympy's sources)",
     )
+    what.add_argument("--text-field", help="of rows, where it is not `text` or a chat's `messages`")
     what.add_argument("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
     what.add_argument(
         "--stage", choices=("1", "2", "both"), default="both", help="which stages to run (both)"
