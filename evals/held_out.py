@@ -29,9 +29,6 @@ from model import Llama
 
 DOCUMENTS = 8  # look-up documents per length, with 8 questions each
 
-# (figure, its standard error over blocks or questions, tokens or questions)
-Figure = tuple[float, float | None, int]
-
 
 class HeldOut:
     """The text and the look-ups, read by every model alike.
@@ -63,10 +60,10 @@ class HeldOut:
 
     def measure(self, model: Llama) -> dict[str, float]:
         """One column of the table: {row: figure}."""
-        return {row: value for row, (value, _, _) in self.figures(model).items()}
+        return {row: mean_and_error(row, x)[0] for row, x in self.values(model).items()}
 
-    def figures(self, model: Llama) -> dict[str, Figure]:
-        """{row of the table: its figure}, losses in nats per token."""
+    def values(self, model: Llama) -> dict[str, np.ndarray]:
+        """{row: [n_blocks, tokens] or [questions]}; of a perplexity, log-probabilities."""
         near, right = self.native_scores(model)
         far, _ = block_scores(model, self.blocks)
         rows = {"loss at 1x": near, "perplexity at 1x": -near}
@@ -76,7 +73,7 @@ class HeldOut:
             if times <= self.scale:
                 answers = recall(model, self.lookups, times * self.native, self.seed)
                 rows[f"recall at {times}x"] = answers
-        return {row: (*mean_and_error(row, x), x.size) for row, x in rows.items()}
+        return rows
 
     def native_scores(self, model: Llama) -> tuple[np.ndarray, np.ndarray]:
         """(loss, right) of every token, each [n_blocks, length], read in blocks of native length"""
@@ -100,9 +97,9 @@ def headline(subject: Subject, scores: Scores) -> None:
     of_text |= {"blocks": text.n_blocks, "tokens each": text.length}
     of_lookups = {"version": "look-ups, far", "seed": s.seed}
     for name, model in s.models.items():
-        for row, (value, error, items) in text.figures(model).items():
+        for row, values in text.values(model).items():
             about = of_lookups if row.startswith("recall") else of_text
-            scores.add(name, row, value, error=error, items=items, **about)
+            scores.add(name, row, values=values, **about)
 
 
 def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:

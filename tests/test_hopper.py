@@ -120,15 +120,15 @@ def test_agrees_with_the_definition_however_late(case, late):
 
 
 @compiled
-@pytest.mark.parametrize("resident", [1, 2, 5, 30])
+@pytest.mark.parametrize("resident", [1, 3, 30])
 @pytest.mark.parametrize("case", [(64, 3, 520, False), (128, 2, 400, True)], ids=str)
 def test_same_bits_in_any_order_of_programs(case, resident):
     """Side by side, begun in any order, as few as one at a time: nothing hangs, nothing changes."""
     bits = []
     emulate(*case, bits=bits)
-    for seed in range(3):
+    for seed in range(2):
         together = 1 + (case[1] - 1) * (seed % 2)  # one head or all
-        unkind = {"late_copy": seed == 0, "late_product": seed < 2, "late_store": True}
+        unkind = {"late_copy": seed == 0, "late_product": seed == 1, "late_store": True}
         loss, gradient = emulate(
             *case, together=together, bits=bits, seed=seed, resident=resident, **unkind
         )
@@ -146,26 +146,23 @@ NEVER_FETCHED = (
 
 
 @compiled
-@pytest.mark.parametrize("late", ["", "copies products"])
 @pytest.mark.parametrize("bthd", [False, True])
-def test_rows_far_above_their_pivots_are_computed_again(bthd, late):
+def test_rows_far_above_their_pivots_are_computed_again(bthd):
     """A token 40 times as long as others: its scores pass 2^40 of a row's sum. As token 0, which
     pivots see, it needs no second pass.
     """
-    unkind = {"late_copy": "copies" in late, "late_product": "products" in late}
+    case = (64, 1, 520, bthd)
+    unkind = {"late_copy": True, "late_product": True}
     once = [NEVER_AGAIN, NEVER_FETCHED]
     for seed in range(2):
         for loud, changes, right in ((100, [], True), (100, once, False), (0, once, True)):
-            loss, _ = emulate(64, 2, 900, bthd, changes, loud=loud, seed=seed, **unkind)
+            loss, _ = emulate(*case, changes, loud=loud, seed=seed, **unkind)
             assert (loss <= 3e-5) == right
-        # not all groups know, or not the fetching warp
-        for fault in (
-            NEVER_AGAIN,
-            NEVER_FETCHED,
-            ("init(decided, count=WORKERS)", "init(decided, count=1)"),
-        ):
-            with pytest.raises(AssertionError):
-                emulate(64, 2, 900, bthd, [fault], loud=100, seed=seed, **unkind)
+    # not all groups know, or not the fetching warp
+    early = ("init(decided, count=WORKERS)", "init(decided, count=1)")
+    for fault in (NEVER_AGAIN, NEVER_FETCHED, early):
+        with pytest.raises(AssertionError):
+            emulate(*case, [fault], loud=100, **unkind)
 
 
 @compiled
@@ -283,8 +280,8 @@ def test_compiles_for_hopper(direction, D, tmp_path):
     )
     assert made.metadata.shared <= SHARED[90]
     assert_runs_at_full_rate(
-        made, 1 if direction == "forward" else 3, tmp_path
-    )  # for both products; for S, for U, for dL/dx
+        made, 2 if direction == "forward" else 3, tmp_path
+    )  # for S, for U, for dL/dx
 
 
 @compiled
