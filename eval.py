@@ -110,6 +110,8 @@ def prepare(
 ) -> tuple[Subject, list[str]]:
     """(the subject without text and models, what was asked for and is left out, and why).
 
+    Raises ValueError for whatever can be refused without them.
+
     Whatever can be refused without them is refused here.
     """
     native = args.native or (teacher or student).rope.length

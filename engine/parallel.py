@@ -59,6 +59,8 @@ class World:
                 f"{_REMEDY}"
             )
         if self.size == 1:
+            if self.device.type == "cuda" and self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             return
         needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
         needed += ["LOCAL_RANK"] if self.device.type == "cuda" else []

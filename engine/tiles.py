@@ -285,8 +285,8 @@ def _tile(outs: list[Tensor], span: slice) -> Tensor:
 
 
 def calls_of_attention(B: int, H: int, Hkv: int, T: int) -> int:
-    """In how many calls attention over [B, H, T, D] is done: as few as ROWS allows, each with the
-    keys of its queries.
+    """The number of calls that attention over [B, H, T, D] takes: as few as ROWS allows, each with
+    the keys of its queries.
     """
     return next((n for n in range(1, Hkv) if Hkv % n == 0 and B * (H // n) * T <= ROWS), Hkv)
 

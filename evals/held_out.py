@@ -90,6 +90,7 @@ class HeldOut:
 
 
 def headline(subject: Subject, scores: Scores) -> None:
+    """The figures of held-out text and look-ups, of every model."""
     s = subject
     text = HeldOut(s.corpus, s.tokenizer, s.native, s.scale, s.n_blocks, s.seed)
     of_text = {"version": f"held-out text of {s.corpus.name}", "seed": None}

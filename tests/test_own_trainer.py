@@ -13,9 +13,8 @@ from engine import step
 from hub import checkpoint
 from model import Llama
 
-HEADING = "## The loss in your own trainer"
-README = (ROOT / "README.md").read_text()
-DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", README.split(HEADING)[1], re.S)[:2]
+PAGE = (ROOT / "docs" / "own_trainer.md").read_text()
+DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 IDS = torch.randint(0, 4096, (2, 60), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "llama3": {"rope_theta": 500000.0, "tie_word_embeddings": False},
@@ -27,9 +26,9 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def snippet() -> dict:
-    """What the README's first block defines."""
+    """What the page's first block defines."""
     names: dict = {}
-    exec(compile(DEFINITIONS, "README.md", "exec"), names)
+    exec(compile(DEFINITIONS, "docs/own_trainer.md", "exec"), names)
     return names
 
 
