@@ -162,10 +162,6 @@ def test_every_command_of_the_readme_exists_with_the_flags_it_shows(script):
         assert run.returncode == 0 and not [f for f in shown if f not in run.stdout], shown
 
 
-def test_the_readme_is_one_sitting():
-    assert len(README.splitlines()) < 250
-
-
 def test_every_figure_stands_beside_the_numbers_it_is_drawn_from():
     for picture in (ROOT / "demo" / "figures").glob("*.png"):
         assert picture.with_suffix(".json").exists() or picture.with_suffix(".jsonl").exists()
