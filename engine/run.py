@@ -29,7 +29,7 @@ from engine import cost, data, exits, folder, plan, resume, watch
 from engine.cost import Stage
 from engine.lookups import Lookups
 from engine.machine import versions
-from engine.parallel import World
+from engine.parallel import World, lost
 from engine.plan import Plan
 from engine.sequence import processes_per_block
 from engine.timing import Times
@@ -124,7 +124,9 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, stage: Stage, optimiser: torch.optim.Optimizer, step):
-        """Around a stage's steps. Raises OutOfMemory, with the flags that help."""
+        """Around a stage's steps. Raises OutOfMemory, with the flags that help; ValueError where a
+        process was lost.
+        """
         self.optimiser, self.step, self.stage_began = optimiser, step, []
         if self.at.step:
             resume.load(self.at.state, self.weights, optimiser, self.at.step)
@@ -138,6 +140,11 @@ class Run:
             if exits.ran_out(e):
                 promise = GOES_ON if self.at.state else ""
                 raise plan.out_of_memory(stage, self.plan.device, promise) from None
+            if self.world.size > 1 and lost(e):
+                if self.stop_request and not self.world.main:  # torchrun ends all: that is no news
+                    raise KeyboardInterrupt from None
+                promise = GOES_ON if self.at.state else ""
+                raise ValueError(f"another process of this run has ended{promise}") from None
             raise
         step.close()
         self.times.first_step(self.stage_began)
