@@ -107,12 +107,15 @@ class Run:
             self.watch = watch.Watch(self.out, self.plan, self.world.size, self.about, self.at)
 
     def measure(self, name: str, model: Llama) -> None:
-        """A column of the table, filled by the first process, or by all of a sharded model."""
+        """A column of the table, filled by the first process; by all, where they share the model or
+        its blocks.
+        """
         if not self.held_out.n_blocks or name in self.at.columns:
             return
         with self.times("measuring"):
-            f = self.held_out.measure
-            self.at.columns[name] = f(model) if self.args.shard else self.world.on_main(f, model)
+            P, f = max(fit.P for fit in self.plan.fits), self.held_out.measure
+            together = self.args.shard or P > 1
+            self.at.columns[name] = f(model, P) if together else self.world.on_main(f, model)
 
     # ---- the loop
 
