@@ -207,14 +207,9 @@ class Folder:
         self._replace(name, data)
 
     def _replace(self, name: str, data: str | bytes) -> None:
-        fd, work = tempfile.mkstemp(dir=self.work())
-        with os.fdopen(fd, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fchmod(fd, files.readable())
-            os.fsync(fd)
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work, self.path / name)
+        with files.replacing(self.path / name, self.work()) as f:
+            f.write(data.encode() if isinstance(data, str) else data)
 
     def work(self) -> Path:
         """The place of temporary files."""
@@ -266,9 +261,9 @@ def _take(file: Path) -> int:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = _in_use(file, fd)
+            sentence = _in_use(file, fd)
             os.close(fd)
-            raise ValueError(said) from None
+            raise ValueError(sentence) from None
         except OSError as e:
             os.close(fd)
             if new:
@@ -309,9 +304,9 @@ def _refuse_if_held(file: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        said = _in_use(file, fd)
-        if _this_process() not in said:
-            raise ValueError(said) from None
+        sentence = _in_use(file, fd)
+        if _this_process() not in sentence:
+            raise ValueError(sentence) from None
     except OSError as e:
         raise _no_locks(file, e) from None
     finally:

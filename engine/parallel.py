@@ -59,6 +59,8 @@ class World:
                 f"{_REMEDY}"
             )
         if self.size == 1:
+            if self.device.type == "cuda" and self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             return
         needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
         needed += ["LOCAL_RANK"] if self.device.type == "cuda" else []
@@ -216,9 +218,9 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
             if not name.startswith("model.layers."):
                 p.data = p.data.to(world.device)
     mesh = init_device_mesh(world.device.type, (world.size,))
-    low = None if dtype == torch.float32 else dtype
+    low = dtype if dtype.itemsize < 4 else None
     policy = MixedPrecisionPolicy(
-        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False
     )
     units = [Unit(*pair) for pair in zip(teacher.model.layers, student.model.layers, strict=True)]
     for unit in units:
@@ -229,6 +231,12 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
     # FSDP takes what runs first for the root; from here on units run on their own
     root(lambda: None)
     return units
+
+
+def gathered(layer: nn.Module, f, *args):
+    """f(*args), with the layer's weights whole while it runs, and again in its backward."""
+    routed = vars(layer).get("forward")
+    return routed.unit[0](f, *args) if isinstance(routed, _Routed) else f(*args)
 
 
 def unshard(student: Llama, world: World) -> None:

@@ -31,6 +31,7 @@ from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World
 from engine.plan import Plan
+from engine.sequence import processes_per_block
 from engine.timing import Times
 from hub import files
 from model import Llama
@@ -151,6 +152,8 @@ class Run:
     def micro_batches(self, stage: Stage, n: int) -> Iterator[tuple[Stage, Tensor, float, bool]]:
         """This process's blocks of step n, a function of seed and step alone, a few at a time.
 
+        Processes that share a block (engine/sequence.py) get all of it.
+
         Yields (stage or its auxiliary, ids [few, T + 1], their share of this process's blocks of
         that kind, whether they are the step's last).
         """
@@ -158,8 +161,9 @@ class Run:
         for part in (stage, stage.auxiliary):
             if part is None:
                 continue
-            per_rank = part.batch // world.size
-            first = n * part.batch + world.rank * per_rank
+            shared = processes_per_block(part.batch, world.size)
+            per_rank = part.batch * shared // world.size
+            first = n * part.batch + world.rank // shared * per_rank
             seed = data.seed_of(args.seed, self.at.stage, part is stage.auxiliary)
             ids = self.corpus.batch(seed, first, per_rank, part.T)  # [per_rank, T + 1]
             ids = self.lookups.mix(ids, seed, first, args.lookups) if self.lookups else ids

@@ -16,7 +16,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -64,7 +63,8 @@ def write(folder: Path, train: np.ndarray, held_out: np.ndarray, said: list[str]
         for part, ids in zip(PARTS, (train, held_out), strict=True):
             _write_ids(folder / f"{part}.npy", ids)
         sums = _sums(train, held_out, list(said)) | {"said": list(said)}
-        files.write_atomic(folder / "sums.json", json.dumps(sums))
+        with files.replacing(folder / "sums.json") as f:
+            f.write(json.dumps(sums).encode())
         undo.pop_all()
 
 
@@ -74,20 +74,13 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _write_ids(file: Path, ids: np.ndarray) -> None:
-    fd, work = tempfile.mkstemp(dir=file.parent)
     try:
-        with os.fdopen(fd, "wb") as f:
+        with files.replacing(file) as f:
             np.save(f, ids)
-            f.flush()
-            os.fchmod(fd, files.readable())
-            os.fsync(fd)
-        os.replace(work, file)
     except OSError as e:  # of a full disk numpy says "93729 requested and 1984 written"
         if e.errno:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-    finally:
-        Path(work).unlink(missing_ok=True)
 
 
 def load_ids(file: Path) -> np.ndarray:

@@ -22,14 +22,12 @@ import torch
 from engine.data import Corpus
 from engine.lookups import Lookups
 from evals.next_token import block_scores
-from evals.report import mean_and_error
+from evals.report import Scores, mean_and_error
+from evals.subject import Subject
 from hub.tokenizer import Tokenizer
 from model import Llama
 
 DOCUMENTS = 8  # look-up documents per length, with 8 questions each
-
-# (figure, its standard error over blocks or questions, tokens or questions)
-Figure = tuple[float, float | None, int]
 
 
 class HeldOut:
@@ -49,7 +47,7 @@ class HeldOut:
         seed: int = 0,
     ):
         self.native, self.scale, self.seed = native, scale, seed
-        self.length, self.name, self.n_blocks = round(native * scale), corpus.name, 0
+        self.length, self.n_blocks = round(native * scale), 0
         if not n_blocks:
             return
         if self.length >= len(corpus.held_out):
@@ -62,9 +60,10 @@ class HeldOut:
 
     def measure(self, model: Llama) -> dict[str, float]:
         """One column of the table: {row: figure}."""
-        return {row: value for row, (value, _, _) in self.figures(model).items()}
+        return {row: mean_and_error(row, x)[0] for row, x in self.values(model).items()}
 
-    def figures(self, model: Llama) -> dict[str, Figure]:
+    def values(self, model: Llama) -> dict[str, np.ndarray]:
+        """{row: [n_blocks, tokens] or [questions]}; of a perplexity, log-probabilities."""
         near, right = self.native_scores(model)
         far, _ = block_scores(model, self.blocks)
         rows = {"loss at 1x": near, "perplexity at 1x": -near}
@@ -74,7 +73,7 @@ class HeldOut:
             if times <= self.scale:
                 answers = recall(model, self.lookups, times * self.native, self.seed)
                 rows[f"recall at {times}x"] = answers
-        return {row: (*mean_and_error(row, x), x.size) for row, x in rows.items()}
+        return rows
 
     def native_scores(self, model: Llama) -> tuple[np.ndarray, np.ndarray]:
         """(loss, right) of every token, each [n_blocks, length], read in blocks of native length"""
@@ -89,12 +88,18 @@ class HeldOut:
                 each.append(more)
         return np.concatenate(parts[0], 1), np.concatenate(parts[1], 1)
 
-    def about(self, row: str) -> dict:
-        """What a row was measured on, as report.json says it."""
-        if row.startswith("recall"):
-            return {"version": "look-ups, far", "seed": self.seed}
-        text = {"version": f"held-out text of {self.name}", "seed": None}
-        return text | {"blocks": self.n_blocks, "tokens each": self.length}
+
+def headline(subject: Subject, scores: Scores) -> None:
+    """The figures of held-out text and look-ups, of every model."""
+    s = subject
+    text = HeldOut(s.corpus, s.tokenizer, s.native, s.scale, s.n_blocks, s.seed)
+    of_text = {"version": f"held-out text of {s.corpus.name}", "seed": None}
+    of_text |= {"blocks": text.n_blocks, "tokens each": text.length}
+    of_lookups = {"version": "look-ups, far", "seed": s.seed}
+    for name, model in s.models.items():
+        for row, values in text.values(model).items():
+            about = of_lookups if row.startswith("recall") else of_text
+            scores.add(name, row, values=values, **about)
 
 
 def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:

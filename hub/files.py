@@ -2,7 +2,7 @@
 sentence.
 
 What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON. `own`
-names a file of a model's directory, and refuses links that lead out of it. `write_atomic` and
+names a file of a model's directory, and refuses links that lead out of it. `replacing` and
 `atomic_directory` write beside the name, sync and rename: a kill at any moment leaves the old state
 or the new. `disk_sentences` turns a full, read-only or failing disk into one sentence that says
 what is still intact.
@@ -169,19 +169,22 @@ def sync_directory(path: Path) -> None:
     os.close(fd)
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """One file, written beside its name, synced and renamed."""
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    work = Path(name)
+@contextlib.contextmanager
+def replacing(path: Path, work: Path | None = None):
+    """Yields a file to write bytes to, which then takes the name `path`, whole and synced.
+
+    work: the folder that it is written in, on the same file system (None: the file's own).
+    """
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=work or path.parent)
     try:
         with open(fd, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            yield f
             f.flush()
             os.fchmod(f.fileno(), readable())
             os.fsync(f.fileno())
-        work.replace(path)
+        os.replace(name, path)
     finally:
-        work.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
 
 
 def refuse_pointer(file: Path) -> None:

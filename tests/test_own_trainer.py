@@ -1,5 +1,6 @@
 """The loss outside this repository: as a wheel of its own, and in a trainer of transformers models."""
 
+import functools
 import os
 import re
 import subprocess
@@ -15,9 +16,8 @@ from examples import own_trainer
 from hub import checkpoint
 from model import Llama
 
-HEADING = "## The loss in your own trainer"
-README = (ROOT / "README.md").read_text()
-DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", README.split(HEADING)[1], re.S)[:2]
+PAGE = (ROOT / "docs" / "own_trainer.md").read_text()
+DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 IDS = torch.randint(0, 4096, (2, 60), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "llama3": {"rope_theta": 500000.0, "tie_word_embeddings": False},
@@ -29,10 +29,23 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def snippet() -> dict:
-    """What the README's first block defines."""
+    """What the page's first block defines."""
     names: dict = {}
-    exec(compile(DEFINITIONS, "README.md", "exec"), names)
+    exec(compile(DEFINITIONS, "docs/own_trainer.md", "exec"), names)
     return names
+
+
+def widen_norms(model) -> None:
+    """Norms in float64, as ours are there; transformers' are in float32 whatever the model is."""
+
+    def norm(module, x):
+        return module.weight * (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        )
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(norm, module)
 
 
 def pair(folder, config: dict, kind: str):
@@ -49,6 +62,7 @@ def pair(folder, config: dict, kind: str):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             folder / name, dtype=torch.float64, attn_implementation="keep_qkv"
         )
+        widen_norms(theirs)
         models.append((ours, theirs))
     return models
 

@@ -171,12 +171,34 @@ def test_sharded_with_recomputation(full, small, text_dir, tmp_path):
     """As if memory were short, so that every layer is computed again in the backward."""
     script = tmp_path / "short.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom engine import "
-        "plan\nplan.needs_checkpointing = lambda *_: True\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom engine import fit\nfit.KEEP = 0\n"
         "import train\ntrain.main()\n"
     )
     finish(start(2, small, text_dir, tmp_path / "two", "--shard", script=script))
     same_to_rounding(full, tmp_path / "two")
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)], ids=["whole", "sharded"])
+def test_a_block_over_two_processes_gives_the_result_of_one(full, small, text_dir, tmp_path, more):
+    """Four processes: a block for each in stage 1, half a block in stage 2."""
+    said = finish(start(4, small, text_dir, tmp_path / "four", *more))
+    same_to_rounding(full, tmp_path / "four")
+    assert "each block over 2 processes" in said
+
+
+def test_a_run_interrupted_on_four_processes_goes_on_with_one(full, small, text_dir, tmp_path):
+    """In the middle of stage 2, whose blocks two processes share."""
+    out = tmp_path / "out"
+    run = start(4, small, text_dir, out)
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > STEPS1):
+        time.sleep(0.01)
+        assert run.poll() is None, run.communicate()
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=120)
+    assert resume.load_info(resume.latest(out / "state"))["total"] > STEPS1
+    finish(start(1, small, text_dir, out, "--resume"))
+    same_to_rounding(full, out)
 
 
 def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
