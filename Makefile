@@ -47,4 +47,5 @@ clean:
 	mkdir .venv/clients/llama.cpp
 	tar xzf .venv/clients/llama_cpp_python-*.tar.gz --strip-components 1 -C .venv/clients/llama.cpp
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/clients/site .venv/clients/llama.cpp .venv/clients/diskcache-*
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/clients/others .venv/clients/mlx*.whl .venv/clients/exllamav2-*.whl
 	touch $@

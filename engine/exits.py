@@ -34,8 +34,8 @@ class OutOfMemory(ValueError):
     """The memory of a device, or of the machine, ran out."""
 
 
-# Not so in torchrun's second process and later ones. A RANK that something else left behind, without
-# a WORLD_SIZE above 1, is none of its
+# Not so in torchrun's second process and later ones. A RANK without a WORLD_SIZE above 1 is none of
+# its: something else left it behind
 _FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

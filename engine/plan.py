@@ -256,7 +256,7 @@ def describe(
         )
     if student.rope.kind == "dynamic":
         lines.append(
-            "positions   dynamic is served by transformers alone: "
+            "positions   dynamic is served by transformers and mlx-lm alone: "
             "vLLM and llama.cpp read it otherwise"
         )
     trained = trained_parameters(c, rank)

@@ -3,15 +3,18 @@ and how to run it.
 
 What.  Front matter that the Hub reads (the base model, its licence, what the model is for), the
 recipe (what was stretched, by how much, in which stages), the scores that the run measured, and the
-exact commands for transformers, vLLM, llama.cpp, lm-evaluation-harness and an upload.
+exact commands for transformers, vLLM, SGLang, llama.cpp, mlx-lm, lm-evaluation-harness and an
+upload. Which client reads which kind of positions is docs/clients.md's; the card repeats what is of
+its own kind.
 
 How.  Everything comes in as plain values. Names of folders and arguments are escaped: a teacher in
 a folder called "<script>" or with a line "---" in its name changes neither page nor front matter.
 
 Limits.  vLLM takes max_position_embeddings, which the Hub's convention sets to the extended length,
 for the length before linear scaling, and multiplies it by the factor: --max-model-len says what is
-right. Positions of kind "dynamic" run right in transformers alone: vLLM's table of positions ends
-at the native length and llama.cpp's converter drops the scaling, so that the card leaves both out.
+right. Positions of kind "dynamic" run right in transformers and mlx-lm alone: vLLM's table of
+positions ends at the native length and llama.cpp's converter drops the scaling, so that the card
+leaves both out.
 
 Source.  The Hub's model card metadata; the commands of the programs named.
 """
@@ -92,6 +95,21 @@ def adapter_card(name: str, positions: dict, base_model: str | None = None) -> s
         f"\n# A LoRA adapter for {_plain(name)}, in PEFT's format\n\n"
         "It was trained under stretched positions: set these keys in the base model's config.json\n"
         f"before loading it.\n\n```json\n{json.dumps(positions, indent=1)}\n```\n"
+        + _adapter_in_vllm(positions)
+    )
+
+
+def _adapter_in_vllm(positions: dict) -> str:
+    """The command that gives vLLM the positions, without which it is silently another model."""
+    table = positions.get("rope_parameters", {})
+    if not table or table["rope_type"] == "dynamic":  # which vLLM reads otherwise
+        return ""
+    length = positions["max_position_embeddings"]
+    given = {"rope_parameters": table, "max_position_embeddings": length}
+    return (
+        "\nvLLM takes them on the command line; without them its answers are wrong, silently:\n\n"
+        f"```bash\nvllm serve BASE --enable-lora --lora-modules long=DIRECTORY "
+        f"--max-model-len {length} \\\n    --hf-overrides '{json.dumps(given)}'\n```\n"
     )
 
 
@@ -152,24 +170,37 @@ model = AutoModelForCausalLM.from_pretrained("DIRECTORY", dtype="auto", device_m
 tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
 ```
 """
+    mlx = """
+mlx-lm:
+
+```bash
+mlx_lm.generate --model DIRECTORY --prompt "..."
+```
+"""
     if kind == "dynamic":
         text += """
-Dynamic positions are computed from the length at hand, which transformers alone does right: vLLM's
-table of positions ends at the native length, and llama.cpp's converter drops the scaling silently.
+Dynamic positions are computed from the length at hand, which transformers and mlx-lm do right:
+vLLM's table of positions ends at the native length, and llama.cpp's converter and ExLlamaV2 drop
+the scaling silently.
 """
-    else:
-        why = ""
-        if kind == "linear":
-            why = (
-                " (the length must be given: under linear scaling it would be multiplied once more)"
-            )
-        text += f"""
+        return text + mlx + _evaluate(length)
+    why, sglang, unread = "", "", {"linear": _LINEAR, "yarn": _YARN, "llama3": _LLAMA3}.get(kind)
+    if kind == "linear":
+        why = " (the length must be given: under linear scaling it would be multiplied once more)"
+        sglang = f"""
+SGLang, for the same reason:
+
+```bash
+python -m sglang.launch_server --model-path DIRECTORY --context-length {length}
+```
+"""
+    text += f"""
 vLLM{why}:
 
 ```bash
 vllm serve DIRECTORY --max-model-len {length}
 ```
-
+{sglang}
 llama.cpp:
 
 ```bash
@@ -177,14 +208,25 @@ python convert_hf_to_gguf.py DIRECTORY --outfile model.gguf
 llama-cli -m model.gguf -c {length}
 ```
 """
-    return (
-        text
-        + f"""
+    return text + mlx + (f"\n{unread}\n" if unread else "") + _evaluate(length)
+
+
+# Clients that were seen to read a kind wrongly; docs/clients.md
+_LINEAR = "Not in TGI and ONNX Runtime GenAI, which ignore linear scaling without a word."
+_YARN = (
+    "Not in ONNX Runtime GenAI and by Ollama's own converter, which drop yarn without a word (give "
+    "Ollama the GGUF file); CTranslate2 refuses it."
+)
+_LLAMA3 = "Not in CTranslate2, which computes llama3 scaling wrong."
+
+
+def _evaluate(length: int) -> str:
+    return f"""
 lm-evaluation-harness:
 
 ```bash
-lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} --tasks \
-    lambada_openai,piqa,arc_easy,openbookqa
+lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} \\
+    --tasks lambada_openai,piqa,arc_easy,openbookqa
 ```
 
 To the Hub:
@@ -193,4 +235,3 @@ To the Hub:
 hf upload YOUR-NAME/MODEL DIRECTORY
 ```
 """
-    )

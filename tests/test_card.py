@@ -1,5 +1,6 @@
 """The card says what the directory is, gives commands that are right for it, and escapes names."""
 
+import json
 import re
 
 import pytest
@@ -89,10 +90,31 @@ def test_a_hostile_name_changes_neither_the_page_nor_the_front_matter(name):
     assert "<script" not in adapter_card(name, {}, base_model=name)
 
 
-def test_dynamic_positions_are_served_by_transformers_alone_and_the_card_says_so():
+def test_dynamic_positions_are_served_by_two_clients_and_the_card_says_so():
     text = card(kind="dynamic")
     assert "vllm serve" not in text and "convert_hf_to_gguf" not in text
-    assert "transformers alone" in text and "lm_eval" in text
+    assert "transformers and mlx-lm do right" in text and "lm_eval" in text and "mlx_lm." in text
+
+
+@pytest.mark.parametrize(
+    "kind, said, unsaid",
+    [
+        ("linear", "--context-length 512|TGI and ONNX", "CTranslate2"),
+        ("yarn", "Ollama the GGUF file|CTranslate2 refuses", "--context-length"),
+        ("llama3", "CTranslate2, which computes", "TGI"),
+        ("ntk", "vllm serve DIRECTORY --max-model-len 512|mlx_lm.generate", "Not in "),
+    ],
+)
+def test_the_card_names_the_clients_that_read_its_kind_otherwise(kind, said, unsaid):
+    text = " ".join(card(kind=kind).split())
+    assert all(words in text for words in said.split("|")) and unsaid not in text
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3", "dynamic"])
+def test_commands_stand_as_they_are_typed(kind):
+    for block in re.findall(r"```bash\n(.*?)\n```", card(kind=kind), re.DOTALL):
+        for line in block.replace("\\\n    ", "").splitlines():
+            assert "  " not in line and not line.endswith(" ")
 
 
 @pytest.mark.parametrize(
@@ -117,3 +139,9 @@ def test_the_adapters_readme_says_which_positions_to_set():
     text = adapter_card("tiny", rope_json.write(rope), base_model="org/tiny")
     assert front_matter(text)["base_model"] == "org/tiny" and '"factor": 8.0' in text
     assert front_matter(text)["library_name"] == "peft"
+    (given,) = re.findall(r"--hf-overrides '(.*)'", text)
+    keys = json.loads(given)
+    assert keys["rope_parameters"]["factor"] == 8.0 and keys["max_position_embeddings"] == 512
+    assert "--max-model-len 512" in text and "--enable-lora" in text
+    dynamic = random_model().config.rope.scaled("dynamic", 8)
+    assert "vllm" not in adapter_card("tiny", rope_json.write(dynamic))

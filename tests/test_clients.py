@@ -1,7 +1,8 @@
-"""Exports in llama.cpp: what its converter writes for each kind of positions, and greedy text.
+"""Exports in other clients (docs/clients.md): what llama.cpp's converter writes for each kind of
+positions, and its greedy text; mlx-lm's logits; what ExLlamaV2 reads in config.json.
 
-`make test-clients` fetches llama.cpp with llama-cpp-python and builds it, once; without it these
-tests are skipped.
+`make test-clients` fetches llama.cpp with llama-cpp-python and builds it, once, and the others as
+wheels; without them these tests are skipped.
 """
 
 import json
@@ -11,9 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_model
+from conftest import ROOT, TEACHER, random_model
 
 from hub import checkpoint
 from model import make_student
@@ -22,7 +24,11 @@ CLIENTS = ROOT / ".venv" / "clients"
 SOURCE = CLIENTS / "llama.cpp" / "vendor" / "llama.cpp"
 # A vocabulary that the converter knows; it tells others apart by what they make of one text
 VOCABULARY = ROOT / ".venv" / "vocabularies" / "mistral_common" / "data" / "tokenizer.model.v1"
-pytestmark = pytest.mark.skipif(
+OTHERS = CLIENTS / "others"
+needs_others = pytest.mark.skipif(
+    not OTHERS.is_dir(), reason="mlx-lm and ExLlamaV2 are not there; `make test-clients` gets them"
+)
+needs_llama_cpp = pytest.mark.skipif(
     not (SOURCE.is_dir() and VOCABULARY.is_file()),
     reason="llama.cpp is not there; `make test-clients` builds it",
 )
@@ -62,8 +68,90 @@ print(json.dumps(out))
 """
 
 
+MLX = """
+import sys
+from pathlib import Path
+import mlx.core as mx, numpy as np
+from mlx_lm.utils import load_model
+ids = mx.array(np.load(sys.argv[1]))
+for path in sys.argv[2:]:
+    model, _ = load_model(Path(path))
+    np.save(f"{path}.npy", np.array(model(ids).astype(mx.float32)))
+"""
+EXLLAMA = """
+import importlib.util, json, sys, types
+# Its package compiles CUDA code when it is imported: a bare one of its name, and of its extension
+package = types.ModuleType("exllamav2")
+package.__path__ = importlib.util.find_spec("exllamav2").submodule_search_locations
+extension = types.ModuleType("exllamav2.ext")
+extension.__getattr__ = lambda name: None
+sys.modules |= {"exllamav2": package, "exllamav2.ext": extension}
+from exllamav2.config import ExLlamaV2Config
+rows = []
+for path in sys.argv[1:]:
+    config = ExLlamaV2Config()
+    config.model_dir = path
+    config.prepare()
+    rows.append({k: v for k, v in vars(config).items() if isinstance(v, str | int | float)})
+print(json.dumps(rows))
+"""
+# What ExLlamaV2 must read: its own names, and its default where a kind has none
+EXLLAMA_READS = {
+    "linear": {"max_seq_len": 512, "scale_pos_emb": 8.0, "rotary_embedding_base": 1e4},
+    "ntk": {"max_seq_len": 512, "scale_pos_emb": 1.0, "rotary_embedding_base": 16e4},
+    "yarn": {
+        "max_seq_len": 512,
+        "alt_rope_method": "yarn",
+        "yarn_rope_factor": 8.0,
+        "yarn_rope_original_max_position_embeddings": 64,
+    },
+    "llama3": {
+        "max_seq_len": 512,
+        "alt_rope_method": "llama3",
+        "l3_rope_factor": 8.0,
+        "l3_rope_low_freq_factor": 1.0,
+        "l3_rope_high_freq_factor": 4.0,
+        "l3_rope_original_max_position_embeddings": 64,
+    },
+    "dynamic": {"max_seq_len": 64, "scale_pos_emb": 1.0},  # dropped, as the card says
+}
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """{kind: (student, its directory)}, with the lengths that other programs would prefer."""
+    root, out = tmp_path_factory.mktemp("exports"), {}
+    stated = {"max_sequence_length": 64, "model_max_length": 64}
+    for kind in (*SAYS, "dynamic"):
+        teacher = random_model(**stated)
+        student = make_student(teacher, teacher.config.extended(kind, 8))
+        checkpoint.save_pretrained(student, root / kind, tokenizer_from=TEACHER)
+        out[kind] = student, root / kind
+    return out
+
+
+@needs_others
+def test_mlx_gives_our_logits(exports, tmp_path):
+    ids = torch.randint(0, 4000, (1, 300), generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "ids.npy", ids.numpy())
+    run("-c", MLX, tmp_path / "ids.npy", *(path for _, path in exports.values()))
+    for student, path in exports.values():
+        with torch.no_grad():
+            ours, theirs = student(ids), torch.from_numpy(np.load(f"{path}.npy"))
+        for part in (slice(0, 64), slice(64, None)):
+            assert (ours[:, part] - theirs[:, part]).abs().max() <= 2e-4 * ours.std(), path.name
+
+
+@needs_others
+def test_exllama_reads_the_right_scaling(exports):
+    rows = json.loads(run("-c", EXLLAMA, *(path for _, path in exports.values())))
+    for kind, read in zip(exports, rows, strict=True):
+        wanted = EXLLAMA_READS[kind]
+        assert {k: read.get(k) for k in wanted} == pytest.approx(wanted), kind
+
+
 def run(*command) -> str:
-    paths = [CLIENTS / "site", SOURCE / "gguf-py"]
+    paths = [CLIENTS / "site", SOURCE / "gguf-py", OTHERS]
     environment = os.environ | {"PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
@@ -93,6 +181,7 @@ def metadata(file: Path) -> dict:
     return {k.removeprefix("llama.").removeprefix("rope."): v for k, v in rows.items()}
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("kind", SAYS)
 def test_the_converter_says_the_right_scaling(kind, converted):
     assert metadata(converted[kind][1]) == SAYS[kind] | {
@@ -101,11 +190,13 @@ def test_the_converter_says_the_right_scaling(kind, converted):
     }
 
 
+@needs_llama_cpp
 def test_the_converter_drops_dynamic_scaling_as_plan_and_card_say(converted):
     found = metadata(converted["dynamic"][1])
     assert found == {"freq_base": 1e4, "context_length": 64, "dimension_count": 8}
 
 
+@needs_llama_cpp
 @pytest.mark.parametrize("kind", SAYS)
 def test_greedy_text_is_ours(kind, converted):
     """150 tokens, so that most of them lie beyond the native window of 64."""
