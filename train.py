@@ -43,7 +43,8 @@ units, else float32.
 (arguments, versions, seed) and metrics.jsonl (a line per step); every --save-minutes, state/ (for
 --resume) and curves.png; at the end, report.json, .md and .png (what was lost, what came back,
 where the time went) and student/, the Hugging Face directory; with --lora-rank adapter/, with
---tensorboard tensorboard/. .linear-ard.json lists these; a run holds .linear-ard.lock.
+--tensorboard tensorboard/, with --wandb PROJECT wandb/, whose figures go to Weights & Biases, or
+stay there under WANDB_MODE=offline. .linear-ard.json lists these; a run holds .linear-ard.lock.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
 SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.

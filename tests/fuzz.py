@@ -4,7 +4,8 @@
 
 What.  Each case damages one thing in a fresh copy and asks the part of the program that meets it
 first: the plan (config.json, headers, tokenizer, flags), the corpus (rows, chats), the newest state,
-the folder, the environment of a launcher.
+the folder, the environment of a launcher; or adds to it: a length, a second model, a key of a rope
+table.
 The oracle: a ValueError of one sentence and a tree that is unchanged, byte for byte; or success. A
 checkpoint that is taken must give the logits that transformers gives, checked for one case in 25.
 
@@ -27,16 +28,19 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import write_model  # noqa: E402
 
+import rope  # noqa: E402
 import train  # noqa: E402
 from engine import data, flags, folder, parallel, plan, resume  # noqa: E402
+from hub import checkpoint, rope_json  # noqa: E402
 from hub.chats import Chats  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
-from model import Llama, LlamaConfig  # noqa: E402
+from model import Llama, LlamaConfig, make_student  # noqa: E402
 
 HOSTILE = [
     None,
@@ -66,6 +70,7 @@ SETTINGS = {
     "add_eos_token": [False, None],
     "chat_template": ["x", None],
 }  # fmt: skip
+STATED = ["model_max_length", "max_len", "max_length", "max_cache_len"]
 FLAGS = ["tokens1", "length2", "batch1", "lr1", "lr2", "logit-weight", "native-blocks", "lookups", "lora-rank",
          "lora-alpha", "lora-dropout", "micro", "seed", "eval-blocks", "save-minutes", "peak-tflops", "scale"]  # fmt: skip
 WORDS = [
@@ -152,6 +157,139 @@ def checkpoint_case(rng: random.Random, work: Path, base: Path) -> None:
             expected = theirs(ids).logits
         if not torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * expected.std().item()):
             raise Wrong("other logits than transformers'")
+
+
+def length_case(rng: random.Random, work: Path, base: Path) -> None:
+    """Lengths wherever a file may state one: an export states its own, or none."""
+    path = Path(shutil.copytree(base / "teacher", work / "model"))
+    places = {"config.json": [*rope_json.LENGTHS, "max_length"]}
+    places |= dict.fromkeys(("generation_config.json", "tokenizer_config.json"), STATED)
+    values = [64, 64, 32, 128, 64.0, 10**30, *HOSTILE]
+    for name, keys in places.items():
+        file = path / name
+        given = json.loads(file.read_text()) if file.is_file() else {}
+        for key in rng.sample(keys, rng.randrange(len(keys) + 1)):
+            given[key] = rng.choice(values)
+            if name != "config.json" and rng.random() < 0.3:
+                given["inner"] = {key: rng.choice(values)}
+        file.write_text(json.dumps(given, indent=rng.choice([None, 2])))
+    model = Llama.from_pretrained(path)
+    kind = rng.choice(["linear", "ntk", "yarn", "llama3", "dynamic"])
+    student = make_student(model, model.config.extended(kind, 2))
+    checkpoint.save_pretrained(student, work / "x", tokenizer_from=path)
+    for name, keys in places.items():
+        written = json.loads((work / "x" / name).read_text())
+        for given in (written, written.get("inner", {})):
+            found = {k: given[k] for k in keys if k in given}
+            wrong = {
+                k: v for k, v in found.items() if type(v) in (int, float) and v not in (128, 1e30)
+            }
+            if wrong and not all(v >= 1e18 for v in wrong.values()):
+                raise Wrong(f"{name} of an export states {wrong}")
+            if found and name == "config.json":
+                raise Wrong(f"config.json of an export has {found}")
+    again = Llama.from_pretrained(work / "x")
+    if again.config.rope.length != 2 * model.config.rope.length:
+        raise Wrong(f"the export is {again.config.rope.length} tokens long")
+
+
+def two_models_case(rng: random.Random, work: Path, base: Path) -> None:
+    """A second model in the folder, or a part of one: refused, or what transformers reads."""
+    path = Path(shutil.copytree(base / "teacher", work / "model"))
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    tensors, config = load_file(single), json.loads((path / "config.json").read_text())
+    for _ in range(rng.randrange(1, 4)):
+        kind = rng.choice(["shards", "head", "adapter", "loose", "bin", "key", "tied", "unlink"])
+        other = {k: v + rng.choice([0, 0, 1e-3]) for k, v in tensors.items()}
+        if kind == "shards":
+            names = sorted(other)
+            names = {n: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, n in enumerate(names)}
+            for file in set(names.values()):
+                part = {n: other[n] for n in names if names[n] == file}
+                save_file(part, path / file, metadata={"format": "pt"})
+            index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+        elif kind == "head":
+            head = other["model.embed_tokens.weight"].clone()
+            save_file(tensors | {"lm_head.weight": head}, single, metadata={"format": "pt"})
+        elif kind == "adapter":
+            given = {
+                "base_model_name_or_path": rng.choice(["org/base", None, 3]),
+                "peft_type": "LORA",
+            }
+            (path / "adapter_config.json").write_text(json.dumps(given))
+        elif kind == "loose":
+            file = path / "model-00001-of-00003.safetensors"
+            save_file(other, file, metadata={"format": "pt"})
+        elif kind == "bin":
+            (path / rng.choice(["pytorch_model.bin", "consolidated.00.pth", "x.gguf"])).write_bytes(
+                b"x"
+            )
+        elif kind == "key":
+            config["transformers_weights"] = rng.choice(
+                ["model-00001-of-00003.safetensors", "x", None]
+            )
+        elif kind == "tied":
+            config["tie_word_embeddings"] = rng.random() < 0.5
+        elif index.is_file():
+            single.unlink(missing_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    ids = torch.arange(7)[None]
+    ours = Llama.from_pretrained(path, dtype=torch.float32)(ids)
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = theirs(ids).logits
+    if not torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * expected.std().item()):
+        raise Wrong("other logits than transformers'")
+
+
+def rope_case(rng: random.Random, work: Path, base: Path) -> None:
+    """A rope table with keys of any kind: refused, or the frequencies of transformers."""
+    keys = {"factor": [2.0, 4.0, 1.0, 8], rope_json._M0: [16, 32, 64], "rope_theta": [5e5]}
+    keys |= {"beta_fast": [32.0], "mscale": [1.0], "truncate": [False], "attention_factor": [1.1]}
+    keys |= {
+        "low_freq_factor": [1.0],
+        "high_freq_factor": [4.0],
+        "full_attention": [{"factor": 4.0}],
+    }
+    keys |= {
+        "short_factor": [[1.0] * 4],
+        "long_factor": [[2.0] * 4],
+        "alpha": [1.0],
+        "finetuned": [True],
+    }
+    needed = {"yarn": 1, "llama3": 4, "longrope": 4, "linear": 1, "dynamic": 1, "default": 0}
+    kind = rng.choice(sorted(needed))
+    table = {rng.choice(["type", "rope_type"]): kind}
+    wanted = ["factor", rope_json._M0, *rope.TUNING.get(kind, {})] if kind != "default" else []
+    for key in [k for k in wanted if k in keys and rng.random() < 0.9]:
+        table[key] = rng.choice(keys[key])
+    if rng.random() < 0.5:
+        key = rng.choice(sorted([*keys, "rope_type", "type"]))
+        table[key] = rng.choice([*keys.get(key, [*needed]), *HOSTILE])
+    config = json.loads((base / "teacher" / "config.json").read_text())
+    config = {k: v for k, v in config.items() if not k.startswith("rope_")}
+    config[rng.choice(["rope_scaling", "rope_parameters"])] = table
+    if rng.random() < 0.3:
+        config[rng.choice(rope_json.LENGTHS)] = rng.choice([64, 128, 256, *HOSTILE])
+    ours = LlamaConfig.from_hf(config).rope
+    rope_json.doubt(config)
+    written = rope_json.read(LlamaConfig.from_hf(config).to_hf())
+    if written.length != ours.length:
+        raise Wrong(f"{ours} is written as {written}")
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    family = config.pop("model_type")
+    theirs = transformers.AutoConfig.for_model(family, **config)
+    kind = theirs.rope_parameters["rope_type"]
+    if kind == "default":
+        return
+    expected, factor = ROPE_INIT_FUNCTIONS[kind](theirs, "cpu", seq_len=200)
+    w, attention = rope.frequencies(ours, ours.head_dim, 200)
+    if not torch.allclose(w, expected, rtol=1e-5, atol=0) or abs(attention - factor) > 1e-5:
+        raise Wrong(f"other frequencies than transformers': {table}")
 
 
 def data_case(rng: random.Random, work: Path, base: Path) -> None:
@@ -342,6 +480,9 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
 
 KINDS = {
     "checkpoint": checkpoint_case,
+    "length": length_case,
+    "two models": two_models_case,
+    "rope": rope_case,
     "data": data_case,
     "rows": rows_case,
     "template": template_case,
@@ -391,15 +532,16 @@ def tree(path: Path) -> dict:
     }
 
 
-def run(cases: int, seed: int) -> dict[str, list[int]]:
-    """{kind: [refused, taken]}. Raises Wrong naming the case that broke a promise."""
-    counts = {kind: [0, 0] for kind in KINDS}
+def run(cases: int, seed: int, only: str | None = None) -> dict[str, list[int]]:
+    """{kind: [refused, taken]}, of all kinds or one. Raises Wrong naming the case that broke a
+    promise."""
+    counts = {kind: [0, 0] for kind in KINDS if only in (None, kind)}
     with tempfile.TemporaryDirectory() as place:
         base = Path(place)
         prepare(base)
         for n in range(cases):
             rng = random.Random(seed * 1_000_003 + n)
-            kind = rng.choice(sorted(KINDS))
+            kind = rng.choice(sorted(counts))
             work = base / "work"
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
@@ -428,6 +570,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=sorted(KINDS))
     options = parser.parse_args()
-    for kind, (refused, taken) in run(options.cases, options.seed).items():
+    for kind, (refused, taken) in run(options.cases, options.seed, options.kind).items():
         print(f"{kind:12}{refused:7} refused in a sentence {taken:7} taken")

@@ -17,7 +17,7 @@ from hub import checkpoint
 from model import Llama
 
 PAGE = (ROOT / "docs" / "own_trainer.md").read_text()
-DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+TRAINER, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 IDS = torch.randint(0, 4096, (2, 60), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "llama3": {"rope_theta": 500000.0, "tie_word_embeddings": False},
@@ -29,10 +29,8 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def snippet() -> dict:
-    """What the page's first block defines."""
-    names: dict = {}
-    exec(compile(DEFINITIONS, "docs/own_trainer.md", "exec"), names)
-    return names
+    """What the page's blocks take from the example."""
+    return {name: getattr(own_trainer, name) for name in ("relation_loss", "train_projections")}
 
 
 def widen_norms(model) -> None:
@@ -101,16 +99,38 @@ def test_the_plain_loop_lowers_the_loss(snippet, tmp_path):
         "optimiser": torch.optim.AdamW(trained, lr=1e-2),
         "batches": [IDS] * 5,
     }
+
+    def loss_now() -> float:
+        with torch.no_grad():
+            teacher(IDS, use_cache=False), student(IDS, use_cache=False)
+            return snippet["relation_loss"](teacher, student).item()
+
     exec(LOOP, names)
-    after = snippet["relation_loss"](teacher, student).item()  # of the last text read
+    after = loss_now()
     names["batches"] = [IDS]
     exec(LOOP, names)
-    assert snippet["relation_loss"](teacher, student).item() < after
+    assert loss_now() < after
     student.load_state_dict(
         pair(tmp_path / "again", FAMILIES["llama3"], "linear")[0][1].state_dict()
     )
-    student(IDS, use_cache=False)
-    assert after < 0.9 * snippet["relation_loss"](teacher, student).item()
+    assert after < 0.9 * loss_now()
+
+
+def test_the_pages_trainer_trains(tmp_path):
+    checkpoint.save_pretrained(random_model(tie_word_embeddings=False), tmp_path / "model")
+    names = {
+        "AutoConfig": transformers.AutoConfig,
+        "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
+        "DIR": tmp_path / "model",
+        "rope": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+        "RelationTrainer": own_trainer.RelationTrainer,
+        "train_projections": own_trainer.train_projections,
+        "args": arguments(tmp_path / "out"),
+        "rows": dataset(),
+    }
+    exec(TRAINER, names)
+    assert names["student"].config.rope_parameters["factor"] == 4.0
+    assert names["trainer"].state.log_history[-1]["train_loss"] > 0.01
 
 
 def test_a_trainers_loss_adds_both(snippet, tmp_path):
@@ -128,6 +148,9 @@ def test_a_trainers_loss_adds_both(snippet, tmp_path):
     inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "labels": IDS}
     compute_loss = RelationTrainer.compute_loss  # unbound: a Trainer needs accelerate
     loss, outputs = compute_loss(None, student, inputs, return_outputs=True)
+    with torch.no_grad():
+        teacher(IDS, use_cache=False)
+    student(IDS, use_cache=False)
     relations = snippet["relation_loss"](teacher, student)
     torch.testing.assert_close(loss, outputs.loss + relations)
 
@@ -146,7 +169,7 @@ def test_padding_on_the_right_counts_for_nothing(snippet, tmp_path):
         return snippet["relation_loss"](teacher, student, lengths)
 
     whole = loss_of(IDS[:1], None, None) * 60 + loss_of(IDS[1:, :41], None, None) * 41
-    torch.testing.assert_close(loss_of(padded, mask, lengths) * 120, whole, rtol=1e-7, atol=0)
+    torch.testing.assert_close(loss_of(padded, mask, lengths) * 101, whole, rtol=1e-7, atol=0)
 
 
 # ---- examples/own_trainer.py: each way of training against one plain batch
