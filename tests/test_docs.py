@@ -182,6 +182,10 @@ def named(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+# Of torchrun, vLLM and SGLang
+OTHERS_FLAGS = {"--nproc_per_node", "--max-model-len", "--hf-overrides", "--context-length"}
+
+
 def headings(page: Path) -> set[str]:
     """Of a page, as the anchors of its headings."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
@@ -203,11 +207,11 @@ def test_every_link_of_a_page_leads_somewhere(page):
 def test_every_file_flag_and_target_that_a_page_names_exists(page):
     text, tree = page.read_text(), tracked()
     for name in re.findall(r"[\w./-]*\w\.(?:py|sh)\b", text):
-        assert any(f"/{path}".endswith(f"/{name}") for path in tree), name
+        assert any(f"/{path}".endswith(f"/{name.removeprefix('../')}") for path in tree), name
     for name in re.findall(r"`((?:hub|engine|evals|bench|tests|demo|runs|docs)/[\w./-]*)`", text):
         assert (ROOT / name).exists(), name
     source = "".join(p.read_text() for p in ROOT.rglob("*.py") if named(p) in tree)
-    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - {"--nproc_per_node"}:
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - OTHERS_FLAGS:
         assert f'"{flag}"' in source, flag
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
     assert set(re.findall(r"(?:`|\$ |^)make ([\w-]+)", text, re.M)) <= targets
