@@ -42,140 +42,41 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from engine import data, folder
 from engine.machine import versions
-from evals import flags, layers, likelihood, longtext, pictures, prompts, report, tasks
+from evals import flags, held_out, layers, likelihood, longtext, prompts, report, tasks
 from evals.generate import stream
-from evals.held_out import HeldOut
 from evals.report import Scores
-from evals.retention import TEACHER, UNTRAINED, retention
+from evals.retention import TEACHER, UNTRAINED
 from evals.ruler_tasks import RULER_TASKS
+from evals.subject import Subject
 from hub import checkpoint, files
-from hub.tokenizer import Tokenizer, load_tokenizer
+from hub.tokenizer import load_tokenizer
 from model import Llama, LlamaConfig, make_student
 from precision import choose_dtype
-
-
-@dataclass
-class Subject:
-    """What is measured, and on what. Complete before the first measurement."""
-
-    args: argparse.Namespace
-    student: LlamaConfig
-    native: int  # tokens that count as 1x
-    scale: float  # of the longest blocks, in native lengths
-    lengths: list[int]  # of the long-text figures
-    tokenizer: Tokenizer
-    tasks: list[tasks.Task]
-    requests: list[list[likelihood.Request]]  # of each task
-    prompts: prompts.Prompts
-    documents: list[np.ndarray]  # each [tokens + 1]
-    missing: list[str]  # what was asked for and is left out, and why
-    corpus: data.Corpus | None = None
-    models: dict[str, Llama] = field(default_factory=dict)  # by column
-
-    @property
-    def long(self) -> int:
-        return round(self.native * self.scale)
-
-    @property
-    def held_out(self) -> str:
-        return f"held-out text of {self.corpus.name}"
-
-
-# ---------------------------------------------------------------- the measurements
-
-
-def held_out_text(subject: Subject, scores: Scores) -> None:
-    s, args = subject, subject.args
-    held_out = HeldOut(s.corpus, s.tokenizer, s.native, s.scale, args.blocks, args.seed)
-    for name, model in s.models.items():
-        for row, (value, error, items) in held_out.figures(model).items():
-            scores.add(name, row, value, error=error, items=items, **held_out.about(row))
-
-
-def short_tasks(subject: Subject, scores: Scores) -> None:
-    s = subject
-    likelihood.task_scores(scores, s.models, s.tasks, s.requests, predictions(s, scores))
-    scores.notes += tasks.notes(s.tasks)
-    # Of tasks alone: beyond its own length the teacher's score does not say what could be kept
-    if TEACHER in s.models:
-        scores.kept = retention(scores.values, s.args.seed)
-
-
-def sliding_window(subject: Subject, scores: Scores) -> None:
-    s, texts = subject, subject.documents
-    source = ", ".join(map(str, s.args.documents or ()))
-    if not texts:
-        texts = list(s.corpus.held_out_blocks(max(s.lengths), s.args.blocks).numpy())
-        source = s.held_out
-    about = {"version": f"sliding window (PI), {source}", "seed": None}
-    longtext.sliding_scores(scores, s.models, s.tokenizer, texts, s.lengths, **about)
-
-
-def loss_by_position(subject: Subject, scores: Scores) -> None:
-    s = subject
-    blocks = s.corpus.held_out_blocks(max(s.lengths), s.args.blocks)
-    about = {"version": f"loss by position, {s.held_out}", "seed": None}
-    curve = longtext.position_scores(scores, s.models, blocks, s.native, **about)
-    scores.more["positions"] = curve
-    if scores.out:
-        scores.out.write("positions.png", pictures.positions(curve, s.native))
-
-
-def passkey(subject: Subject, scores: Scores) -> None:
-    found = scores.more["passkey"] = prompts.passkey_scores(scores, subject.models, subject.prompts)
-    if scores.out:
-        scores.out.write("passkey.png", pictures.passkey(found))
-
-
-def ruler(subject: Subject, scores: Scores) -> None:
-    s = subject
-    prompts.ruler_scores(scores, s.models, s.prompts, predictions(s, scores))
-    scores.notes += prompts.variants(scores)
-
-
-def relation_kl_by_layer(subject: Subject, scores: Scores) -> None:
-    s = subject
-    blocks = s.corpus.held_out_blocks(s.long, s.args.blocks)[:, :-1]
-    kl = layers.compare(s.models, blocks)
-    about = {"tokens": s.long, "blocks": len(blocks), "version": f"relation KL, {s.held_out}"}
-    scores.more["layers"] = layers.as_lists(kl) | about
-    scores.notes.append(f"{layers.HEAD}, {s.long} tokens:\n\n{layers.table(kl)}")
-    if scores.out:
-        scores.out.write("layers.png", pictures.layers(kl))
-
-
-def predictions(subject: Subject, scores: Scores) -> Callable[[str, str], None] | None:
-    """What takes a file of every item's scores, where that was asked for."""
-    return scores.out.write if scores.out and subject.args.predictions else None
 
 
 def asked(args: argparse.Namespace) -> list[Callable[[Subject, Scores], None]]:
     """The measurements of an evaluation, in the table's order."""
     wanted = {
-        held_out_text: not args.no_text,
-        short_tasks: args.tasks,
-        sliding_window: args.ppl,
-        loss_by_position: args.positions,
-        passkey: args.passkey,
-        ruler: args.ruler is not None,
-        relation_kl_by_layer: args.layers,
+        held_out.headline: not args.no_text,
+        likelihood.short_tasks: args.tasks,
+        longtext.sliding_window: args.ppl,
+        longtext.loss_by_position: args.positions,
+        prompts.passkey: args.passkey,
+        prompts.ruler_means: args.ruler is not None,
+        layers.relation_kl_by_layer: args.layers,
     }
-    return [measure for measure, is_asked in wanted.items() if is_asked]
-
-
-# ---------------------------------------------------------------- the program
+    return [measure for measure, is_wanted in wanted.items() if is_wanted]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """One evaluation, or a text continued. argv: the command line's (None: the process's own).
+    """One evaluation, or a text continued. argv: None takes those of the process.
 
     Raises ValueError for what cannot be measured.
     """
@@ -186,14 +87,16 @@ def main(argv: list[str] | None = None) -> None:
     dtype, _ = choose_dtype(device, args.dtype)
     if args.out:
         check_out(args)
-    subject = prepare(args)
+    student, teacher = configs(args.model, args.against)
+    subject, missing = prepare(args, student, teacher)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(folder.Folder(args.out, "eval.py")) if args.out else None
         cache = args.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        subject.corpus = held_out_corpus(subject, cache)
-        subject.models = load_models(subject, dtype)
-        scores = Scores({name: {} for name in subject.models}, dtype, args.command, out)
-        scores.more["missing"] = subject.missing
+        subject.corpus = held_out_text(args, subject, cache)
+        subject.models = load_models(args, student, dtype)
+        columns = {name: {} for name in subject.models}
+        scores = Scores(columns, dtype, args.command, out, args.predictions)
+        scores.more["missing"] = missing
         for measure in asked(args):
             measure(subject, scores)
         about = {"command": args.command, "seconds": round(time.time() - began, 1)}
@@ -202,39 +105,43 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(about))
 
 
-def prepare(args: argparse.Namespace) -> Subject:
-    """Whatever can be refused without text and weights is refused here."""
-    student, teacher = configs(args.model, args.against)
+def prepare(
+    args: argparse.Namespace, student: LlamaConfig, teacher: LlamaConfig | None
+) -> tuple[Subject, list[str]]:
+    """(the subject without text and models, what was asked for and is left out, and why).
+
+    Whatever can be refused without them is refused here.
+    """
     native = args.native or (teacher or student).rope.length
     longest = max(student.rope.length, teacher.rope.length if teacher else 0)
     scale = args.scale or max(1.0, longest / native)
-    long = round(native * scale)
-    lengths = args.lengths or [native << k for k in range(32) if native << k <= long]
+    subject = Subject(load_tokenizer(args.model), native, scale, args.blocks, args.seed)
+    powers = (native << k for k in range(32))
+    lengths = subject.lengths = args.lengths or [n for n in powers if n <= subject.long]
     if args.ppl and min(lengths) < longtext.STRIDE:
         raise ValueError(flags.too_short(lengths))
-    found, lacking = tasks.find(args.tasks, args.task_dir, args.limit)
-    tokenizer = load_tokenizer(args.model)
-    requests = [likelihood.encode(tokenizer, task.pairs) for task in found]
+    found, missing = tasks.find(args.tasks, args.task_dir, args.limit)
+    subject.tasks = [(task, likelihood.encode(subject.tokenizer, task.pairs)) for task in found]
     names = list(RULER_TASKS) if args.ruler == [] else args.ruler or []
     names = [*names, "passkey"] if args.passkey else names
-    able, unable = prompts.feasible(
-        tokenizer, names, lengths, args.samples, args.ruler_seed, args.ruler_data
+    seed, at = args.ruler_seed, args.ruler_data
+    subject.prompts, unable = prompts.feasible(
+        subject.tokenizer, names, lengths, args.samples, seed, at
     )
-    texts = args.documents or []
-    if texts:
-        texts = longtext.documents(texts, tokenizer, max(lengths), args.blocks)
-    missing = lacking + unable
+    missing += unable
+    if args.documents:
+        given = args.documents, subject.tokenizer, max(lengths), args.blocks
+        subject.documents = longtext.documents(*given)
+        subject.documents_name = ", ".join(map(str, args.documents))
     if missing:
         print("left out:\n  " + "\n  ".join(missing), file=sys.stderr)
-    return Subject(
-        args, student, native, scale, lengths, tokenizer, found, requests, able, texts, missing
-    )
+    return subject, missing
 
 
-def held_out_corpus(subject: Subject, cache: Path) -> data.Corpus | None:
+def held_out_text(args: argparse.Namespace, subject: Subject, cache: Path) -> data.Corpus | None:
     """The text, where a measurement reads it."""
-    args, longest = subject.args, 0
-    if args.positions or (args.ppl and not subject.documents):
+    longest = 0
+    if args.positions or (args.ppl and not args.documents):
         longest = max(subject.lengths)
     if args.layers or not args.no_text:
         longest = max(longest, subject.long)
@@ -245,17 +152,22 @@ def held_out_corpus(subject: Subject, cache: Path) -> data.Corpus | None:
         corpus.held_out_blocks(longest, 1)
 
     with files.disk_sentences(cache):
-        return data.load_corpus(args.data, subject.tokenizer, cache, without=args.out, check=enough)
+        given = {"without": args.out, "check": enough, "field": args.text_field}
+        corpus = data.load_corpus(args.data, subject.tokenizer, cache, **given)
+    for note in corpus.notes:
+        print(note)
+    return corpus
 
 
-def load_models(subject: Subject, dtype: torch.dtype) -> dict[str, Llama]:
+def load_models(
+    args: argparse.Namespace, student: LlamaConfig, dtype: torch.dtype
+) -> dict[str, Llama]:
     """The columns: the model alone, or teacher, untrained student and student."""
-    args = subject.args
     model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
     if not args.against:
         return {"model": model}
     teacher = Llama.from_pretrained(args.against, dtype=dtype, device=args.device)
-    untrained = make_student(teacher, subject.student, trained=())
+    untrained = make_student(teacher, student, trained=())
     return {TEACHER: teacher, UNTRAINED: untrained, "student": model}
 
 
@@ -282,7 +194,7 @@ def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig
 
 
 def config_of(path: Path) -> LlamaConfig:
-    """config.json, which the weights beside it must fit: by their headers, in milliseconds."""
+    """config.json, which the weights must fit: by their headers, in milliseconds."""
     config = LlamaConfig.from_hf(files.read_json(files.own(path, "config.json")))
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), path)
@@ -296,9 +208,9 @@ def continue_text(args) -> None:
     tokenizer = load_tokenizer(args.model)
     ids = tokenizer.encode(sys.stdin.read() if args.prompt == "-" else args.prompt, bos=True)
     if len(ids) + args.new_tokens > config.rope.length:
-        beyond = f"{args.new_tokens} new ones exceed the context of {config.rope.length}"
-        said = f"the prompt's {len(ids)} tokens and {beyond}: what comes after that may be nonsense"
-        print(said, file=sys.stderr)
+        print(f"the prompt's {len(ids)} tokens and {args.new_tokens} new ones exceed the context "
+              f"of {config.rope.length}: what comes after that may be nonsense",
+              file=sys.stderr)  # fmt: skip
     dtype, _ = choose_dtype(device, args.dtype)
     model = Llama.from_pretrained(args.model, dtype=dtype, device=args.device)
     began, n = time.time(), 0

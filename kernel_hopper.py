@@ -1,20 +1,21 @@
 """The loss of relation_kl.py for one chip, NVIDIA's Hopper: products and exponentials at the same
-time.
+time, and a backward over the triangle that gives the same bits every run.
 
 Why.  kernel_triton.py takes turns: the tensor cores multiply, then the ordinary cores take
 exponentials. Both need about the same time here (two products and two exponentials a pair of
 tokens), so each idles half of it. Plain Triton waits for a product where it is written, and cannot
-say otherwise. Gluon, Triton's lower language, says who does what:
+say otherwise. Gluon, Triton's lower language, says who does what. A group is four warps:
 
-    one warp            asks the copy engine for the next tiles of columns, STAGES tiles ahead, and does nothing else
-    WORKERS groups      of four warps, 64 rows each, every one by itself: wait for a tile, start its two products,
-                        take exponentials, free the tile
+    forward    one warp    asks the copy engine for the next tiles of columns, STAGES tiles ahead
+               4 groups    of 64 rows each, every one by itself: wait for a tile, start its two products, take
+                           exponentials, free the tile
+    backward   one warp    fetches, as above
+               2 groups    of 64 rows (3 at D = 64): S, U, then G, and the rows' half of dL/dx
+               1 group     the columns' half of dL/dx
+               3 warps     have the copy engine add that half to memory
 
-While one group takes exponentials another one's products run; no group waits for another. Backward,
-a group's own exponentials of S begin while the tensor cores are still at U (forward that took
-longer). More groups hide more and leave each fewer registers: 4 forward, 3 backward (whose dL/dx
-stays in registers). At D = 64 the backward has room for its own rows of x and y there too, which
-halves what its products read of shared memory (12 % of its time; at D = 128 they would spill).
+While one group takes exponentials another one's products run; no group waits for another. More
+groups hide more and leave each fewer registers.
 
 How they meet.  The copy engine (TMA) brings a tile without any thread's help and then flips a
 barrier in shared memory. `ready` flips when a tile's bytes are there, `free` when all groups are
@@ -23,24 +24,60 @@ is meant. A group that needs fewer columns than the others (its rows end earlier
 each tile and frees it: freeing a tile that has not come yet would count for the one before. A
 product reads shared memory on its own too: the group waits for it before it frees the tile.
 
-Forward.  (1) as in kernel_triton.py: two running maxima and sums. Here the maximum is of the raw
-products, and scale and maximum enter in one multiply-add.
+Forward: pivots that stay.  (1) asks for exponentials relative to a pivot, for S and for U. A running
+maximum, as in kernel_triton.py, costs a maximum over the tile, an exchange among the four threads
+of a row and a rescaling of three sums for every tile: 480 instructions a warp and tile at D = 128,
+where 341 do without. Any number near the row's largest score will do as a pivot. It is taken with a
+running maximum from the tiles where large scores are (those across the program's diagonal: the
+nearest tokens; and tile 0: the first token, which many models look at from everywhere), and stays.
+Each thread then adds up its own columns, and a row's four threads meet once, at the end.
 
-Backward.  (2) and (3) over all columns: G_ij left of the diagonal (row i sees column j), G_ji right
-of it (row j sees column i, with the statistics of the columns, which the first warp brings), both
-across it. Left of the diagonal all of a row shares one weight w_i, which is therefore applied once,
-to the sum. Each group keeps its rows' dL/dx in registers and writes it once, so the same inputs
-give the same bits. A walk over the triangle would need 6 half-products instead of 8, but must add
-to rows of other programs: as it was tried here (LOG.md), the additions cost more than the products
-saved.
+That is exact while no score lies far above the pivot; float32 holds 2^127. Where a row's sum passes
+FAR = 2^40 (28 nats above all tokens named), the whole program takes its tiles a second time, with a
+running maximum: the groups tell each other in b_far. Such rows cost time, not accuracy.
+
+Backward: two thirds of the work.  Causal G is zero above the diagonal, so (3) over one row of the
+square, sum_j (G_ij + G_ji) x_j, recomputes every pair twice: once as G_ij, once as G_ji. Over the
+triangle each pair is computed once and used twice:
+
+    square      S, U, (G + G') x           3 products over T^2 pairs       = 6 over the triangle
+    triangle    S, U, G x, G' x            4 products over T^2 / 2 pairs   = 4
+
+A program owns 64 WORKERS rows i of a head and visits the tiles of 64 columns j <= i. Rows are owned,
+not columns, because then lse and w belong to rows that stay: they are read once, into registers.
+G x_j adds to the program's own rows and stays in registers to the end. G' x_i adds to the columns'
+rows, to which every program below adds too: it must travel.
+
+How a partial sum travels.  The groups leave G of a tile in shared memory (`full`); the column group
+multiplies it, turned, with the program's own x_i and leaves a float32 [64, D] in shared memory
+(`staged`); an adding warp has the copy engine add that to a float32 buffer in memory, `sums`
+(cp.reduce.async.bulk.tensor: one instruction, no thread loads or adds anything). `gone` and
+`emptied` flip when G and the partial sum have been read and their places are free again.
+
+Same bits.  Float addition in another order gives other bits, so the additions to a tile are put in
+one order: its programs from the last rows upwards, which is the order in which they begin. A
+counter per tile, `turns`, says how many have added. The first stores instead of adding: no
+zeros are written before. The last is the tile's own program: it reads the sum back, adds its own
+rows from registers and writes dL/dx: no pass follows. What the order costs: from asking whose turn
+it is until the next program can know takes 2.5 us, more than the 1.8 us in which a tile is
+computed; hence three adding warps that take the tiles in turns, and 4 ms of 34 at 32 x 32768 x 128
+(LOG.md).
+
+It cannot hang.  A program waits only for ones that began before it, whatever their numbers are: its
+work is told by a ticket (_ticket), which one atomic addition gives it when it begins.
+
+`sums` has twice the size of x, but few heads are in flight (_heads): what is added stays in the
+second-level cache. A head begins when the one before is half done, so that the short programs of
+the one's first rows run among the long ones of the other's last rows.
 
 Limits.  Compute capability 9.0, bfloat16, causal, no `lengths`, D 64 or 128, positive scales, first
 derivatives. Layout: [B, H, T, D] contiguous, or a transpose of [B, T, H, D]; any other is copied to
-the first.
+the first. Memory: workspace_bytes.
 
-Sources.  kernel_triton.py; overlap by warpgroups: FlashAttention-3 (arXiv 2407.08608).
-tests/test_hopper.py runs this source on a CPU with copies and products as late as they may be;
-tests/test_gpu.py runs it for real.
+Sources.  kernel_triton.py; overlap by warpgroups: FlashAttention-3 (arXiv 2407.08608); additions in
+a fixed order behind a counter: FlashAttention's deterministic backward. tests/test_hopper.py runs
+this source on a CPU with copies, additions and products as late as they may be, and with programs
+side by side; tests/test_gpu.py runs it for real.
 """
 
 import functools
@@ -48,9 +85,12 @@ import math
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
     mbarrier,
     tma,
     warpgroup_mma,
@@ -58,16 +98,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_triton import GROUP_BYTES, INTERPRETED, LOG2E, Loss, on, row_numbers
+from kernel_host import GROUP_BYTES, INTERPRETED, LOG2E, Loss, launch, row_numbers
 
 LN2 = gl.constexpr(math.log(2))
 # Product of an unseen pair: exp2 gives 0, and differences stay finite
 NOTHING = gl.constexpr(-1e30)
+FAR = gl.constexpr(2.0**40)  # a row's sum relative to its pivot: then the pivot is no good
 BS = gl.constexpr(64)  # rows of a group, and columns of a tile
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6's name
-# D -> groups, tiles ahead, registers of a thread. What other choices took: LOG.md.
-FORWARD = {64: (4, 4, 112), 128: (4, 3, 112)}
-BACKWARD = {64: (3, 4, 160), 128: (3, 3, 160)}
+SLOTS = gl.constexpr(2)  # tiles whose G is in shared memory
+ADDERS = gl.constexpr(3)
+# D -> groups, tiles ahead, registers of a thread (backward: of the rows' and of the columns'
+# groups). What other choices took: LOG.md.
+FORWARD = {64: (4, 4, (112,)), 128: (4, 3, (112,))}
+BACKWARD = {64: (3, 4, (128, 72)), 128: (2, 3, (192, 104))}
+# x, y and `sums` of the heads that begin together fill at most this much of the second-level cache
+# (50 MB). Twice as much: 54 ms instead of 34 at 32 x 32768 x 128 (H100).
+IN_FLIGHT_BYTES = 36 * 2**20
 
 
 @gluon.jit
@@ -87,14 +134,10 @@ def _place(T, H, HEADS, BT: gl.constexpr, D: gl.constexpr, BTHD: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(
-    x, y, s_lse, t_lse, w, row, column, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_stats, ready, free,
-    WORKERS: gl.constexpr, STAGES: gl.constexpr, STATS: gl.constexpr,
-):  # fmt: skip
-    """The first warp: the groups' own rows, then tile after tile as slots come free.
-
-    STATS: and the columns' numbers.
-    """
+def _fetch_own(
+    x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS: gl.constexpr, STAGES: gl.constexpr
+):
+    """The fetching warp begins: the groups' own rows."""
     mbarrier.expect(ready.index(STAGES), 2 * WORKERS * x.block_type.nbytes)
     for g in gl.static_range(WORKERS):
         tma.async_copy_global_to_shared(
@@ -103,34 +146,26 @@ def _fetch(
         tma.async_copy_global_to_shared(
             y, [row + i_0 + g * BS, column], ready.index(STAGES), b_yi.index(g)
         )
-    for k in range(0, end):
-        slot = k % STAGES
-        mbarrier.wait(free.index(slot), ((k // STAGES) & 1) ^ 1)
-        if STATS:
-            if k >= i_0 // BS:  # past T: "sees nothing"
-                o_j = k * BS + gl.arange(0, BS, layout=gl.BlockedLayout([2], [32], [1], [0]))
-                b_stats.index(3 * slot).store(
-                    gl.load(s_lse + o_j, mask=o_j < T, other=float("inf"))
-                )
-                b_stats.index(3 * slot + 1).store(
-                    gl.load(t_lse + o_j, mask=o_j < T, other=float("inf"))
-                )
-                b_stats.index(3 * slot + 2).store(gl.load(w + o_j, mask=o_j < T, other=0.0))
-                barrier()
-        mbarrier.expect(ready.index(slot), 2 * x.block_type.nbytes)
-        tma.async_copy_global_to_shared(
-            x, [row + k * BS, column], ready.index(slot), b_xj.index(slot)
-        )
-        tma.async_copy_global_to_shared(
-            y, [row + k * BS, column], ready.index(slot), b_yj.index(slot)
-        )
 
 
 @gluon.jit
-def _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
-    """Waits for tile k and starts x x' and y y' of its columns: S and U but for their scales."""
-    slot = k % STAGES
-    mbarrier.wait(ready.index(slot), (k // STAGES) & 1)
+def _fetch_tile(x, y, row, column, n, k, b_xj, b_yj, ready, free, STAGES: gl.constexpr):
+    """Tile k of columns, the n-th to come, as soon as its slot is free."""
+    slot = n % STAGES
+    mbarrier.wait(free.index(slot), ((n // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready.index(slot), 2 * x.block_type.nbytes)
+    tma.async_copy_global_to_shared(x, [row + k * BS, column], ready.index(slot), b_xj.index(slot))
+    tma.async_copy_global_to_shared(y, [row + k * BS, column], ready.index(slot), b_yj.index(slot))
+
+
+@gluon.jit
+def _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+    """Waits for the n-th tile and starts x x' and y y' of its columns: S and U but for their scales.
+
+    b_xi, b_yi: in shared memory or in registers.
+    """
+    slot = n % STAGES
+    mbarrier.wait(ready.index(slot), (n // STAGES) & 1)
     zero = gl.zeros([BS, BS], gl.float32, LAYOUT)
     # [BS, D] @ [D, BS]
     b_s = warpgroup_mma(b_xi, b_xj.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -139,25 +174,35 @@ def _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES: gl.constexpr, LAYOUT: gl
 
 
 @gluon.jit
-def _release(free, k, STAGES: gl.constexpr):
-    """This group is done with tile k: all of its warps, hence the barrier."""
+def _release(free, n, STAGES: gl.constexpr):
+    """This group is done with the n-th tile: all of its warps, hence the barrier."""
     barrier()
-    mbarrier.arrive(free.index(k % STAGES), count=1)
+    mbarrier.arrive(free.index(n % STAGES), count=1)
+
+
+@gluon.jit
+def _pass(ready, free, start, stop, STAGES: gl.constexpr):
+    """Frees tiles that only other groups need, each when it has come."""
+    for n in range(start, stop):
+        mbarrier.wait(ready.index(n % STAGES), (n // STAGES) & 1)
+        _release(free, n, STAGES)
+
+
+# ---- forward
 
 
 @gluon.jit
 def _fold(
-    s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, k,
-    LAYOUT: gl.constexpr, STAGES: gl.constexpr, MASK: gl.constexpr,
+    s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, n, k,
+    LAYOUT: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Takes tile k, whose products are under way, into the five numbers of a row, and frees it."""
     b_s, b_u = warpgroup_mma_wait(0, deps=(s, u))
-    _release(free, k, STAGES)
-    if MASK:
-        o_j = k * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
-        m_ij = o_j[None, :] <= o_i[:, None]
-        b_s = gl.where(m_ij, b_s, NOTHING)
-        b_u = gl.where(m_ij, b_u, NOTHING)
+    _release(free, n, STAGES)
+    o_j = k * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
+    m_ij = o_j[None, :] <= o_i[:, None]
+    b_s = gl.where(m_ij, b_s, NOTHING)
+    b_u = gl.where(m_ij, b_u, NOTHING)
     s_new = gl.maximum(s_max, gl.max(b_s, 1) * s_scale)
     t_new = gl.maximum(t_max, gl.max(b_u, 1) * t_scale)
     b_s = b_s * s_scale - s_new[:, None]
@@ -175,41 +220,130 @@ def _fold(
 
 
 @gluon.jit
-def _rows_forward(
-    g: gl.constexpr, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free,
-    STAGES: gl.constexpr,
+def _online(
+    g: gl.constexpr, start, stop, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Group g: KL (1) in nats, lse(S) and lse(U) in base 2 of its 64 rows."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
+    """The five numbers of group g's rows, with pivots that move: from the tiles across the
+    program's diagonal, near .. near + g, then tiles 0, 1, ... They come as start .. stop.
+    """
     ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    diagonal = i_0 // BS + g
-    o_i = diagonal * BS + gl.arange(0, BS, layout=ROW)
-    b_xi = b_xi.index(g)
-    b_yi = b_yi.index(g)
-    # the five numbers of a row
     s_max = gl.full([BS], NOTHING, gl.float32, ROW)
     t_max = gl.full([BS], NOTHING, gl.float32, ROW)
     s_sum = gl.zeros([BS], gl.float32, ROW)
     t_sum = gl.zeros([BS], gl.float32, ROW)
     b_kl = gl.zeros([BS], gl.float32, ROW)
-    mbarrier.wait(ready.index(STAGES), 0)
-    for k in range(0, diagonal):
-        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
+    for n in range(start, start + g + 1):
+        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
         s_max, t_max, s_sum, t_sum, b_kl = _fold(
-            s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, k, LAYOUT, STAGES, False
+            s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, n, n - start + near,
+            LAYOUT, STAGES,
         )  # fmt: skip
-    s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, diagonal, STAGES, LAYOUT)
-    s_max, t_max, s_sum, t_sum, b_kl = _fold(
-        s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, diagonal, LAYOUT, STAGES, True
-    )  # fmt: skip
-    for k in range(diagonal + 1, end):  # tiles that only other groups need
-        mbarrier.wait(ready.index(k % STAGES), (k // STAGES) & 1)
-        _release(free, k, STAGES)
+    _pass(ready, free, start + g + 1, start + WORKERS, STAGES)
+    for n in range(start + WORKERS, stop):
+        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
+        s_max, t_max, s_sum, t_sum, b_kl = _fold(
+            s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, n, n - start - WORKERS,
+            LAYOUT, STAGES,
+        )  # fmt: skip
+    return s_max, t_max, s_sum, t_sum, b_kl
+
+
+@gluon.jit
+def _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl):
+    """(1) and both lse from the five numbers."""
     s_log = gl.log2(s_sum)
     t_log = gl.log2(t_sum)
     gl.store(kl + o_i, (b_kl / t_sum + s_log - t_log) * LN2, mask=o_i < T)
     gl.store(s_lse + o_i, s_max + s_log, mask=o_i < T)
     gl.store(t_lse + o_i, t_max + t_log, mask=o_i < T)
+
+
+@gluon.jit
+def _by_thread(b):
+    """[BS, 4]: the sum over what each of a row's four threads holds of b [BS, BS]."""
+    return gl.sum(gl.sum(b.reshape([BS, BS // 8, 4, 2]), 1), 2)
+
+
+@gluon.jit
+def _of_one(b, LAYOUT: gl.constexpr):
+    """[BS, 4]: a row's number [BS], as the share of the thread that holds column 0."""
+    o_j = gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
+    return _by_thread(gl.where(o_j[None, :] == 0, b[:, None], 0.0))
+
+
+@gluon.jit
+def _any(b_far, decided, WORKERS: gl.constexpr, LAYOUT: gl.constexpr):
+    """Whether a row of any group is far above its pivot, when all have said."""
+    mbarrier.wait(decided, 0)
+    far = gl.max(b_far.index(0).load(LAYOUT), 0)
+    for g in gl.static_range(1, WORKERS):
+        far = gl.maximum(far, gl.max(b_far.index(g).load(LAYOUT), 0))
+    return far
+
+
+@gluon.jit
+def _rows_forward(
+    g: gl.constexpr, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Group g: KL (1) in nats, lse(S) and lse(U) in base 2 of its 64 rows."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    near = i_0 // BS
+    o_i = i_0 + g * BS + gl.arange(0, BS, layout=ROW)
+    b_xi = b_xi.index(g)
+    b_yi = b_yi.index(g)
+    mbarrier.wait(ready.index(STAGES), 0)
+    # pivots: from the tiles across the diagonal and tile 0
+    pivots = gl.minimum(WORKERS + 1, end)
+    s_max, t_max, s_sum, t_sum, b_kl = _online(
+        g, 0, pivots, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
+    )  # fmt: skip
+    s_own = _of_one(s_sum, LAYOUT)
+    t_own = _of_one(t_sum, LAYOUT)
+    kl_own = _of_one(b_kl, LAYOUT)
+    for n in range(pivots, end):
+        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
+        b_s = warpgroup_mma_wait(1, deps=(s,)) * s_scale - s_max[:, None]
+        s_own += _by_thread(gl.exp2(b_s))  # U may still be under way
+        b_u = warpgroup_mma_wait(0, deps=(u,))
+        _release(free, n, STAGES)
+        b_u = b_u * t_scale - t_max[:, None]
+        b_r = gl.exp2(b_u)
+        t_own += _by_thread(b_r)
+        kl_own += _by_thread(b_r * (b_u - b_s))
+    s_sum = gl.convert_layout(gl.sum(s_own, 1), ROW)
+    t_sum = gl.convert_layout(gl.sum(t_own, 1), ROW)
+    b_kl = gl.convert_layout(gl.sum(kl_own, 1), ROW)
+    _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl)
+    # also where a number is not finite
+    good = (s_sum < FAR) & (t_sum < FAR) & (gl.abs(b_kl) < FAR)
+    b_far.index(g).store(gl.where(good | (o_i >= T), 0, 1))
+    barrier()
+    mbarrier.arrive(decided, count=1)
+    if _any(b_far, decided, WORKERS, ROW) > 0:
+        s_max, t_max, s_sum, t_sum, b_kl = _online(
+            g, end, 2 * end, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
+        )  # fmt: skip
+        _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl)
+
+
+@gluon.jit
+def _fetch_forward(
+    x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """The fetching warp: own rows, the tiles across the diagonal, those left of it; all again where
+    _any says so.
+    """
+    _fetch_own(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
+    near = i_0 // BS
+    for n in range(0, end):
+        _fetch_tile(x, y, row, column, n, (near + n) % end, b_xj, b_yj, ready, free, STAGES)
+    if _any(b_far, decided, WORKERS, gl.BlockedLayout([2], [32], [1], [0])) > 0:
+        for n in range(end, 2 * end):
+            _fetch_tile(x, y, row, column, n, (near + n) % end, b_xj, b_yj, ready, free, STAGES)
 
 
 @gluon.jit(do_not_specialize=["T", "H", "HEADS"])
@@ -230,34 +364,138 @@ def _forward_kernel(
     b_yi = gl.allocate_shared_memory(y.dtype, [WORKERS, BS, D], y.layout)
     b_xj = gl.allocate_shared_memory(x.dtype, [STAGES, BS, D], x.layout)
     b_yj = gl.allocate_shared_memory(y.dtype, [STAGES, BS, D], y.layout)
+    b_far = gl.allocate_shared_memory(
+        gl.int32, [WORKERS, BS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    decided = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for k in gl.static_range(STAGES):
         mbarrier.init(ready.index(k), count=1)
         mbarrier.init(free.index(k), count=WORKERS)
     mbarrier.init(ready.index(STAGES), count=1)
+    mbarrier.init(decided, count=WORKERS)
     barrier()
     end = i_0 // BS + WORKERS
     # Arguments stand in full: a tuple under a name would make ordinary values of its constants.
     gl.warp_specialize(
         [
-            (_rows_forward, (0, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_rows_forward, (1, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_rows_forward, (2, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_rows_forward, (3, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, free, STAGES)),
-            (_fetch, (x, y, s_lse, t_lse, kl, row, column, i_0, T, end, b_xi, b_yi, b_xj, b_yj, ready, ready, free,
-                      WORKERS, STAGES, False)),
+            (_rows_forward, (0, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_rows_forward, (1, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_rows_forward, (2, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_rows_forward, (3, kl, s_lse, t_lse, s_scale, t_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
+            (_fetch_forward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, b_far, ready, free, decided, WORKERS, STAGES)),
         ],
         [4, 4, 4, 1],
         [REGISTERS, REGISTERS, REGISTERS, 24],
     )  # fmt: skip
 
 
+# ---- backward: memory that programs share
+
+
+@builtin
+def _reduce_add(sums, at, b_part, _semantic=None):
+    """sums[at ...] += b_part of shared memory, by the copy engine. Gluon's language has no word for
+    it, its builder has (Triton 3.6 and 3.7).
+    """
+    at = _semantic._convert_to_ir_values(at, require_i64=False)
+    add = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    _semantic.builder.create_async_tma_reduce(add, sums.handle, at, b_part.handle)
+
+
 @gluon.jit
-def _apply(b_g, b_xj, b_dx, free, k, STAGES: gl.constexpr, OWN: gl.constexpr):
-    """dL/dx += G x of tile k (3), and frees the tile. G goes from registers to the tensor cores."""
-    b_a = gl.convert_layout(b_g.to(b_xj.dtype), gl.DotOperandLayout(0, OWN, 2))
-    # [BS, BS] @ [BS, D]
+def _written():
+    """Waits until what this warp had the copy engine store or add is in memory. (tma.store_wait:
+    only until it has been read from shared memory.)
+    """
+    gl.inline_asm_elementwise(
+        "cp.async.bulk.wait_group 0; mov.b32 $0, 0;", "=r,r", [gl.program_id(0)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _seen(p):
+    """The counter at p, and all that was in memory before it was set."""
+    return gl.inline_asm_elementwise(
+        "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _await(p, count):
+    """Waits until the counter at p is `count`."""
+    seen = _seen(p)
+    while seen < count:
+        seen = _seen(p)
+
+
+@gluon.jit
+def _after_others():
+    """What this warp has the copy engine do from here on comes after what _await saw."""
+    gl.inline_asm_elementwise(
+        "fence.proxy.async; mov.b32 $0, 0;", "=r,r", [gl.program_id(0)],
+        dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _ticket(turns, BH, HEADS, NB):
+    """This program's head, and how many programs of that head began before it.
+
+    Programs begin in an order that only the hardware knows; turns[0] counts them. HEADS heads at a
+    time, in turns; the next ones begin when the first EARLY of each one's NB programs have, and
+    from then on old and new heads take turns:
+
+        first EARLY of group 0 | EARLY of group 1, among them the rest of 0 | ... | the rest of the last group
+    """
+    early = (NB + 1) // 2
+    i = gl.atomic_add(turns, 1, sem="relaxed") + (NB - early) * HEADS
+    group = i // (NB * HEADS)  # which begins here
+    n = i % (NB * HEADS) // HEADS
+    head = i % HEADS
+    two = (group > 0) & (group < BH // HEADS)
+    old = gl.where(two, n % 2, gl.where(group > 0, 1, 0))
+    n = gl.where(two, n // 2, gl.where(group > 0, n, n - (NB - early)))
+    return (group - old) * HEADS + head, n + old * early
+
+
+# ---- backward: who does what
+
+
+@gluon.jit
+def _gradient(
+    s, u, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i, k, LAYOUT: gl.constexpr, MASK: gl.constexpr
+):
+    """G (2) of tile k, whose products are under way: float32 [BS, BS]."""
+    # U may still be under way
+    b_p = gl.exp2(warpgroup_mma_wait(1, deps=(s,)) * s_scale - s_lse_i)
+    b_g = w_i * (b_p - gl.exp2(warpgroup_mma_wait(0, deps=(u,)) * t_scale - t_lse_i))
+    if MASK:
+        o_j = k * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
+        b_g = gl.where(o_j[None, :] <= o_i[:, None], b_g, 0.0)
+    return b_g
+
+
+@gluon.jit
+def _tile(
+    g: gl.constexpr, k, b_dx, b_xi, b_yi, b_xj, b_yj, b_gs, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i,
+    ready, free, full, gone,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, OWN: gl.constexpr, MASK: gl.constexpr,
+):  # fmt: skip
+    """Tile k: G to the column group, dL/dx_i += G x_j (3), and the tile is free."""
+    s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
+    b_g = _gradient(s, u, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i, k, LAYOUT, MASK)
+    b_g = b_g.to(b_xj.dtype)
+    slot = k % SLOTS
+    mbarrier.wait(gone.index(slot), ((k // SLOTS) & 1) ^ 1)
+    b_gs.index(slot * WORKERS + g).store(b_g)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(full.index(slot * WORKERS + g), count=1)
+    # from registers: [BS, BS] @ [BS, D]
+    b_a = gl.convert_layout(b_g, gl.DotOperandLayout(0, OWN, 2))
     dx = warpgroup_mma(b_a, b_xj.index(k % STAGES), b_dx, is_async=True)
     b_dx = warpgroup_mma_wait(0, deps=(dx,))
     _release(free, k, STAGES)
@@ -265,111 +503,218 @@ def _apply(b_g, b_xj, b_dx, free, k, STAGES: gl.constexpr, OWN: gl.constexpr):
 
 
 @gluon.jit
-def _column(b_stats, k, n: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
-    """Number n of tile k's columns, [1, BS]: 0 lse(S), 1 lse(U), 2 w."""
-    return b_stats.index(3 * (k % STAGES) + n).load(gl.SliceLayout(0, LAYOUT))[None, :]
-
-
-@gluon.jit
 def _rows_backward(
-    g: gl.constexpr, s_lse, t_lse, w, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end, b_xi, b_yi, b_xj, b_yj,
-    b_stats, ready, free, D: gl.constexpr, STAGES: gl.constexpr,
+    g: gl.constexpr, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
+    b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done,
+    D: gl.constexpr, WORKERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Group g: dL/dx (3) of its 64 rows, from all columns."""
+    """Group g: G of its 64 rows, tile by tile, and their dL/dx (3)."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
     OWN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     diagonal = i_0 // BS + g
     o_i = diagonal * BS + gl.arange(0, BS, layout=gl.SliceLayout(1, LAYOUT))
-    o_own = diagonal * BS + gl.arange(0, BS, layout=gl.SliceLayout(1, OWN))
     # rows past T: "sees nothing"
     s_lse_i = gl.load(s_lse + o_i, mask=o_i < T, other=float("inf"))[:, None]
     t_lse_i = gl.load(t_lse + o_i, mask=o_i < T, other=float("inf"))[:, None]
-    w_own = gl.load(w + o_own, mask=o_own < T, other=0.0)
+    w_i = gl.load(w + o_i, mask=o_i < T, other=0.0)[:, None]
     b_xi = b_xi.index(g)
     b_yi = b_yi.index(g)
     b_dx = gl.zeros([BS, D], gl.float32, OWN)
     mbarrier.wait(ready.index(STAGES), 0)
-    if D == 64:  # room in registers: the products then read shared memory for columns alone
-        b_xi = b_xi.load(gl.DotOperandLayout(0, LAYOUT, 2))
+    if WORKERS == 2:  # room in registers: products then read less of shared memory
         b_yi = b_yi.load(gl.DotOperandLayout(0, LAYOUT, 2))
-    for k in range(0, gl.minimum(diagonal, end)):  # row i sees column j: G_ij but for w_i
-        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
-        b_p = gl.exp2(
-            warpgroup_mma_wait(1, deps=(s,)) * s_scale - s_lse_i
-        )  # U may still be under way
-        b_g = b_p - gl.exp2(warpgroup_mma_wait(0, deps=(u,)) * t_scale - t_lse_i)
-        b_dx = _apply(b_g, b_xj, b_dx, free, k, STAGES, OWN)
-    b_dx *= w_own[:, None]
-    if diagonal < end:  # both, each under its mask
-        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, diagonal, STAGES, LAYOUT)
-        b_s, b_u = warpgroup_mma_wait(0, deps=(s, u))
-        w_i = gl.load(w + o_i, mask=o_i < T, other=0.0)[:, None]
-        o_j = diagonal * BS + gl.arange(0, BS, layout=gl.SliceLayout(0, LAYOUT))
-        s_lse_j = _column(b_stats, diagonal, 0, STAGES, LAYOUT)
-        t_lse_j = _column(b_stats, diagonal, 1, STAGES, LAYOUT)
-        w_j = _column(b_stats, diagonal, 2, STAGES, LAYOUT)
-        b_g = w_i * (gl.exp2(b_s * s_scale - s_lse_i) - gl.exp2(b_u * t_scale - t_lse_i))
-        b_g = gl.where(o_j[None, :] <= o_i[:, None], b_g, 0.0)
-        b_h = w_j * (gl.exp2(b_s * s_scale - s_lse_j) - gl.exp2(b_u * t_scale - t_lse_j))
-        b_g += gl.where(o_i[:, None] <= o_j[None, :], b_h, 0.0)
-        b_dx = _apply(b_g, b_xj, b_dx, free, diagonal, STAGES, OWN)
-    for k in range(diagonal + 1, end):  # row j sees column i: G_ji
-        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
-        b_s = warpgroup_mma_wait(1, deps=(s,))
-        b_p = gl.exp2(b_s * s_scale - _column(b_stats, k, 0, STAGES, LAYOUT))
-        b_u = warpgroup_mma_wait(0, deps=(u,))
-        b_r = gl.exp2(b_u * t_scale - _column(b_stats, k, 1, STAGES, LAYOUT))
-        b_g = _column(b_stats, k, 2, STAGES, LAYOUT) * (b_p - b_r)
-        b_dx = _apply(b_g, b_xj, b_dx, free, k, STAGES, OWN)
+    for k in range(0, diagonal):
+        b_dx = _tile(
+            g, k, b_dx, b_xi, b_yi, b_xj, b_yj, b_gs, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i,
+            ready, free, full, gone, WORKERS, STAGES, LAYOUT, OWN, False,
+        )  # fmt: skip
+    b_dx = _tile(
+        g, diagonal, b_dx, b_xi, b_yi, b_xj, b_yj, b_gs, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i,
+        ready, free, full, gone, WORKERS, STAGES, LAYOUT, OWN, True,
+    )  # fmt: skip
+    _pass(ready, free, diagonal + 1, end, STAGES)
+    o_own = diagonal * BS + gl.arange(0, BS, layout=gl.SliceLayout(1, OWN))
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, OWN))
+    mbarrier.wait(done, 0)  # all programs' additions to these rows are in memory
+    p = p_sums + o_own.to(gl.int64)[:, None] * D + _spread(o_d)[None, :]
+    # .cg: from the second-level cache, where the copy engine adds
+    b_dx += gl.load(p, cache_modifier=".cg")
     p = dx + o_own.to(gl.int64)[:, None] * d_stride_n + o_d[None, :]
     gl.store(p, (b_dx * x_scale).to(dx.dtype.element_ty), mask=(o_own < T)[:, None])
 
 
-@gluon.jit(do_not_specialize=["T", "H", "HEADS"])
-def _backward_kernel(
-    x, y, s_lse, t_lse, w, dx, s_scale, t_scale, x_scale, d_stride_b, d_stride_h, d_stride_n, T, H, HEADS,
-    D: gl.constexpr, BTHD: gl.constexpr, WORKERS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    num_warps: gl.constexpr,
-):  # fmt: skip
-    """64 WORKERS rows of one head's dL/dx.
+@gluon.jit
+def _spread(o_d):
+    """Where feature o_d of a row of `sums` lies: 32 at a time, the eight that a thread holds of
+    them side by side.
 
-    x, y: descriptors [64, D]; s_lse, t_lse, w: [B, H, T]; dx: [B, H, T, D].
+    A thread then stores 16 bytes at once, and no two of a quarter warp meet in one bank.
     """
-    i_bh, i_0, row, column = _place(T, H, HEADS, BS * WORKERS, D, BTHD)
+    return o_d // 32 * 32 + o_d // 2 % 4 * 8 + o_d // 16 % 2 * 4 + o_d // 8 % 2 * 2 + o_d % 2
+
+
+@gluon.jit
+def _column(
+    d: gl.constexpr, k, zero, b_xi, b_gs, b_stage, full, gone, staged, emptied,
+    D: gl.constexpr, WORKERS: gl.constexpr,
+):  # fmt: skip
+    """G' x_i of tile k, which groups d and on see, float32 to b_stage."""
+    slot = k % SLOTS
+    part = zero
+    for g in gl.static_range(d, WORKERS):
+        mbarrier.wait(full.index(slot * WORKERS + g), (k // SLOTS) & 1)
+        # [BS, BS] @ [BS, D]
+        b_a = b_gs.index(slot * WORKERS + g).permute((1, 0))
+        part = warpgroup_mma(b_a, b_xi.index(g), part, use_acc=g > d, is_async=True)
+    b_part = warpgroup_mma_wait(0, deps=(part,))
+    _release(gone, k, SLOTS)
+    # as _spread says
+    b_part = b_part.reshape([BS, D // 32, 2, 2, 4, 2]).permute((0, 1, 4, 2, 3, 5)).reshape([BS, D])
+    mbarrier.wait(emptied, (k & 1) ^ 1)
+    b_stage.store(b_part)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(staged.index(k % ADDERS), count=1)
+
+
+@gluon.jit
+def _columns(
+    i_0, b_xi, b_gs, b_stage, full, gone, staged, emptied, D: gl.constexpr, WORKERS: gl.constexpr
+):
+    """The column group: what the program's rows add to dL/dx of each tile of columns."""
+    OWN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    zero = gl.zeros([BS, D], gl.float32, OWN)
+    whole = i_0 // BS
+    for k in range(0, whole):
+        _column(0, k, zero, b_xi, b_gs, b_stage, full, gone, staged, emptied, D, WORKERS)
+    for d in gl.static_range(WORKERS):
+        _column(d, whole + d, zero, b_xi, b_gs, b_stage, full, gone, staged, emptied, D, WORKERS)
+
+
+@gluon.jit
+def _add(
+    a: gl.constexpr, sums, turns, row, mine, end, b_stage, staged, emptied, done
+):  # fmt: skip
+    """Adding warp a: every ADDERS-th tile, from b_stage to `sums` when it is this program's turn.
+
+    While one waits until its addition is in memory and may be told, the others add.
+    """
+    for k in range(a, end, ADDERS):
+        _await(turns + k, mine)
+        mbarrier.wait(staged.index(a), (k // ADDERS) & 1)
+        _after_others()
+        if mine == 0:
+            tma.async_copy_shared_to_global(sums, [row + k * BS, 0], b_stage)
+        else:
+            _reduce_add(sums, [row + k * BS, 0], b_stage)
+        tma.store_wait(0)
+        barrier()
+        mbarrier.arrive(emptied, count=1)
+        _written()
+        barrier()
+        gl.atomic_xchg(turns + k, mine + 1, sem="release", scope="gpu")
+    barrier()
+    mbarrier.arrive(done, count=1)
+
+
+@gluon.jit
+def _fetch_backward(
+    x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """The fetching warp: own rows, then the tiles from the left."""
+    _fetch_own(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
+    for k in range(0, end):
+        _fetch_tile(x, y, row, column, k, k, b_xj, b_yj, ready, free, STAGES)
+
+
+@gluon.jit(do_not_specialize=["T", "H", "BH", "HEADS"])
+def _backward_kernel(
+    x, y, sums, p_sums, turns, s_lse, t_lse, w, dx, s_scale, t_scale, x_scale, d_stride_b, d_stride_h, d_stride_n,
+    T, H, BH, HEADS,
+    D: gl.constexpr, BTHD: gl.constexpr, WORKERS: gl.constexpr, STAGES: gl.constexpr,
+    ROW_REGISTERS: gl.constexpr, COLUMN_REGISTERS: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """64 WORKERS rows of one head against all columns they see.
+
+    x, y: descriptors [64, D]; sums: descriptor [64, D] of float32 [B H tiles 64, D], which begins
+    at p_sums; turns: int32 [1 + B H tiles], zeros; s_lse, t_lse, w: [B, H, T]; dx: [B, H, T, D].
+    """
+    NB = gl.cdiv(T, BS * WORKERS)
+    i_bh, mine = _ticket(turns, BH, HEADS, NB)
+    i_0 = (NB - 1 - mine) * BS * WORKERS
+    end = i_0 // BS + WORKERS
+    # where the head begins
+    row, column = i_bh // H * T if BTHD else i_bh * T, i_bh % H * D if BTHD else 0
+    tile = i_bh * NB * WORKERS
     s_lse += i_bh.to(gl.int64) * T
     t_lse += i_bh.to(gl.int64) * T
     w += i_bh.to(gl.int64) * T
+    turns += 1 + tile
+    p_sums += tile.to(gl.int64) * BS * D
     dx += (i_bh // H).to(gl.int64) * d_stride_b + (i_bh % H).to(gl.int64) * d_stride_h
     b_xi = gl.allocate_shared_memory(x.dtype, [WORKERS, BS, D], x.layout)
     b_yi = gl.allocate_shared_memory(y.dtype, [WORKERS, BS, D], y.layout)
     b_xj = gl.allocate_shared_memory(x.dtype, [STAGES, BS, D], x.layout)
     b_yj = gl.allocate_shared_memory(y.dtype, [STAGES, BS, D], y.layout)
-    b_stats = gl.allocate_shared_memory(
-        gl.float32, [3 * STAGES, BS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    G_LAYOUT: gl.constexpr = gl.NVMMASharedLayout(
+        swizzle_byte_width=128, element_bitwidth=16, rank=2
     )
+    b_gs = gl.allocate_shared_memory(x.dtype, [SLOTS * WORKERS, BS, BS], G_LAYOUT)
+    b_stage = gl.allocate_shared_memory(gl.float32, [BS, D], sums.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [SLOTS * WORKERS, 1], mbarrier.MBarrierLayout())
+    gone = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    staged = gl.allocate_shared_memory(gl.int64, [ADDERS, 1], mbarrier.MBarrierLayout())
+    emptied = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for k in gl.static_range(STAGES):
         mbarrier.init(ready.index(k), count=1)
         mbarrier.init(free.index(k), count=WORKERS)
     mbarrier.init(ready.index(STAGES), count=1)
+    for k in gl.static_range(SLOTS * WORKERS):
+        mbarrier.init(full.index(k), count=1)
+    for k in gl.static_range(SLOTS):
+        mbarrier.init(gone.index(k), count=1)
+    for k in gl.static_range(ADDERS):
+        mbarrier.init(staged.index(k), count=1)
+    mbarrier.init(emptied, count=1)
+    mbarrier.init(done, count=ADDERS)
     barrier()
-    end = gl.cdiv(T, BS)
-    gl.warp_specialize(
-        [
-            (_rows_backward, (0, s_lse, t_lse, w, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end, b_xi, b_yi,
-                              b_xj, b_yj, b_stats, ready, free, D, STAGES)),
-            (_rows_backward, (1, s_lse, t_lse, w, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end, b_xi, b_yi,
-                              b_xj, b_yj, b_stats, ready, free, D, STAGES)),
-            (_rows_backward, (2, s_lse, t_lse, w, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end, b_xi, b_yi,
-                              b_xj, b_yj, b_stats, ready, free, D, STAGES)),
-            (_fetch, (x, y, s_lse, t_lse, w, row, column, i_0, T, end, b_xi, b_yi, b_xj, b_yj, b_stats, ready, free,
-                      WORKERS, STAGES, True)),
-        ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, 24],
-    )  # fmt: skip
+    if WORKERS == 2:
+        gl.warp_specialize(
+            [
+                (_rows_backward, (0, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
+                                  b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done, D, WORKERS, STAGES)),
+                (_rows_backward, (1, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
+                                  b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done, D, WORKERS, STAGES)),
+                (_columns, (i_0, b_xi, b_gs, b_stage, full, gone, staged, emptied, D, WORKERS)),
+                (_add, (0, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_add, (1, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_add, (2, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_fetch_backward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
+            ],
+            [4, 4, 1, 1, 1, 1],
+            [ROW_REGISTERS, COLUMN_REGISTERS, 24, 24, 24, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_rows_backward, (0, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
+                                  b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done, D, WORKERS, STAGES)),
+                (_rows_backward, (1, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
+                                  b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done, D, WORKERS, STAGES)),
+                (_rows_backward, (2, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
+                                  b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done, D, WORKERS, STAGES)),
+                (_columns, (i_0, b_xi, b_gs, b_stage, full, gone, staged, emptied, D, WORKERS)),
+                (_add, (0, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_add, (1, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_add, (2, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_fetch_backward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
+            ],
+            [4, 4, 4, 1, 1, 1, 1],
+            [ROW_REGISTERS, ROW_REGISTERS, COLUMN_REGISTERS, 24, 24, 24, 24],
+        )  # fmt: skip
 
 
 # ---- the host
@@ -418,39 +763,58 @@ def _matrix(x: Tensor) -> tuple[Tensor, bool] | None:
 
 
 @functools.cache
-def _layout(D: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([BS.value, D], gl.bfloat16)
+def _layout(D: int, dtype=gl.bfloat16) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for([BS.value, D], dtype)
 
 
-_compiled: dict = {}  # as in kernel_triton.py
+def _described(m: Tensor, D: int, dtype=gl.bfloat16) -> TensorDescriptor:
+    """Matrix m for the copy engine, which moves [64, D] of it."""
+    return TensorDescriptor(m, m.shape, m.stride(), [BS.value, D], _layout(D, dtype))
 
 
-def _launch(kernel, table: dict, x: Tensor, y: Tensor, pointers: tuple, numbers: tuple) -> None:
-    """One program for the rows of WORKERS groups of each head.
+def _launch(kernel, table: dict, x: Tensor, y: Tensor, sums: tuple, pointers: tuple, numbers: tuple, heads: int) -> None:  # fmt: skip
+    """One program for the rows of the groups of each head.
 
-    x, y: of one layout, a matrix for the copy engine. Triton's look at every argument is done once
-    for each combination of what it looks at: kernel_triton.py.
+    x, y: of one layout, a matrix for the copy engine.
     """
     B, H, T, D = x.shape
-    workers, stages, registers = table[D]
+    groups, stages, registers = table[D]
     (mx, bthd), (my, _) = _matrix(x), _matrix(y)
-    block, layout = [BS.value, D], _layout(D)
-    grid = -(-T // (BS.value * workers)) * B * H, 1, 1
+    grid = -(-T // (BS.value * groups)) * B * H, 1, 1
+    shape = (T, H, B * H, heads) if sums else (T, H, heads)
+    constants = (D, bthd, groups, stages, *registers, 4)
     arguments = (
-        TensorDescriptor(mx, mx.shape, mx.stride(), block, layout),
-        TensorDescriptor(my, my.shape, my.stride(), block, layout),
-        *pointers, *numbers, T, H, max(1, min(B * H, GROUP_BYTES // (4 * T * D))),
-        D, bthd, workers, stages, registers, 4,
-    )  # fmt: skip
+        _described(mx, D),
+        _described(my, D),
+        *sums,
+        *pointers,
+        *numbers,
+        *shape,
+        *constants,
+    )
     strides = tuple(n for n in numbers if isinstance(n, int))
-    key = kernel is _forward_kernel, x.device, D, bthd, strides
-    with on(x.device):
-        if any(p.data_ptr() % 16 for p in pointers):
-            kernel[grid](*arguments)
-        elif key in _compiled:
-            _compiled[key][grid](*arguments)
-        else:
-            _compiled[key] = kernel[grid](*arguments)
+    launch(kernel, x.device, grid, arguments, pointers, (D, bthd, strides))
+
+
+@functools.cache
+def _heads(BH: int, T: int, D: int) -> int:
+    """How many heads begin together in the backward: a divisor of BH, and no more than
+    IN_FLIGHT_BYTES of x, y (2 bytes) and `sums` (4).
+    """
+    most = max(1, min(BH, IN_FLIGHT_BYTES // (8 * T * D)))
+    return next(n for n in range(most, 0, -1) if BH % n == 0)
+
+
+def _rows_of_sums(B: int, H: int, T: int, D: int) -> int:
+    """Rows of `sums`: those of x, each head's up to whole programs."""
+    rows = BS.value * BACKWARD[D][0]
+    return B * H * -(-T // rows) * rows
+
+
+def workspace_bytes(B: int, H: int, T: int, D: int) -> int:
+    """What the backward of x [B, H, T, D] holds for its own time beyond dL/dx: `sums` and `turns`."""
+    rows = _rows_of_sums(B, H, T, D)
+    return 4 * rows * D + 4 * (1 + rows // BS.value)
 
 
 def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -469,17 +833,27 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
     """
     numbers = row_numbers(x)
     x, y = _laid_out(x, y)
-    _launch(_forward_kernel, FORWARD, x, y, numbers, (s_scale * LOG2E, t_scale * LOG2E))
+    B, H, T, D = x.shape
+    scales = s_scale * LOG2E, t_scale * LOG2E
+    heads = max(1, min(B * H, GROUP_BYTES // (4 * T * D)))
+    _launch(_forward_kernel, FORWARD, x, y, (), numbers, scales, heads)
     return numbers
 
 
 def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
-    """dL/dx [B, H, T, D], in x's own layout where x is dense."""
+    """dL/dx [B, H, T, D], in x's own layout where x is dense. Nothing here waits for the GPU, and
+    calls share nothing: any streams, any devices, any CUDA graph.
+    """
     dx = torch.empty_like(x)
     x, y = _laid_out(x, y)
-    pointers = s_lse, t_lse, w.contiguous(), dx
+    B, H, T, D = x.shape
+    rows = _rows_of_sums(B, H, T, D)
+    sums = x.new_empty((rows, D), dtype=torch.float32)
+    turns = x.new_zeros(1 + rows // BS.value, dtype=torch.int32)
+    pointers = sums, turns, s_lse, t_lse, w.contiguous(), dx
     scales = s_scale * LOG2E, t_scale * LOG2E, float(s_scale)
-    _launch(_backward_kernel, BACKWARD, x, y, pointers, scales + dx.stride()[:3])
+    described = (_described(sums, D, gl.float32),)
+    _launch(_backward_kernel, BACKWARD, x, y, described, pointers, scales + dx.stride()[:3], _heads(B * H, T, D))  # fmt: skip
     return dx
 
 

@@ -37,10 +37,6 @@ Scores enter (1) relative to their rows' pivots, so that large logits cancel bef
 The pivot starts at NOTHING, a finite number: -inf minus -inf never arises. A row that sees nothing
 has lse = +inf: its P, R and G are 0.
 
-The host.  On a small model what Python does before a launch takes longer than the GPU. Called
-eagerly the loss is an autograd.Function. Under torch.compile or a dispatch mode (selective
-checkpointing is one) it is a registered operator: visible to them, three times as slow to call.
-
 Run.  `python kernel_triton.py` checks the kernels against the dense definition on the machine at
 hand: on its GPU, or under Triton's interpreter without one. tests/test_kernel.py needs no GPU;
 tests/test_gpu.py needs one.
@@ -53,7 +49,6 @@ Sources.  LinearARD (arXiv 2604.00004); online softmax: arXiv 1805.02867; tiles:
 (arXiv 2205.14135).
 """
 
-import contextlib
 import functools
 import itertools
 import math
@@ -71,13 +66,10 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret
-LOG2E = math.log2(math.e)
+from kernel_host import GROUP_BYTES, INTERPRETED, LOG2E, Loss, launch, row_numbers
+
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 NOTHING: tl.constexpr = tl.constexpr(-1e30)  # an unseen pair's score: finite, and exp2 gives 0
-# Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200
-# has 50 MB), not timed.
-GROUP_BYTES = 32 * 2**20
 
 
 class Tile(NamedTuple):
@@ -397,12 +389,6 @@ def unsupported(x: Tensor) -> str | None:
     return None
 
 
-def on(device: torch.device):
-    """The context in which a launch goes to `device`: none if it goes there anyway."""
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return contextlib.nullcontext() if here else torch.cuda.device(device)
-
-
 def _constants(direction: str, x: Tensor, y: Tensor, dtype: torch.dtype, causal: bool) -> dict:
     """What the compiler must know, in the kernels' order, and the launch's warps and stages.
 
@@ -422,35 +408,20 @@ def _constants(direction: str, x: Tensor, y: Tensor, dtype: torch.dtype, causal:
     }  # fmt: skip
 
 
-_compiled: dict = {}  # compiled kernels by all that they were compiled for, see _launch
-
-
 def _launch(kernel, tensors: tuple, scales: tuple, strides: tuple, signs: tuple, constants: dict):
-    """The kernel on all rows of x, the first of `tensors`; nothing waits for it.
-
-    Triton's own call looks at every argument to find the code compiled for its like: at types,
-    strides, constants, and which pointers are multiples of 16. That costs more than all else here;
-    so where all pointers are multiples of 16, it is done once for each combination of the rest.
-    """
+    """The kernel on all rows of x, the first of `tensors`."""
     x = tensors[0]
     B, H, T, D = x.shape
     *known, num_warps, num_stages = constants.values()
     heads = max(1, min(B * H, GROUP_BYTES // (2 * T * D * x.element_size())))
     arguments = (*tensors, *scales, *strides, T, H, heads, *known, *signs)
-    key, pointers = [id(kernel), x.device, strides, *known, *signs, num_warps, num_stages], 0
-    for t in tensors:
-        if t is not None:
-            pointers |= t.data_ptr()
-        key.append(t if t is None else t.dtype)
-    key = tuple(key) if pointers % 16 == 0 else None
+    dtypes = [t if t is None else t.dtype for t in tensors]
+    key = (*strides, *known, *signs, num_warps, num_stages, *dtypes)
+    there = tuple(t for t in tensors if t is not None)
     grid = -(-T // constants["BT"]) * B * H, 1, 1
-    with on(x.device):
-        if key in _compiled:
-            _compiled[key][grid](*arguments)
-        else:
-            code = kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages)
-            if key and code:  # the interpreter makes none
-                _compiled[key] = code
+    launch(
+        kernel, x.device, grid, arguments, there, key, num_warps=num_warps, num_stages=num_stages
+    )
 
 
 def _widened(x: Tensor) -> Tensor:
@@ -458,12 +429,6 @@ def _widened(x: Tensor) -> Tensor:
     float32 there.
     """
     return x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x
-
-
-def row_numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three [B, H, T] float32 (torch.empty takes Python three times as long)."""
-    kl = x.new_empty(x.shape[:3], dtype=torch.float32)
-    return kl, torch.empty_like(kl), torch.empty_like(kl)
 
 
 def forward(x, y, s_scale, t_scale, causal, lengths):
@@ -496,80 +461,6 @@ def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
         _constants("backward", x, y, dtype, causal),
     )  # fmt: skip
     return dx if dx.dtype == dtype else dx.to(dtype)
-
-
-class Loss:
-    """A forward and a backward such as the two above as one differentiable loss, called two ways.
-
-    forward(x, y, s_scale, t_scale, causal, lengths) -> kl, lse(S), lse(U); backward(w, lse(S),
-    lse(U), *the same) -> dL/dx. loss(...) -> kl; `kept`, as in relation_kl.relation_kl, spares the
-    function a second forward. An operator needs a checkpointing policy for that, which knows it by
-    its name, linear_ard::{name}, or linear_ard::{name}_backward (relation_kl.keep_losses).
-    """
-
-    SCHEMA = "Tensor x, Tensor y, float s_scale, float t_scale, bool causal, Tensor? lengths"
-
-    def __init__(self, name: str, forward, backward):
-        define = functools.partial(torch.library.custom_op, mutates_args=())
-        self.operator = define(
-            f"linear_ard::{name}", schema=f"({self.SCHEMA}) -> (Tensor, Tensor, Tensor)"
-        )(forward)
-        self.operator_backward = define(
-            f"linear_ard::{name}_backward",
-            schema=f"(Tensor w, Tensor s_lse, Tensor t_lse, {self.SCHEMA}) -> Tensor",
-        )(backward)
-        self.operator.register_fake(lambda x, *_: row_numbers(x))
-        self.operator_backward.register_fake(lambda w, s_lse, t_lse, x, *_: torch.empty_like(x))
-        self.operator.register_autograd(self._operator_gradient, setup_context=self._operator_save)
-        self.function = _function(forward, backward)
-
-    def __call__(self, x, y, s_scale, t_scale, causal, lengths, kept=None) -> Tensor:
-        plain = type(x) in (Tensor, torch.nn.Parameter) and type(y) in (Tensor, torch.nn.Parameter)
-        if torch.compiler.is_compiling() or not plain or _watched():
-            return self.operator(x, y, s_scale, t_scale, causal, lengths)[0]
-        return self.function(x, y, s_scale, t_scale, causal, lengths, kept)
-
-    @staticmethod
-    def _operator_save(ctx, inputs, output):
-        x, y, *ctx.scalars, lengths = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(x, y, *output[1:], lengths)
-
-    def _operator_gradient(self, ctx, w, *_):
-        x, y, s_lse, t_lse, lengths = ctx.saved_tensors
-        dx = self.operator_backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths)
-        return dx, None, None, None, None, None
-
-
-def _watched() -> bool:
-    """Whether a dispatch mode, which sees operators, is on."""
-    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
-
-
-def _function(forward, backward):
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x, y, s_scale, t_scale, causal, lengths, kept):
-            kl, s_lse, t_lse = kept or forward(x, y, s_scale, t_scale, causal, lengths)
-            if kept is not None:
-                kept[:] = kl, s_lse, t_lse
-                kl = kl.clone()  # the caller may change it in place
-            ctx.save_for_backward(x, y, s_lse, t_lse, lengths)
-            ctx.scalars = s_scale, t_scale, causal
-            return kl
-
-        @staticmethod
-        def backward(ctx, w):
-            # the guard against second derivatives takes time: only where they could follow
-            return (once if torch.is_grad_enabled() else gradient)(ctx, w)
-
-    def gradient(ctx, w):
-        x, y, s_lse, t_lse, lengths = ctx.saved_tensors
-        dx = backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths)
-        return dx, None, None, None, None, None, None
-
-    once = torch.autograd.function.once_differentiable(gradient)
-    return Function.apply
 
 
 LOSS = Loss("relation_kl", forward, backward)

@@ -99,6 +99,11 @@ class LlamaConfig:
 # ------------------------------------------------------------------------------------- the network
 
 
+def widened(x: Tensor) -> Tensor:
+    """x, any shape, in float32; in float64 where it is that."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
 
@@ -116,7 +121,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and dtype."""
-        wide = x.float()
+        wide = widened(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * wide.to(x.dtype)
 
@@ -152,23 +157,32 @@ class Attention(nn.Module):
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], cache=None
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """x [B, T, C] -> (output [B, T, C], (q, k, v)). cache: earlier keys, evals/generate.py."""
-        B, T, C = x.shape
         q, k, v = self.qkv(x, cos_sin)
         keys, all_values, seen = (k, v, None) if cache is None else cache.extend(k, v)
+        return self.project(self.attend(q, keys, all_values, seen)), (q, k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+        """q [B, H, T, D], k and v [B, Hkv, S, D] -> [B, H, T, D], all heads or a share of them.
+
+        seen: which keys a query sees, [T, S]; None: those up to its own, in the window.
+        """
+        T, dtype = q.shape[2], attention_dtype(q.dtype, q.device)
         if seen is None and self.c.window and self.c.window < T:
-            i = torch.arange(T, device=x.device)
+            i = torch.arange(T, device=q.device)
             seen = (i[:, None] >= i) & (i[:, None] - i < self.c.window)
-        grouped = self.c.n_head != self.c.n_kv_head
-        dtype = attention_dtype(x.dtype, x.device)
         out = F.scaled_dot_product_attention(
             q.to(dtype),
-            keys.to(dtype),
-            all_values.to(dtype),
+            k.to(dtype),
+            v.to(dtype),
             attn_mask=seen,
             is_causal=seen is None,
-            enable_gqa=grouped,
-        )  # [B, H, T, D]
-        return self.o_proj(out.to(x.dtype).transpose(1, 2).reshape(B, T, -1)), (q, k, v)
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out.to(q.dtype)
+
+    def project(self, out: Tensor) -> Tensor:
+        """What all heads found, [B, H, T, D] -> [B, T, C]."""
+        return self.o_proj(out.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -196,8 +210,11 @@ class Block(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
         """h [B, T, C] -> (h after this layer, (q, k, v) inside it)."""
         out, qkv = self.self_attn(self.input_layernorm(h), cos_sin, cache)
-        h = h + out
-        return h + self.mlp(self.post_attention_layernorm(h)), qkv
+        return self.add_mlp(h + out), qkv
+
+    def add_mlp(self, h: Tensor) -> Tensor:
+        """h [B, T, C] with attention's output added -> h after this layer."""
+        return h + self.mlp(self.post_attention_layernorm(h))
 
 
 class Backbone(nn.Module):
@@ -334,7 +351,7 @@ def next_token_loss(
     """
 
     def part(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(model.lm_head(x).float(), y, reduction="none")
+        return F.cross_entropy(widened(model.lm_head(x)), y, reduction="none")
 
     losses = by_chunks(part, chunk, h.flatten(0, 1), targets.flatten())
     return losses.mean() if reduction == "mean" else losses.view(targets.shape)

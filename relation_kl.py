@@ -41,9 +41,11 @@ distributions, the last term of stage 1's loss (train.py):
 How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in float32. So:
 
     dense    the definition, with autograd: memory T^2. All others are tested against it in float64.
-    tiled    strips of BT whole rows, up to the diagonal. The forward keeps two numbers per row of
-             each softmax; the backward makes each strip again, forms G (2) and adds both halves of
-             (3). (Where all is one strip, P - R is kept instead.) CPU and any GPU.
+    strips   BT whole rows at a time, up to the diagonal: memory T. The forward keeps nothing but x
+             and y; the backward makes each strip again and adds both halves of (3). As easy to read
+             as this text, and up to three times as slow as the next one.
+    tiled    strips as a CPU computes them fastest (kernel_cpu.py): in a few matrices that its cache
+             holds, and with the pivot and sum of each row kept. Runs on any device.
     triton   the same two passes as fused GPU kernels (kernel_triton.py). A tile there holds part of
              a row, so the first pass keeps lse(S) and lse(U) and the second rebuilds P and R.
     hopper   those two passes for one chip (kernel_hopper.py): products and exponentials at once.
@@ -58,23 +60,15 @@ Source.  LinearARD, arXiv 2604.00004, section 3; strips of scores that are made 
 FlashAttention, arXiv 2205.14135; the one-pass softmax: arXiv 1805.02867.
 """
 
-import itertools
 import math
 
 import torch
-import torch.utils.checkpoint
 from torch import Tensor
 
-# Rows of a strip. With 64, 96, 128, 192 and 256 rows forward + backward take 43, 39, 37, 38 and 44
-# ms at 1 x 2048 x 64, and 28, 30, 30, 32 and 32 ms at 9 x 512 x 64: float32, one core of an AMD
-# EPYC (Zen 3: AVX2, 512 KiB of L2), torch 2.13.
-BT = 128
-CELLS = {"cpu": 2**17}  # scores in a strip, over all its heads: about what a core's cache holds
-MANY_CELLS = 2**24  # elsewhere: enough to fill a GPU; 64 MiB in float32
-HIDDEN = -1e30  # the score of an unseen pair: exp2 gives 0, and differences stay finite
-FLOOR = -100.0  # 2^-100 of a row's largest term counts as 0: see _exp2
+from kernel_cpu import BT, relation_kl_cpu
+
 RELATIONS = ("Q/Q", "K/K", "V/V")
-IMPLEMENTATIONS = ("auto", "dense", "tiled", "triton", "hopper")
+IMPLEMENTATIONS = ("auto", "dense", "strips", "tiled", "triton", "hopper")
 
 
 def relation_kl(
@@ -93,9 +87,9 @@ def relation_kl(
     student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require
     grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: b, `scale` if None. causal: row
     i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding (the range is
-    not checked, which would wait for a GPU). impl: "auto", "dense", "tiled", "triton" or "hopper".
-    kept: for activation checkpointing, an empty list. The call leaves its numbers per row there;
-    the same call, made again in the backward, takes them from it. ("dense" computes them again.)
+    not checked, which would wait for a GPU). impl: "auto" or one of the five above. kept: for
+    activation checkpointing, an empty list. The call leaves its numbers per row there; the same
+    call, made again in the backward, takes them from it. ("dense" and "strips" compute again.)
     float32 products use tf32 only where torch's own switch allows it. Returns [B, H, T], float32
     (float64 for float64 input), differentiable in `student`. Raises ValueError for anything else,
     naming the value. Source: arXiv 2604.00004, section 3.
@@ -107,11 +101,14 @@ def relation_kl(
         raise ValueError(f"scale is {scale} and teacher_scale {teacher_scale}: finite, and not 0")
     if impl == "auto":
         impl, _ = choose(student, causal, lengths, (scale, teacher_scale))
-    if impl == "dense":
-        return _dense(student, teacher, scale, teacher_scale, causal, lengths)
+    if impl in ("dense", "strips"):
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
+        plain = _dense if impl == "dense" else _Strips.apply
+        x, y = student.to(wide).contiguous(), teacher.to(wide).contiguous()
+        return plain(x, y, scale, teacher_scale, causal, lengths)
     if impl == "tiled":
-        return _Tiled.apply(student, teacher, scale, teacher_scale, causal, lengths, kept)
-    try:  # only here, so that machines without Triton can use the other two
+        return relation_kl_cpu(student, teacher, scale, teacher_scale, causal, lengths, kept)
+    try:  # only here, so that machines without Triton can use the others
         if impl == "hopper":
             from kernel_hopper import relation_kl_hopper as kernel
         else:
@@ -121,6 +118,78 @@ def relation_kl(
             f'impl="{impl}" needs the triton package ({e}); install it, or use impl="tiled"'
         ) from None
     return kernel(student, teacher, scale, teacher_scale, causal, lengths, kept)
+
+
+def _dense(x, y, scale, teacher_scale, causal, lengths) -> Tensor:
+    """The definition as on a blackboard: [B, H, T, T] matrices and plain autograd."""
+    return _kl(*_rows(x, y, 0, x.shape[2], scale, teacher_scale, causal, lengths))
+
+
+def _rows(
+    x: Tensor,
+    y: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    teacher_scale: float,
+    causal: bool,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log P and log R of rows start to stop - 1, [B, H, stop - start, n] with n the columns that
+    they see; and which pairs are seen, [stop - start, n] or with B and 1 in front.
+    """
+    n = stop if causal else x.shape[2]
+    i = torch.arange(start, stop, device=x.device)[:, None]
+    j = torch.arange(n, device=x.device)
+    seen = (j <= i) if causal else torch.ones_like(j + i, dtype=torch.bool)
+    if lengths is not None:
+        length = lengths.to(x.device)[:, None, None, None]
+        seen = seen & (i < length) & (j < length)
+    with torch.autocast(x.device.type, enabled=False):
+        S = scale * (x[:, :, start:stop] @ x[:, :, :n].mT)
+        U = teacher_scale * (y[:, :, start:stop] @ y[:, :, :n].mT)
+    # Unseen pairs get -inf. A row of nothing else gets 0, so that no NaN arises, and P = R.
+    hidden = torch.where(seen.any(-1, keepdim=True), float("-inf"), 0.0).to(x.dtype)
+    S, U = torch.where(seen, S, hidden), torch.where(seen, U, hidden)
+    return S.log_softmax(-1), U.log_softmax(-1), seen
+
+
+def _kl(log_p: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
+    """Equation (1), [..., rows, columns] -> [..., rows]."""
+    terms = log_r.exp() * (log_r - log_p)  # NaN where unseen (-inf + inf): dropped
+    return torch.where(seen, terms, 0.0).sum(-1)
+
+
+class _Strips(torch.autograd.Function):
+    """The definition for BT rows at a time, with the gradient by (2) and (3).
+
+    Only x and y are kept. A strip is [B, H, BT, T], and is made again in the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, y, scale, teacher_scale, causal, lengths):
+        ctx.save_for_backward(x, y, lengths)
+        ctx.arguments = scale, teacher_scale, causal
+        T, kl = x.shape[2], x.new_empty(x.shape[:3])
+        for start in range(0, T, BT):
+            stop = min(start + BT, T)
+            kl[:, :, start:stop] = _kl(*_rows(x, y, start, stop, *ctx.arguments, lengths))
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, w):  # [B, H, T]
+        x, y, lengths = ctx.saved_tensors
+        T, dx = x.shape[2], torch.zeros_like(x)
+        for start in range(0, T, BT):
+            stop = min(start + BT, T)
+            log_p, log_r, _ = _rows(x, y, start, stop, *ctx.arguments, lengths)
+            G = w[:, :, start:stop, None] * (log_p.exp() - log_r.exp())  # (2)
+            n = G.shape[-1]  # (3): token i collects its row of G, and its column
+            with torch.autocast(x.device.type, enabled=False):
+                dx[:, :, start:stop] += ctx.arguments[0] * (G @ x[:, :, :n])
+                dx[:, :, :n] += ctx.arguments[0] * (G.mT @ x[:, :, start:stop])
+        return dx, None, None, None, None, None
 
 
 def choose(
@@ -145,19 +214,6 @@ def choose(
     if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
         return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported; {reason}"
     return "hopper", "this chip has kernels of its own, which are faster (README.md)"
-
-
-def keep_losses(ctx, op, *arguments, **options):
-    """A policy for selective checkpointing: a loss's KL, lse(S) and lse(U) are kept.
-
-    checkpoint(f, *args, use_reentrant=False, context_fn=lambda:
-    create_selective_checkpoint_contexts(keep_losses)), both of torch.utils.checkpoint: the backward
-    then does not run the GPU kernels' forward a second time. torch then looks at every operator in
-    f: `kept` costs nothing of the kind.
-    """
-    policy = torch.utils.checkpoint.CheckpointPolicy
-    is_loss = getattr(op, "namespace", "") == "linear_ard" and "backward" not in str(op)
-    return policy.MUST_SAVE if is_loss else policy.PREFER_RECOMPUTE
 
 
 def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) -> None:
@@ -186,139 +242,3 @@ def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) 
     if lengths is not None and (lengths.shape != student.shape[:1] or not whole):
         got = f"{list(lengths.shape)} {lengths.dtype}"
         raise ValueError(f"lengths must be [{student.shape[0]}] integers; got {got}")
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """What scores and sums are held in: float64 for float64, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _dense(
-    x: Tensor, y: Tensor, scale: float, teacher_scale: float, causal: bool, lengths: Tensor | None
-) -> Tensor:
-    """The definition, as on a blackboard: [B, H, T, T] matrices and plain autograd."""
-    T = x.shape[2]
-    i, j = torch.arange(T, device=x.device)[:, None], torch.arange(T, device=x.device)
-    seen = (j <= i) if causal else torch.ones(T, T, dtype=torch.bool, device=x.device)
-    if lengths is not None:
-        n = lengths.to(x.device)[:, None, None, None]
-        seen = seen & (i < n) & (j < n)  # [B, 1, T, T]
-    with torch.autocast(x.device.type, enabled=False):
-        x, y = x.to(_wide(x)), y.to(_wide(x))
-        # A row that sees nothing gets finite scores, so that no NaN arises; its terms are dropped.
-        hidden = torch.where(seen.any(-1, keepdim=True), float("-inf"), 0.0).to(x.dtype)
-        log_p = torch.where(seen, scale * (x @ x.mT), hidden).log_softmax(-1)
-        log_r = torch.where(seen, teacher_scale * (y @ y.mT), hidden).log_softmax(-1)
-        terms = log_r.exp() * (log_r - log_p)  # NaN where unseen (-inf + inf): dropped
-        return torch.where(seen, terms, 0.0).sum(-1)
-
-
-class _Tiled(torch.autograd.Function):
-    """Equations (1) to (3), strip by strip; scores are in bits: exp2 is what a machine computes.
-
-    Products are written into tensors that are there: autocast leaves those as they are.
-    """
-
-    @staticmethod
-    def forward(ctx, x, y, scale, teacher_scale, causal, lengths, kept):
-        ctx.arguments = (scale, teacher_scale, causal)
-        numbers = kept or _numbers(x, y, *ctx.arguments, lengths, short=kept is None)
-        ctx.save_for_backward(x, y, lengths, *numbers[1:])
-        if kept is None:
-            return numbers[0]
-        kept[:] = numbers
-        return kept[0].clone()  # the caller may change it in place
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, w):
-        x, y, lengths, pivots, sums, g = ctx.saved_tensors
-        shape, dtype = x.shape, x.dtype
-        x, y, padding = _operands(x, y, lengths)
-        # G (2) is g times a factor per row, which is cheaper on D numbers than on n
-        factor = (ctx.arguments[0] * w).to(x.dtype).reshape(-1, shape[2], 1) / sums[0]
-        dx = torch.zeros_like(x)
-
-        def collect(heads, rows, g):
-            x_i, f, n = x[heads, rows], factor[heads, rows], g.shape[-1]
-            dx[heads, :n].baddbmm_(g.mT, f * x_i)  # column i of G
-            row = torch.bmm(g, x[heads, :n], out=torch.empty_like(x_i))
-            dx[heads, rows].addcmul_(f, row)  # row i of G
-
-        if g is not None:
-            collect(slice(None), slice(None), g)
-        else:
-            ratio = sums[0] / sums[1]
-            for heads, rows, both, s, u, _ in _strips(x, y, padding, *ctx.arguments):
-                both.sub_(pivots[:, heads, rows])
-                _exp2(s, s), _exp2(u, u)
-                collect(heads, rows, s.addcmul_(u, ratio[heads, rows], value=-1))
-        return dx.view(shape).to(dtype), *[None] * 6
-
-
-def _numbers(x, y, scale, teacher_scale, causal, lengths, short) -> tuple:
-    """KL [B, H, T], and what the backward needs: pivots and sums of exponentials [2, BH, T, 1], of
-    S and of U; g [BH, T, T] = P - R times the sums of S, if `short` and T <= BT, else None.
-    """
-    B, H, T, _ = x.shape
-    x, y, padding = _operands(x, y, lengths)
-    kl, pivots, sums = (x.new_empty(k, B * H, T, 1) for k in (1, 2, 2))
-    g = x.new_empty(B * H, T, T) if short and T <= BT else None
-    for heads, rows, both, s, u, room in _strips(x, y, padding, scale, teacher_scale, causal):
-        both.sub_(torch.amax(both, -1, keepdim=True, out=pivots[:, heads, rows]))
-        terms = torch.sub(u, s, out=room)
-        _exp2(s, s), _exp2(u, u)  # not as one: an element's last bit depends on its place
-        torch.sum(both, -1, keepdim=True, out=sums[:, heads, rows])
-        torch.sum(terms.mul_(u), -1, keepdim=True, out=kl[0, heads, rows])
-        if g is not None:
-            torch.addcmul(s, u, sums[0, heads] / sums[1, heads], value=-1, out=g[heads])
-    sum_s, sum_u = sums.unbind()
-    # (1) for scores relative to their pivots: from the raw ones' lse large numbers would cancel
-    kl = kl.div_(sum_u).add_((sum_s / sum_u).log2_()).mul_(math.log(2))
-    return kl.view(B, H, T), pivots, sums, g
-
-
-def _operands(x: Tensor, y: Tensor, lengths: Tensor | None):
-    """x and y [BH, T, D], wide, padding zeroed; where padding is [BH, T], or None."""
-    B, H, T, D = x.shape
-    x, y = x.reshape(B * H, T, D).to(_wide(x)), y.reshape(B * H, T, D).to(_wide(y))
-    if lengths is None:
-        return x, y, None
-    padding = torch.arange(T, device=x.device) >= lengths.to(x.device)[:, None]
-    padding = padding.repeat_interleave(H, 0)
-    # A padded row then has S = U = 0 everywhere: KL and G are exactly 0, without a mask
-    return *(z.masked_fill(padding[..., None], 0.0) for z in (x, y)), padding
-
-
-def _strips(x, y, padding, scale: float, teacher_scale: float, causal: bool):
-    """Yields (heads, rows, both, s, u, room) for strips of BT rows, as many heads as CELLS holds.
-
-    heads, rows: slices of B*H and of T. both: s and u, scores [h, <=BT, n] in bits, n the columns
-    up to the diagonal (T if not causal). room: for one more. The next strip overwrites them all.
-    """
-    BH, T, _ = x.shape
-    h = min(BH, max(1, CELLS.get(x.device.type, MANY_CELLS) // (BT * T)))
-    buffer = x.new_empty(3 * h * min(BT, T) * T)
-    above = x.new_full((min(BT, T), min(BT, T)), HIDDEN).triu_(1)
-    for first, start in itertools.product(range(0, BH, h), range(0, T, BT)):
-        heads, rows = slice(first, first + h), slice(start, start + BT)
-        x_i, y_i = x[heads, rows], y[heads, rows]
-        b, n = x_i.shape[1], min(start + BT, T) if causal else T
-        three = buffer[: 3 * len(x_i) * b * n].view(3, -1, b, n)
-        both, (s, u, room) = three[:2], three.unbind()
-        torch.bmm(x_i * (scale * math.log2(math.e)), x[heads, :n].mT, out=s)
-        torch.bmm(y_i * (teacher_scale * math.log2(math.e)), y[heads, :n].mT, out=u)
-        if causal:  # only the last columns cross the diagonal
-            both[..., start:].add_(above[:b, :b])
-        elif padding is not None:
-            both.add_(HIDDEN * padding[heads, None].to(x.dtype))
-        yield heads, rows, both, s, u, room
-
-
-def _exp2(scores: Tensor, out: Tensor) -> Tensor:
-    """2^scores into `out`; terms below 2^FLOOR of the row's largest become 0, which no sum notices.
-
-    Left in, they would be subnormal numbers, with which many CPUs compute 100 times more slowly;
-    6 % of the V/V pairs of the demo's last layer are. (torch.exp is as slow where it underflows.)
-    """
-    return torch.threshold(scores, FLOOR, HIDDEN, out=out).exp2_()

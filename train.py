@@ -130,14 +130,16 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, gpu: bool) -> dict[str,
         (False, True): (262_144, 131_072),  # about an hour at 135M parameters, by estimate
         (False, False): (65_536, 65_536),  # stage 1: 169 s on eight Xeon cores with AMX
     }[gpu, linear]
+    # Of stage 2: 16K, where blocks gave a lower loss at 64K than blocks of 64K at equal tokens; the
+    # native length where that is more, as long as it leaves 32 steps
+    length2 = max(16_384, min(native, 2 ** int(math.log2(tokens2 / 32))))
     return {
         "tokens1": tokens1,
         "length1": min(native, 512 if narrow else 2048),
         "step1": 1024 if narrow else 8192,
         "lr1": rate,
         "tokens2": tokens2,
-        # blocks of 16K gave a lower loss at 64K than blocks of 64K at equal tokens
-        "length2": min(student.rope.length, max(16_384, native)),
+        "length2": min(student.rope.length, length2),
         "step2": 16_384,
         "lr2": rate / (4 if linear else 2),  # whatever --lr1 is
     }
@@ -297,8 +299,11 @@ def _export(run: Run, student: Llama) -> None:
     at = args.out / "student"
     print(f"\n{text}\n" if text else "")
     print(f"time: {run.times}")
+    if plan.tokenizer.note:
+        print(f"note: {plan.tokenizer.note}")
     print(f"exported to {at} ({plan.longer.rope.length:,} tokens of context); next:")
     text = " ".join(["", "--data", *map(str, args.data)]) if args.data else ""
+    text += f" --text-field {args.text_field}" if args.text_field else ""
     print(f"  python eval.py --model {at} --against {args.teacher}{text}")
 
 

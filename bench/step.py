@@ -7,10 +7,10 @@ stages.
 What.  The model is built on the device with random weights, so nothing is downloaded; speed does
 not depend on what the weights are. A step is train.py's (engine/step.py): forward and backward of
 one micro-batch after the other, the norm and clipping of the gradient, Adam. Memory settles by
-itself whether layers are computed again in the backward, as in train.py.
+itself what is kept, computed again or moved to the host, as in train.py (engine/fit.py).
 
 How it is timed.  Wall clock around a synchronised call, the median of --repeat after two to warm
-up. The parts:
+up, of at most WARM tokens of each block. The parts (in tiles: the optimiser and the rest):
 
     teacher, student     each model's layers alone, at the step's shapes
     relation             the three losses of one layer forward and backward, times L
@@ -36,7 +36,7 @@ from pathlib import Path
 
 import torch
 
-from engine import cost, lora, plan
+from engine import cost, fit, lora, plan
 from engine.step import Step
 from hub import files
 from hub.checkpoint import set_parameter
@@ -66,6 +66,7 @@ def _shape(V, C, M, L, H, Hkv, length, theta=10000.0, tied=False) -> dict:
     }
 
 
+WARM = 16384
 SHAPES = {
     "llama2-7b": _shape(32000, 4096, 11008, 32, 32, 32, 4096),
     "llama3-8b": _shape(128256, 4096, 14336, 32, 32, 8, 8192, 500000.0),
@@ -128,25 +129,24 @@ class Timed:
 
     def __init__(self, arguments, config: LlamaConfig, stage: cost.Stage, device: torch.device):
         self.stage, self.device, self.rank = stage, device, arguments.lora_rank
-        self.dtype = choose_dtype(device)[0]
-        free = cost.free_memory(device)
-        settled = plan.settle(
-            config, stage, self.dtype, device, arguments.micro, self.rank, 1, stage.batch, free
-        )
-        self.micro, self.checkpointing, self.need = settled
-        plan.refuse_if_too_large(self.need, free, stage)
+        self.dtype, _ = choose_dtype(device)
+        free, host = cost.free_memory(device), fit.host_share(device)
+        machine = fit.Machine(config, self.dtype, device, self.rank, False, 1, free, host)
+        self.fit = fit.settle(machine, stage, arguments.micro)
         self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
         self.ids = torch.randint(0, config.vocab_size, (stage.batch, stage.T + 1), device=device)
         self.step = self.make_step(graphs=False)
         self.adam = torch.optim.AdamW(self.step.weights, lr=1e-6, fused=device.type == "cuda")
 
     def make_step(self, graphs: bool) -> Step:
-        how = {"kl_weight": float(self.stage.logits), "checkpointing": self.checkpointing}
-        return Step(self.teacher, self.student, {}, dtype=self.dtype, graphs=graphs, **how)
+        how = {"checkpointing": self.fit.checkpointing, "tiles": self.fit.tiles, "graphs": graphs}
+        how |= {"dtype": self.dtype, "kl_weight": float(self.stage.logits)}
+        return Step(self.teacher, self.student, {}, **how)
 
-    def __call__(self) -> None:
+    def __call__(self, longest: int | None = None) -> None:
+        """One step, of blocks of at most `longest` tokens."""
         self.step.zero()
-        for piece in self.ids.split(self.micro):
+        for piece in self.ids[:, : longest and longest + 1].split(self.fit.micro):
             self.step.backward(self.stage, piece, len(piece) / len(self.ids), False)
         self.update()
 
@@ -156,12 +156,12 @@ class Timed:
 
     def forward(self, model: Llama) -> None:
         """The layers of one model over all micro-batches."""
-        for piece in self.ids.split(self.micro):
+        for piece in self.ids.split(self.fit.micro):
             for _ in model.walk(piece[:, :-1], self.dtype):
                 pass
 
     def student_forward(self) -> None:
-        with torch.set_grad_enabled(not self.checkpointing):
+        with torch.set_grad_enabled(not self.fit.checkpointing):
             self.forward(self.student)
 
     @torch.no_grad()
@@ -171,24 +171,26 @@ class Timed:
     def one_layers_relations(self) -> None:
         """Forward and backward of one layer's three relations, on random q, k and v."""
         c = self.teacher.config
-        for piece in self.ids.split(self.micro):
+        for piece in self.ids.split(self.fit.micro):
             for heads in (c.n_head, c.n_kv_head, c.n_kv_head):
                 shape = (len(piece), heads, self.stage.T, c.head_dim)
                 x, y = (torch.randn(shape, device=self.device, dtype=self.dtype) for _ in range(2))
                 relation_kl(x.requires_grad_(), y).mean().backward()
 
 
-def seconds(f, device: torch.device, repeat: int, warm: int = 2) -> float:
-    """Seconds that a call takes: the median of `repeat`."""
+def seconds(f, device: torch.device, repeat: int, warm=None) -> float:
+    """Seconds that a call takes: the median of `repeat`, after two of `warm`."""
     taken = []
-    for i in range(warm + repeat):
+    for _ in range(2):
+        (warm or f)()
+    for _ in range(repeat):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
         f()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken += [time.perf_counter() - began] * (i >= warm)
+        taken.append(time.perf_counter() - began)
     return sorted(taken)[len(taken) // 2]
 
 
@@ -208,32 +210,36 @@ def measure(timed: Timed, repeat: int, peak: float) -> dict:
     device, c, stage = timed.device, timed.teacher.config, timed.stage
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    whole = seconds(timed, device, repeat)
-    gib = cost.peak_memory(device)
+    whole = seconds(timed, device, repeat, lambda: timed(WARM))
+    gib, tiles = cost.peak_memory(device), timed.fit.tiles
     parts = {}
-    if stage.objective == "relation":
+    if stage.objective == "relation" and not tiles:
         parts["teacher forward"] = seconds(timed.teacher_forward, device, repeat)
-    parts["student forward"] = seconds(timed.student_forward, device, repeat)
-    if stage.objective == "relation":
+    if not tiles:
+        parts["student forward"] = seconds(timed.student_forward, device, repeat)
+    if stage.objective == "relation" and not tiles:
         parts["relation"] = c.n_layer * seconds(timed.one_layers_relations, device, repeat)
     parts["optimiser"] = seconds(timed.update, device, repeat)
-    parts["backward"] = whole - sum(parts.values())
+    parts["forward and backward" if tiles else "backward"] = whole - sum(parts.values())
     work = sum(cost.flops(c, stage, timed.rank).values())
     row = {
         "stage": stage.name,
         "T": stage.T,
         "batch": stage.batch,
-        "micro": timed.micro,
+        "micro": timed.fit.micro,
         "lora_rank": timed.rank,
     }
     row |= {
-        "checkpointing": timed.checkpointing,
+        "checkpointing": timed.fit.checkpointing,
+        "memory": timed.fit.describe(c.n_layer),
         "seconds": whole,
         "tokens_per_second": stage.tokens / whole,
     }
     row |= {"tflops": work / whole / 1e12, "mfu": work / whole / peak, "peak_tflops": peak / 1e12}
-    row |= {"parts": parts, "waiting": waiting(timed, whole), "gib": gib}
-    row["planned_gib"] = sum(timed.need.values()) / 2**30
+    busy = None if tiles else waiting(timed, whole)
+    row |= {"parts": parts, "waiting": busy, "gib": gib}
+    row["planned_gib"] = sum(timed.fit.need.values()) / 2**30
+    row["host_gib"] = tiles.host / 2**30 if tiles else 0.0
     timed.step = timed.make_step(graphs=True)
     if timed.step.recorded:
         timed()  # records
@@ -293,8 +299,7 @@ def bench_step(arguments, fixed: dict, log) -> None:
 
 def _said(r: dict) -> str:
     lines = [
-        f"{r['stage']}  {r['batch']} x {r['T']:,} tokens, {r['micro']} at a time, checkpointing "
-        f"{'on' if r['checkpointing'] else 'off'}: {r['seconds']:.3f} s, "
+        f"{r['stage']}  {r['batch']} x {r['T']:,} tokens, {r['memory']}: {r['seconds']:.3f} s, "
         f"{r['tokens_per_second']:,.0f} tokens/s, "
         f"{r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}, {r['gib']:.2f} GiB (planned "
         f"{r['planned_gib']:.2f})"

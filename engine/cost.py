@@ -2,8 +2,8 @@
 
 Memory.  What autograd keeps of a layer is listed tensor by tensor in `layer_bytes` and tested
 against the bytes that torch's saved-tensor hooks count; weights, gradients and Adam's moments are
-arithmetic; the logits of a chunk and the buffers of one relation live for a moment only. A tenth is
-added for what the allocator loses.
+arithmetic; the logits of a chunk and the buffers of one relation live for a moment only. What is
+foretold is the allocator's peak; engine/fit.py leaves room for what it loses between its blocks.
 
 Work.  `flops` counts the products of matrices and nothing else, a multiplication and an addition as
 two. A linear layer of n weights costs 2 n per token forward, 2 n for the gradient of its input, 2 n
@@ -24,13 +24,23 @@ import platform
 import resource
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from engine.sequence import repeats
+from engine.tiles import Tiles, calls_of_attention
+from kernel_cpu import BT
 from model import LlamaConfig
-from relation_kl import BT
 
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # n of the n^3 product that a machine's rate is taken from
+# Where a container's limit and its use stand, by the two versions of Linux's cgroups
+CGROUP = Path("/sys/fs/cgroup")
+CGROUPS = (
+    (CGROUP / "memory.max", CGROUP / "memory.current"),
+    (CGROUP / "memory/memory.limit_in_bytes", CGROUP / "memory/memory.usage_in_bytes"),
+)
+_FILES = ("inactive_file", "active_file")  # read from disk, and given up when memory is asked for
 HEAD_CHUNK = 4096  # tokens whose logits exist at once, see model.next_token_loss
 
 
@@ -149,12 +159,17 @@ def memory(
     rank: int | None = None,
     shards: int = 1,
     attention: torch.dtype | None = None,
+    per_rank: int | None = None,
+    tiles: Tiles | None = None,
+    P: int = 1,
 ) -> dict[str, int]:
-    """Bytes by part for one process working on `micro` blocks at a time.
+    """Bytes by part for one process working on `micro` of its `per_rank` blocks at a time.
 
-    shards: over how many --shard cuts; attention: what it computes in, `dtype` if None.
+    shards: over how many --shard cuts; attention: what it computes in, `dtype` if None; tiles: how
+    a long block is done, of which P processes do a share each. The peak is where the parts are
+    largest together: with one micro-batch, gradients come as layers' inputs go.
     """
-    b = torch.finfo(dtype).bits // 8
+    b = dtype.itemsize
     everything, qkv = parameters(c)
     ends = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
     trained = trained_parameters(c, rank)
@@ -167,15 +182,85 @@ def memory(
         parts["gathered layers"] = (
             2 * (everything - ends + trained) * b + 4 * trained
         ) // c.n_layer
-    parts |= activation_bytes(c, stage, dtype, micro, checkpointing, rank, attention)
-    # One relation's student in float32 and its gradient, and what it hands on: the largest is Q/Q
-    parts["at work"] = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
-    parts |= {"allocator, a tenth": sum(parts.values()) // 10}
+    if tiles:
+        kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
+    else:
+        kept = activation_bytes(c, stage, dtype, micro, checkpointing, rank, attention)
+        if shards > 1 and b == 2:  # its copies are what is gathered
+            layers = 1 if checkpointing else c.n_layer
+            kept["activations"] -= layers * b * trained // c.n_layer
+        # A relation's student in float32 and its gradient, and what it hands on: Q/Q is the largest
+        work = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
+        if checkpointing:
+            models = 2 if stage.objective == "relation" else 1
+            inputs = models * c.n_layer * b * c.width * micro * stage.T
+            one, logits = kept.pop("activations") - inputs, kept.pop("logits", 0)
+            kept |= {"layers' inputs": inputs, "at work": max(one + work, logits)}
+        else:
+            kept["at work"] = work
+    if "layers' inputs" in kept and micro == (per_rank or 0):
+        gradients = 4 * trained // shards
+        kept["layers' inputs"] = max(0, kept["layers' inputs"] - gradients)
+    parts |= kept
     if stage.auxiliary:  # one after the other: the larger of the two counts
-        few = at_a_time(stage.auxiliary, None, stage.auxiliary.batch)
-        other = memory(c, stage.auxiliary, dtype, few, checkpointing, rank, shards, attention)
+        own = stage.auxiliary.batch
+        few = at_a_time(stage.auxiliary, None, own)
+        more = rank, shards, attention, own, tiles, P
+        other = memory(c, stage.auxiliary, dtype, few, checkpointing, *more)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
+
+
+def tiled_bytes(
+    c: LlamaConfig,
+    stage: Stage,
+    dtype: torch.dtype,
+    micro: int,
+    rank: int | None,
+    tiles: Tiles,
+    P: int = 1,
+) -> dict[str, int]:
+    """Bytes that a pass in tiles (engine/tiles.py) holds on the GPU at its peak, by part."""
+    b, T, related = dtype.itemsize, -(-stage.T // P), stage.objective == "relation"
+    tokens, C, models = micro * T, c.width, 2 if related else 1
+    heads = c.n_kv_head * repeats(c.n_kv_head, P)
+    q = c.n_head * c.head_dim * b  # bytes per token of q, o, do
+    qkv = q + 2 * heads * c.head_dim * b
+    on_gpu = {
+        "layers' inputs": tiles.on_gpu * models * C * b * tokens,
+        "attention's outputs": min(tiles.on_gpu, tiles.outputs) * output_bytes(c, b) * tokens,
+        "positions": 2 * models * T * c.head_dim * b,
+    }
+    if related:
+        on_gpu["relations"] = c.n_layer * tokens * (c.n_head + 2 * heads) * 4 * 5
+    # one layer at work: h and dh, q, k and v; then the larger of two
+    held = (models + 1) * C * b + qkv
+    calls = calls_of_attention(micro, c.n_head // P, heads // P, stage.T)
+    # o, do, log-sum-exps; of some heads the gradients and the kernel's own sums in float32
+    attention = 2 * q + 4 * c.n_head + (qkv + 5 * q) // calls + related * qkv
+    relations = related * (2 * qkv + 2 * q)
+    exchange = 3 * q * (P > 1)
+    layer = (held + max(attention + exchange, relations)) * tokens
+    logits = min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * related)
+    head = logits + tokens * (models + 2) * C * b
+    tile = min(tiles.tokens, tokens) * (7 * c.mlp_width * b + 12 * C + 6 * C * b)
+    tile += (8 + b) * trained_parameters(c, rank) // c.n_layer  # one layer's gradients, in sums
+    return on_gpu | {"a layer at work": max(layer, head), "a tile at work": tile}
+
+
+def output_bytes(c: LlamaConfig, b: int) -> int:
+    """Bytes per token of attention's output and log-sum-exps in one layer."""
+    return c.n_head * (c.head_dim * b + 4)
+
+
+def host_bytes(
+    c: LlamaConfig, stage: Stage, dtype: torch.dtype, micro: int, tiles: Tiles, P: int = 1
+) -> int:
+    """Bytes of the host's memory in which a pass in tiles keeps what the GPU has no room for."""
+    b, tokens = dtype.itemsize, micro * -(-stage.T // P)
+    inputs = (c.n_layer - tiles.on_gpu) * c.width * b * (1 + (stage.objective == "relation"))
+    outputs = max(0, tiles.outputs - tiles.on_gpu) * output_bytes(c, b)
+    return (inputs + outputs) * tokens
 
 
 def at_a_time(stage: Stage, micro: int | None, own: int) -> int:
@@ -213,9 +298,22 @@ def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, fl
 def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on `device`."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        most = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return min(free, most - torch.cuda.memory_reserved(device))
+    return free_host_memory()
+
+
+def free_host_memory() -> int:
+    """Bytes of the host's memory that are free, within the limit of a container."""
     with open("/proc/meminfo") as f:
-        return next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+        free = next(int(line.split()[1]) * 1024 for line in f if line.startswith("MemAvailable"))
+    for limit, used in CGROUPS:
+        if limit.is_file() and used.is_file() and (most := limit.read_text().strip()).isdigit():
+            lines = (used.parent / "memory.stat").read_text().splitlines()
+            files = sum(int(n) for k, n in map(str.split, lines) if k in _FILES)
+            free = min(free, max(0, int(most) - int(used.read_text()) + files))
+    return free
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

@@ -2,31 +2,33 @@
 
     files and folders -> documents -> ids, an end token after each -> one stream -> blocks of T
 
-Sources.  Any mix of files and folders of .txt, .md, .py (a document each), .jsonl (a document per
-line, its field `text`), .txt.gz and .jsonl.gz, .csv and .parquet (a document per row, its column
-`text`; Parquet where pyarrow is there) and .npy (one stream of ids, already tokenised). Without
-any: what default_text.py names, 15 MB of Python that are the same on every machine.
+Sources.  Any mix of files and folders of what text_readers.py reads: texts, rows with a text or a
+chat, streams of ids. In a folder, hidden files and folders and those of other kinds are left out,
+and that is said (`Corpus.notes`), as is every row that has no text. Without any: what
+default_text.py names, 15 MB of Python that are the same on every machine.
 
 Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
 and of every file's name and contents, and is mapped, not read, from then on; a checksum tells
 whether it is still what was written. A text that is refused, or that the disk has no room for,
 leaves nothing behind.
 
-Held out.  One document in 20, by a hash of its name, never trains, whatever else is read with it.
-Where that gives less than 1 % of the tokens (few, long documents) the last 5 % of the stream are
-held out instead.
+Held out.  One document in 20, by a hash of its name, never trains, whatever else is read with it,
+nor do its copies: a document equal to an earlier one goes where that went. Where that gives less
+than 1 % of the tokens (few, long documents) the last 5 % of the stream are held out instead, copies
+left out.
+
+Memory.  Text is tokenised by a few million characters at a time, long documents in pieces.
 
 Order.  The training stream has n = (tokens - 1) // T blocks. Epoch e visits them in a permutation
 drawn from (seed, e); the k-th block of a run is thus a function of (seed, k), whatever the number
 of processes, and a resumed run needs only k.
 
 Limits.  Documents run on across block borders, and attention sees across them, as in most
-pre-training.
+pre-training. Special tokens in a text, such as "<|end|>", are ordinary characters of it.
 """
 
-import csv
+import dataclasses
 import functools
-import gzip
 import hashlib
 import os
 import zlib
@@ -39,14 +41,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import default_text, token_cache
+from engine import default_text, text_readers, token_cache
+from engine.text_readers import KINDS, ROWS, Chat, Notes, kind_of
 from hub import files
-from hub.tokenizer import Tokenizer
+from hub.chats import Chats
+from hub.tokenizer import PIECE, Tokenizer
 
-LINES = (".jsonl", ".jsonl.gz")
-KINDS = (".txt", ".txt.gz", ".md", ".py", *LINES, ".csv", ".parquet", ".npy")
 HELD_OUT_ONE_IN = 20
-_BATCH = 256  # documents tokenised at a time
+_CHARACTERS = 1 << 21  # tokenised at a time: some 100 MB where each token is an object of its own
 
 
 def seed_of(seed: int, stage: int, beside: bool = False) -> int:
@@ -63,13 +65,15 @@ def _order(seed: int, epoch: int, n: int) -> np.ndarray:
 class Corpus:
     """Two streams of ids: `train` and `held_out`, 1-D, mapped from disk.
 
-    name says what they are made of; digest is of the contents of the files and of the tokenizer.
+    name says what they are made of; digest is of the contents of the files and of the tokenizer;
+    notes say what was left out of them.
     """
 
     train: np.ndarray
     held_out: np.ndarray
     name: str
     digest: str = ""
+    notes: tuple[str, ...] = ()
 
     def batch(self, seed: int, first: int, count: int, T: int) -> Tensor:
         """The blocks number first .. first+count-1 of a run: [count, T + 1] int64, the last column
@@ -121,39 +125,50 @@ def load_corpus(
     quiet: bool = False,
     without: Path | None = None,
     check: Callable[[Corpus], None] = lambda corpus: None,
+    field: str | None = None,
 ) -> Corpus:
     """The corpus of `paths` (empty: default_text.py's), tokenised into `cache` unless it is
     there already.
 
     without: a folder to leave out of the scan, such as the run's own; the cache is left out too.
-    check: called before anything is written, to refuse a text that is too short. Raises ValueError
-    naming the file (and line) that is missing, empty, undecodable or malformed.
+    check: called before anything is written, to refuse a text that is too short. field: that holds
+    the text of rows, None: to be found. Raises ValueError naming the file (and line) that is
+    missing, empty, undecodable or malformed.
     """
     if os.path.realpath(cache) in [os.path.realpath(path) for path in paths]:
         raise ValueError(f"--cache {cache} is a folder of --data; name another")
-    found = find_files(paths, [cache, *([without] if without else [])])
-    key = hashlib.sha256(f"5 {tokenizer.digest} {tokenizer.bos_id} {tokenizer.eos_id}".encode())
+    scanned, read = Notes(), Notes()
+    found = find_files(paths, [cache, *([without] if without else [])], scanned)
+    chats = Chats(tokenizer) if any(kind_of(file.name) in ROWS for _, file in found) else None
+    decides = [tokenizer.digest, tokenizer.bos_id, tokenizer.eos_id, field, chats and chats.digest]
+    key = hashlib.sha256(f"6 {decides}".encode())
     for name, file in found:
         key.update(os.fsencode(f"{name}\0{files.digest(file)}\n"))
     digest = key.hexdigest()[:20]
     what = ", ".join(map(str, paths)) if paths else default_text.NAME
     parts = token_cache.read(cache / digest)
-    fresh = None if parts else _tokenise(found, tokenizer, quiet)
-    corpus = Corpus(*(parts or fresh), what, digest)
+    if parts:
+        *streams, said = parts
+    else:
+        streams = _tokenise(found, tokenizer, quiet, field, chats, read)
+        said = read.lines()
+    corpus = Corpus(*streams, what, digest, (*scanned.lines(), *said))
     check(corpus)
-    if fresh:
-        token_cache.write(cache / digest, *fresh)
+    if not parts:
+        token_cache.write(cache / digest, *streams, said)
         parts = token_cache.read(cache / digest)
         assert parts, "a cache that was just written reads back"
-        corpus = Corpus(*parts, what, digest)
+        corpus = dataclasses.replace(corpus, train=parts[0], held_out=parts[1])
     return corpus
 
 
-def find_files(paths: list[Path], without: list[Path] = ()) -> list[tuple[str, Path]]:
+def find_files(
+    paths: list[Path], without: list[Path] = (), notes: Notes | None = None
+) -> list[tuple[str, Path]]:
     """(name, file) of every source, sorted by name, which is relative to the folder that was given.
 
-    Raises ValueError for a path that does not exist or whose kind is not read, and where there is
-    no text.
+    without: folders that are not entered. notes: where to say what is left out. Raises ValueError
+    for a path that does not exist or whose kind is not read, and where there is no text.
     """
     if not paths:
         return default_text.find_files()
@@ -163,7 +178,7 @@ def find_files(paths: list[Path], without: list[Path] = ()) -> list[tuple[str, P
         if not path.exists():
             raise ValueError(f"--data {path} does not exist")
         if path.is_dir():
-            for file in _below(path, without):
+            for file in _below(path, without, notes or Notes()):
                 name = str(file.relative_to(path))
                 found[name if name not in found else str(file)] = file
         elif not path.is_file():
@@ -171,137 +186,70 @@ def find_files(paths: list[Path], without: list[Path] = ()) -> list[tuple[str, P
                 f"--data {path} is no file or folder (a pipe cannot be read twice); save the text "
                 "first"
             )
-        elif not path.name.lower().endswith(KINDS):
-            raise ValueError(f"--data {path}: unknown kind of file; use {', '.join(KINDS)}")
+        elif kind_of(path.name) is None:
+            raise ValueError(f"--data {path}: unknown kind of file; use {KINDS}")
         else:
             found[path.name if path.name not in found else str(path)] = path
     if not found:
-        raise ValueError(
-            f"no text in {', '.join(map(str, paths))}: no file ends in {', '.join(KINDS)}"
-        )
+        raise ValueError(f"no text in {', '.join(map(str, paths))}: no file ends in {KINDS}")
     return sorted(found.items())
 
 
-def _below(path: Path, without: list[Path]) -> Iterator[Path]:
-    """Every file of these kinds under a folder. Raises ValueError where a folder cannot be read."""
+def _below(path: Path, without: list[Path], notes: Notes) -> Iterator[Path]:
+    """Every file under a folder that is read. Raises ValueError where a folder cannot be."""
 
     def refuse(e: OSError) -> None:
         raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
 
     own = [os.path.realpath(folder) for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
-        folders[:] = sorted(f for f in folders if os.path.realpath(Path(here) / f) not in own)
+        entered = []
+        for name in sorted(folders):
+            if os.path.realpath(Path(here) / name) in own:
+                continue
+            if name.startswith("."):
+                notes.leave_out("hidden files and folders", str(Path(here) / name))
+            else:
+                entered.append(name)
+        folders[:] = entered
         for name in sorted(names):
             file = Path(here) / name
-            if name.lower().endswith(KINDS):
+            if name.startswith("."):
+                notes.leave_out("hidden files and folders", str(file))
+            elif kind_of(name) is None:
+                notes.leave_out("files of kinds that are not read", str(file))
+            else:
                 files.refuse_lost_link(file)
                 if file.is_file():
                     yield file
 
 
-def documents(found: list[tuple[str, Path]]) -> Iterator[tuple[str, str | np.ndarray]]:
-    """(name, text) of every document, or (name, ids [tokens], any integers) of a .npy stream.
+def documents(
+    found: list[tuple[str, Path]],
+    field: str | None = None,
+    chat: Chat | None = None,
+    notes: Notes | None = None,
+) -> Iterator[tuple[str, str | np.ndarray]]:
+    """(name, text) of every document, or (name, ids [tokens], any integers) of a .npy or a chat.
 
-    Raises ValueError naming a file that is damaged, not UTF-8 or not one row of ids.
+    As text_readers.documents, of many files.
     """
     for name, file in found:
-        kind = file.name.lower()
-        try:
-            if kind.endswith(".npy"):
-                ids = token_cache.load_ids(file)
-                if ids.ndim != 1 or ids.dtype.kind not in "iu":
-                    raise ValueError(
-                        f"{file} must be one row of integer ids; it is {ids.dtype} "
-                        f"{list(ids.shape)}"
-                    )
-                yield name, ids
-            elif kind.endswith(".parquet"):
-                yield from _table(name, file)
-            elif kind.endswith(".csv"):
-                yield from _csv(name, file)
-            elif kind.endswith(LINES):
-                yield from _lines(name, file)
-            else:
-                with _text(file) as f:
-                    yield name, f.read()
-        except UnicodeDecodeError as e:
-            raise ValueError(
-                f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert or leave it out"
-            ) from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-            raise ValueError(f"{file} is damaged: {e}") from None
-
-
-def _text(file: Path):
-    with files.reading(file):
-        file.open("rb").close()  # permission, in a sentence
-    return (
-        gzip.open(file, "rt", encoding="utf-8")
-        if file.suffix.lower() == ".gz"
-        else file.open(encoding="utf-8")
-    )
-
-
-def _lines(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    for number, row in files.json_lines(file):
-        text = row.get("text")
-        if not isinstance(text, str):
-            raise ValueError(f"{file}, line {number}: no string field `text`")
-        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise ValueError(
-                f"{file}, line {number}: half of a surrogate pair (half an emoji); mend the line"
-            )
-        yield f"{name}:{number}", text
-
-
-def _csv(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    """The column `text` of a table whose first line names its columns."""
-    csv.field_size_limit(1 << 30)  # characters: the module's own limit, 2^17, is shorter than books
-    with files.reading(file), file.open(encoding="utf-8-sig", newline="") as f:
-        rows = csv.DictReader(f, strict=True)
-        try:
-            for number, row in enumerate(rows, 1):
-                if row.get("text") is None:
-                    raise ValueError(f"{file}, line {rows.line_num}: no column `text`")
-                yield f"{name}:{number}", row["text"]
-        except csv.Error as e:
-            raise ValueError(f"{file}, after line {rows.line_num}: {e}") from None
-
-
-def _table(name: str, file: Path) -> Iterator[tuple[str, str]]:
-    """The column `text` of a Parquet file, with pyarrow, row group by row group."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise ValueError(
-            f"{file} needs the package pyarrow: pip install pyarrow, or save it as .jsonl"
-        ) from None
-    try:
-        table = parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise ValueError(
-                f"{file} has no column `text`; it has {', '.join(table.schema_arrow.names[:8])}"
-            )
-        row = 0
-        for batch in table.iter_batches(columns=["text"], batch_size=_BATCH):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{file}, row {row}: the column `text` holds {type(text).__name__}"
-                    )
-                yield f"{name}:{row}", text
-    except pyarrow.ArrowException as e:
-        raise ValueError(f"{file} is not readable Parquet: {e}") from None
+        yield from text_readers.documents(name, file, field, chat, notes or Notes())
 
 
 def _tokenise(
-    found: list[tuple[str, Path]], tokenizer: Tokenizer, quiet: bool
+    found: list[tuple[str, Path]],
+    tokenizer: Tokenizer,
+    quiet: bool,
+    field: str | None,
+    chats: Chats | None,
+    notes: Notes,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, held out)."""
     kept: list[tuple[str, np.ndarray]] = []
     waiting: list[tuple[str, str]] = []
+    characters = 0  # of those that wait
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
 
     def flush() -> None:
@@ -310,36 +258,52 @@ def _tokenise(
             kept.append((name, np.asarray(ids, dtype=dtype)))
         waiting.clear()
 
-    bar = tqdm(documents(found), desc="tokenising", unit=" documents", disable=quiet or None)
-    for name, text in bar:
+    each = documents(found, field, chats, notes)
+    for name, text in tqdm(each, desc="tokenising", unit=" documents", disable=quiet or None):
         if isinstance(text, np.ndarray):
             low, high = (int(text.min()), int(text.max())) if text.size else (0, 0)
             if low < 0 or high >= tokenizer.size:
                 bad = low if low < 0 else high
                 raise ValueError(f"{name} holds the id {bad}; the vocabulary has {tokenizer.size}")
+            flush()
             kept.append((name, text.astype(dtype)))
+        elif len(text) > PIECE:
+            flush()
+            pieces = [np.asarray(ids, dtype=dtype) for ids in tokenizer.encode_long(text)]
+            kept.append((name, np.concatenate(pieces)))
         elif text.strip():
             waiting.append((name, text))
-            if len(waiting) == _BATCH:
+            characters += len(text)
+            if characters >= _CHARACTERS:
                 flush()
+                characters = 0
     flush()
     if not kept:
-        raise ValueError(f"{', '.join(str(f) for _, f in found[:3])}: the text is empty")
+        why = "; ".join(notes.lines())
+        raise ValueError(
+            f"{', '.join(str(f) for _, f in found[:3])}: the text is empty{f' ({why})' * bool(why)}"
+        )
     return split(kept)
 
 
 def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """(training ids [tokens], held-out ids [tokens]) of (name, ids [tokens]) documents.
 
-    One document in HELD_OUT_ONE_IN is held out, by its name alone; where that comes to less than a
-    hundredth of the text or to half of it, the last part of the stream instead.
+    One document in HELD_OUT_ONE_IN is held out, by its name alone, or that of the first document
+    that is equal to it. Where that comes to less than a hundredth of the text or to half of it, the
+    last part of the stream instead, of which copies are left out.
     """
-    out = [zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0 for name, _ in kept]
+    first: dict[bytes, tuple[bool, np.ndarray]] = {}  # by contents: is it held out, the ids
+    out = []
+    for name, ids in kept:
+        same = hashlib.sha256(np.ascontiguousarray(ids)).digest()
+        held = zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0
+        out.append(first.setdefault(same, (held, ids))[0])
     whole = sum(len(ids) for _, ids in kept)
     held = sum(len(ids) for (_, ids), o in zip(kept, out, strict=True) if o)
     if max(1, whole // 100) <= held < whole // 2:
         pick = lambda want: [ids for (_, ids), o in zip(kept, out, strict=True) if o == want]  # noqa: E731
         return np.concatenate(pick(False)), np.concatenate(pick(True))
-    stream = np.concatenate([ids for _, ids in kept])
+    stream = np.concatenate([ids for _, ids in first.values()])
     cut = len(stream) - max(1, len(stream) // HELD_OUT_ONE_IN)
     return stream[:cut], stream[cut:]

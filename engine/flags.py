@@ -46,6 +46,7 @@ def parser(about: str) -> argparse.ArgumentParser:
         default=[],
         help="text files or folders (sympy's sources)",
     )
+    what.add_argument("--text-field", help="of rows, where it is not `text` or a chat's `messages`")
     what.add_argument("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
     what.add_argument(
         "--stage", choices=("1", "2", "both"), default="both", help="which stages to run (both)"
@@ -109,6 +110,11 @@ def parser(about: str) -> argparse.ArgumentParser:
     run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
     run.add_argument(
         "--save-minutes", type=weight, default=10, help="write the state at least this often (10)"
+    )
+    run.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same bits every run on a GPU too, attention's backward being slower",
     )
     run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     run.add_argument(

@@ -22,6 +22,7 @@ Source.  flock(2), rename(2).
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -147,9 +148,15 @@ class Folder:
         if not self.active:
             return self
         self.made = [p for p in (self.path, *self.path.absolute().parents) if not p.exists()]
-        with files.disk_sentences(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = _take(self.path / LOCK)
+        try:
+            with files.disk_sentences(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self.lock = _take(self.path / LOCK)
+        except ValueError:
+            with contextlib.suppress(OSError):
+                for folder in self.made:
+                    folder.rmdir()  # only where it is empty
+            raise
         mark = read_mark(self.path)
         self.listed = set(mark["files"]) if mark else set()
         if self.listed and (self.path / WORK).is_dir():
@@ -200,14 +207,9 @@ class Folder:
         self._replace(name, data)
 
     def _replace(self, name: str, data: str | bytes) -> None:
-        fd, work = tempfile.mkstemp(dir=self.work())
-        with os.fdopen(fd, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
-            f.flush()
-            os.fchmod(fd, files.readable())
-            os.fsync(fd)
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        os.replace(work, self.path / name)
+        with files.replacing(self.path / name, self.work()) as f:
+            f.write(data.encode() if isinstance(data, str) else data)
 
     def work(self) -> Path:
         """The place of temporary files."""
@@ -254,18 +256,34 @@ class Folder:
 def _take(file: Path) -> int:
     """An open descriptor of `file` that holds its lock."""
     while True:
+        new = not file.exists()
         fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = _in_use(file, fd)
+            sentence = _in_use(file, fd)
             os.close(fd)
-            raise ValueError(said) from None
+            raise ValueError(sentence) from None
+        except OSError as e:
+            os.close(fd)
+            if new:
+                file.unlink(missing_ok=True)
+            raise _no_locks(file, e) from None
         if file.exists() and os.path.samestat(os.fstat(fd), file.stat()):
             os.ftruncate(fd, 0)
             os.write(fd, f"{_this_process()}\n".encode())
             return fd
         os.close(fd)  # its last owner removed it between the two calls
+
+
+def _no_locks(file: Path, e: OSError) -> Exception:
+    """What to raise where flock fails: a sentence where the file system has none."""
+    if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        return e
+    return ValueError(
+        f"{file.parent} is on a file system without locks ({os.strerror(e.errno).lower()}), so two "
+        "runs could not be told apart; name a folder on a local disk"
+    )
 
 
 def _this_process() -> str:
@@ -286,8 +304,10 @@ def _refuse_if_held(file: Path) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        said = _in_use(file, fd)
-        if _this_process() not in said:
-            raise ValueError(said) from None
+        sentence = _in_use(file, fd)
+        if _this_process() not in sentence:
+            raise ValueError(sentence) from None
+    except OSError as e:
+        raise _no_locks(file, e) from None
     finally:
         os.close(fd)

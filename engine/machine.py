@@ -1,13 +1,29 @@
-"""What figures were measured with: versions, the device's name, threads.
+"""The machine: what figures were measured with, and its arithmetic in a fixed order.
 
-A figure without these cannot be compared with another. report.json and run.json carry them.
+A figure without versions, device and threads cannot be compared with another: report.json and
+run.json carry them.
+
+Bits.  On a CPU a run has the same bits every time. On a GPU torch's attention adds dq in whatever
+order its blocks finish (cuDNN's and flash's alike; o, dk and dv repeat), so that two equal runs
+part at their first update. `fix_order` makes flash add in a fixed order; the loss's own kernels
+always do.
 
 Limits.  A CPU is named by what the operating system calls it, which may be no more than its family.
 """
 
+import os
 import platform
 
 import torch
+
+
+def fix_order() -> None:
+    """From here on a GPU gives the same bits every run; before anything is computed on it."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS adds by its workspace
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # of use for debugging alone
+    torch.backends.cuda.enable_mem_efficient_sdp(False)  # has no fixed order, nor has cuDNN's;
+    torch.backends.cuda.enable_cudnn_sdp(False)  # what flash does not take is left to products
 
 
 def versions(device: torch.device) -> dict:

@@ -27,6 +27,7 @@ Source.  PyTorch's FSDP2, torch.distributed.fsdp.fully_shard.
 
 import datetime
 import os
+import re
 import sys
 
 import torch
@@ -38,20 +39,38 @@ from model import Llama
 
 # Ranks wait this long for each other: rank 0 measures and exports while the others do
 _PATIENCE = datetime.timedelta(hours=2)
+_REMEDY = "start several processes with torchrun, or unset it"
 
 
 class World:
     """This process's place among all: rank, size, device; and what they do together."""
 
     def __init__(self, device: str):
-        """Joins the process group that torchrun's variables describe.
+        """Joins the process group that torchrun's variables describe; without them, one process.
 
-        Raises ValueError where they are incomplete.
+        Raises ValueError where they are incomplete or contradict each other, as variables are that
+        another program left behind.
         """
         self.rank, self.size = _variable("RANK", 0), _variable("WORLD_SIZE", 1)
         self.device, self.main = torch.device(device), self.rank == 0
+        if self.rank >= self.size:
+            raise ValueError(
+                f"the environment's RANK is {self.rank} of {self.size} processes (WORLD_SIZE); "
+                f"{_REMEDY}"
+            )
         if self.size == 1:
             return
+        needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
+        needed += ["LOCAL_RANK"] if self.device.type == "cuda" else []
+        if missing := [name for name in needed if not os.environ.get(name)]:
+            raise ValueError(
+                f"the environment's WORLD_SIZE is {self.size}, and {', '.join(missing)} is not "
+                f"set; {_REMEDY}"
+            )
+        if not 0 < _variable("MASTER_PORT", 0) < 1 << 16:
+            raise ValueError(
+                f"the environment's MASTER_PORT is {os.environ['MASTER_PORT']}, no port; {_REMEDY}"
+            )
         if self.device.type == "cuda":
             local, there = _variable("LOCAL_RANK", 0), torch.cuda.device_count()
             if local >= there:
@@ -61,7 +80,15 @@ class World:
                 )
             self.device = torch.device("cuda", local)
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=_PATIENCE)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        try:
+            dist.init_process_group(backend, timeout=_PATIENCE)
+        except (dist.DistNetworkError, dist.DistStoreError) as e:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            reason = str(e).splitlines()[0][:200]
+            raise ValueError(
+                f"the {self.size} processes cannot meet at {place} ({reason}); {_REMEDY}"
+            ) from None
         if not self.main:
             sys.stdout = open(os.devnull, "w")  # rank 0 alone speaks
 
@@ -126,11 +153,8 @@ class World:
 
 def _variable(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.isdigit():
-        raise ValueError(
-            f"the environment's {name} is {text!r}; start several processes with torchrun, or "
-            "unset it"
-        )
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ValueError(f"the environment's {name} is {text[:40]!r}; {_REMEDY}")
     return int(text)
 
 
@@ -192,9 +216,9 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
             if not name.startswith("model.layers."):
                 p.data = p.data.to(world.device)
     mesh = init_device_mesh(world.device.type, (world.size,))
-    low = None if dtype == torch.float32 else dtype
+    low = dtype if dtype.itemsize < 4 else None
     policy = MixedPrecisionPolicy(
-        param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=low, reduce_dtype=low and torch.float32, cast_forward_inputs=False
     )
     units = [Unit(*pair) for pair in zip(teacher.model.layers, student.model.layers, strict=True)]
     for unit in units:
@@ -205,6 +229,12 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
     # FSDP takes what runs first for the root; from here on units run on their own
     root(lambda: None)
     return units
+
+
+def gathered(layer: nn.Module, f, *args):
+    """f(*args), with the layer's weights whole while it runs, and again in its backward."""
+    routed = vars(layer).get("forward")
+    return routed.unit[0](f, *args) if isinstance(routed, _Routed) else f(*args)
 
 
 def unshard(student: Llama, world: World) -> None:

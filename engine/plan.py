@@ -4,8 +4,8 @@
 
 Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a
 peak learning rate. `make_stages` fills in what the user left out from train.py's `defaults`;
-`settle` decides how a step uses the memory that is free: `check` and `refuse_if_too_large` refuse
-what cannot work, with the flag that helps.
+engine/fit.py decides how a step uses the memory that is free; `check` refuses what cannot work,
+with the flag that helps.
 
 Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
 """
@@ -13,32 +13,23 @@ Limits.  A plan knows shapes, not text: whether the text is long enough shows wh
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 
 from engine import cost, data, folder
-from engine.cost import Stage, at_a_time, clock, flops, memory, parameters, trained_parameters
+from engine.cost import Stage, clock, flops, parameters, trained_parameters
 from engine.exits import OutOfMemory
+from engine.fit import Fit, Machine, host_share, settle
+from engine.machine import fix_order
 from engine.parallel import World
 from hub import checkpoint, files
 from hub.tokenizer import Tokenizer, load_tokenizer
 from model import TRAINED, Llama, LlamaConfig
-from precision import attention_dtype, choose_dtype
+from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
 
-# Fewer tokens at a time might not fill a GPU. At 7B, 4096 at a time and nothing computed twice took
-# 2.3 s per step, where 8192 and all layers twice took 3.6 (bench step, H100).
-FEWEST_TOKENS = 4096
-
-
-class Fit(NamedTuple):
-    """How a stage's step uses the memory that is free."""
-
-    micro: int  # blocks at a time
-    checkpointing: bool  # layers are computed again in the backward
-    need: dict[str, int]  # bytes by part
+FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,7 @@ class Plan:
             "impl": args.impl,
             "dropout": args.lora_dropout,
             "checkpointing": self.fit(stage).checkpointing,
+            "tiles": self.fit(stage).tiles,
         }
 
 
@@ -84,6 +76,8 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
 
     Raises ValueError for all that can be refused without text and weights.
     """
+    if args.deterministic:
+        fix_order()
     device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
     native = LlamaConfig.from_hf(files.read_json(files.own(args.teacher, "config.json")))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
@@ -94,28 +88,18 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
         world.on_main(check_folder, args)
     free = int(world.min(cost.free_memory(device)))
     peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
-    fits = [
-        settle(
-            native,
-            stage,
-            dtype=dtype,
-            device=device,
-            free=free,
-            micro=args.micro,
-            rank=args.lora_rank,
-            shards=world.size if args.shard else 1,
-            per_rank=stage.batch // world.size,
-        )
-        for stage in stages
-    ]
+    host = int(world.min(host_share(device)))
+    machine = Machine(native, dtype, device, args.lora_rank, args.shard, world.size, free, host)
+    fits = [settle(machine, stage, args.micro) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
+    print(f"bits: {describe_bits(device, args.deterministic)}")
     impl, why_impl = relation_impl(args, native, dtype, device)
     print(f"relation loss: {impl}, because {why_impl}")
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
     for stage, fit in zip(stages, fits, strict=True):
-        refuse_if_too_large(fit.need, free, stage)
+        print(f"{stage.name}      {fit.describe(native.n_layer)}")
     return Plan(args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak)
 
 
@@ -177,7 +161,7 @@ def check(
         command = "torchrun --nproc_per_node N train.py ..."
         raise ValueError(f"--shard cuts the models over several processes: {command}")
     for s in stages:
-        if s.batch % processes:
+        if s.batch % processes and processes % s.batch:
             raise ValueError(
                 f"--batch{s.name[-1]} is {s.batch} and there are {processes} processes; "
                 "it must be a multiple of that"
@@ -235,51 +219,6 @@ def relation_impl(args: argparse.Namespace, config: LlamaConfig, dtype, device) 
     return args.impl, "--impl says so"
 
 
-def needs_checkpointing(need: dict[str, int], free: int) -> bool:
-    """Recompute activations only where the machine has no room to keep them."""
-    return sum(need.values()) > 0.9 * free
-
-
-def settle(
-    c: LlamaConfig,
-    stage: Stage,
-    dtype: torch.dtype,
-    device: torch.device,
-    micro: int | None,
-    rank: int | None,
-    shards: int,
-    per_rank: int,
-    free: int,
-) -> Fit:
-    """How a process that does `per_rank` blocks of each step uses its `free` bytes of memory.
-
-    Fewer blocks at a time come before computing layers twice, down to FEWEST_TOKENS.
-    """
-
-    ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
-
-    def parts(blocks: int, checkpointing: bool) -> dict[str, int]:
-        attention = attention_dtype(dtype, device)
-        held = memory(c, stage, dtype, blocks, checkpointing, rank, shards, attention)
-        return held | {"a step's ids": 8 * per_rank * ids}
-
-    most = blocks = at_a_time(stage, micro, per_rank)
-    while not micro and needs_checkpointing(parts(blocks, False), free):
-        blocks = blocks // 2
-        if blocks * stage.T < FEWEST_TOKENS:
-            return Fit(most, True, parts(most, True))
-    checkpointing = needs_checkpointing(parts(blocks, False), free)
-    return Fit(blocks, checkpointing, parts(blocks, checkpointing))
-
-
-def refuse_if_too_large(parts: dict[str, int], free: int, stage: Stage) -> None:
-    """Raises ValueError where the bytes of a stage's `parts` come to more than `free`."""
-    need = sum(parts.values())
-    if need > free:
-        gib = f"about {need / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free"
-        raise ValueError(f"{stage.name} needs {gib}; {remedy(stage)}")
-
-
 def remedy(stage: Stage) -> str:
     """The flags that help where memory is short."""
     n = stage.name[-1]
@@ -329,6 +268,13 @@ def describe(
             f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
             f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
+        if stage.steps < FEWEST_STEPS:
+            n = stage.name[-1]
+            lines.append(
+                f"warning     {stage.name} has {stage.steps} steps, and fewer than some "
+                f"{FEWEST_STEPS} rarely suffice: raise --tokens{n}, or lower --length{n} (now "
+                f"{stage.T:,}) or --batch{n} (now {stage.batch})"
+            )
         if b := stage.auxiliary:
             lines.append(
                 f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"
@@ -349,6 +295,15 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
     preset = f" (--preset {args.preset})" if args.preset else ""
     return f"loss        {' + '.join(terms)}{lookups}{preset}"
+
+
+def describe_bits(device: torch.device, deterministic: bool) -> str:
+    """Whether a second run has the same bits, and why."""
+    if device.type == "cpu":
+        return "the same every run, as always on a CPU"
+    if deterministic:
+        return "the same every run, because --deterministic has attention add in a fixed order"
+    return "not the same every run, as attention's backward adds in no order; --deterministic does"
 
 
 def describe_text(corpus, stages: list[Stage]) -> str:

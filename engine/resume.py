@@ -15,8 +15,10 @@ the last save, and a measurement that was not over.
 
 Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
 step is one of its number, so weights, moments and the step's number are the whole state: a resumed
-run has the losses and weights of one that was never interrupted, to the bit, on the same hardware
-and library versions, with as much memory free (which decides how many blocks are read at a time).
+run has the losses and weights of one that was never interrupted, on the same hardware and library
+versions, with as much memory free (which decides how many blocks are read at a time). To the bit on
+a CPU, and on a GPU under --deterministic; on a GPU without it up to the rounding of the sums that
+torch's attention orders anew in each run.
 
 What it depends on.  The arguments that decide the result, and the contents of the teacher's files
 and of the text, by their digests. A resumed run must have the same; what changed is named.
@@ -43,6 +45,7 @@ import re
 import signal
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -228,12 +231,12 @@ def matters(args: argparse.Namespace, stages: list) -> dict:
 
 def digest(path: Path) -> str:
     """Of the contents of a model directory's config, tokenizer and safetensors, by name."""
-    whole = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        kinds = (".safetensors", ".json", ".model", ".tiktoken", ".txt")
-        if file.name.endswith(kinds) and file.is_file():
-            whole.update(f"{file.name} {files.digest(file)}\n".encode())
-    return whole.hexdigest()[:16]
+    kinds = (".safetensors", ".json", ".model", ".tiktoken", ".txt")
+    found = [f for f in sorted(path.iterdir()) if f.name.endswith(kinds) and f.is_file()]
+    with ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock: a core for each shard
+        digests = list(pool.map(files.digest, found))
+    lines = (f"{file.name} {value}\n" for file, value in zip(found, digests, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
 def find(args: argparse.Namespace, depends: dict, stages: list) -> Progress:

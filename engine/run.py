@@ -31,6 +31,7 @@ from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World
 from engine.plan import Plan
+from engine.sequence import processes_per_block
 from engine.timing import Times
 from hub import files
 from model import Llama
@@ -81,9 +82,12 @@ class Run:
 
         with self.times("tokenising"), files.disk_sentences(args.cache):
             self.corpus = self.world.main_first(
-                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check
-            )
+                data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check,
+                field=args.text_field,
+            )  # fmt: skip
         self.depends["text"] = self.corpus.digest
+        for note in self.corpus.notes:
+            print(note)
         print(plan.describe_text(self.corpus, stages))
         self.lookups = Lookups(tokenizer, self.corpus.train) if args.lookups else None
         return self.corpus
@@ -148,6 +152,8 @@ class Run:
     def micro_batches(self, stage: Stage, n: int) -> Iterator[tuple[Stage, Tensor, float, bool]]:
         """This process's blocks of step n, a function of seed and step alone, a few at a time.
 
+        Processes that share a block (engine/sequence.py) get all of it.
+
         Yields (stage or its auxiliary, ids [few, T + 1], their share of this process's blocks of
         that kind, whether they are the step's last).
         """
@@ -155,8 +161,9 @@ class Run:
         for part in (stage, stage.auxiliary):
             if part is None:
                 continue
-            per_rank = part.batch // world.size
-            first = n * part.batch + world.rank * per_rank
+            shared = processes_per_block(part.batch, world.size)
+            per_rank = part.batch * shared // world.size
+            first = n * part.batch + world.rank // shared * per_rank
             seed = data.seed_of(args.seed, self.at.stage, part is stage.auxiliary)
             ids = self.corpus.batch(seed, first, per_rank, part.T)  # [per_rank, T + 1]
             ids = self.lookups.mix(ids, seed, first, args.lookups) if self.lookups else ids
@@ -170,8 +177,9 @@ class Run:
                 yield part, self.ids, len(self.ids) / per_rank, last
 
     def agree(self, n: int, norm: Tensor) -> None:
-        """Means over all processes; whether to stop or save. Raises ValueError, on all, for a loss
-        or gradient that is not finite.
+        """Means over all processes; whether to stop or save. norm: [], of the whole gradient.
+
+        Raises ValueError, on all, for a loss or gradient that is not finite.
         """
         due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
         agreed = self.figures.agree(self.world, bool(self.stop_request), due)
@@ -190,7 +198,7 @@ class Run:
         )
 
     def log(self, n: int, norm: Tensor, lr: float) -> None:
-        """The step is done: its line in the log."""
+        """The step is done: its line in the log. norm: [], before clipping."""
         self.at.step, self.at.total = n + 1, self.at.total + 1
         seconds = time.time() - self.began
         self.stage_began.append(seconds)

@@ -9,6 +9,8 @@ something is:
                      so that only its gradient is left to do
     chunks           at most HEAD_CHUNK tokens' logits exist at once, forward and backward
     the last layer   ends at its q, k and v where no loss depends on more
+    tiles            a long block, a tile of tokens at a time, its layers' inputs in the host's
+                     memory (engine/tiles.py), over one process or several (engine/sequence.py)
     units            with --shard, what gathers layer l of both models while it is at work
     a CUDA graph     one launch per micro-batch instead of thousands (engine/graph.py)
 
@@ -31,9 +33,14 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from engine import graph, parallel
 from engine.cost import HEAD_CHUNK, Stage
-from model import Llama, by_chunks, trainable
+from engine.offload import Store
+from engine.sequence import cut, processes_per_block
+from engine.tiles import Pass, Tiles, walk
+from model import Llama, by_chunks, trainable, widened
 from model import next_token_loss as cross_entropy
 from relation_kl import relation_kl
+
+_USUAL = {"relations": "qkv", "authors_heads": False, "impl": "auto"}  # the plain loss's
 
 
 class Step:
@@ -55,6 +62,7 @@ class Step:
         world: parallel.World | None = None,
         units: list | None = None,
         graphs: bool = True,
+        tiles: Tiles | None = None,
     ):
         """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight) -> (loss, relations
         [L, 3], next-token KL), "next token": f(student, ids [n, T + 1], dtype) -> (loss,)}. graphs:
@@ -65,37 +73,38 @@ class Step:
         self.options = {"relations": relations, "authors_heads": authors_heads, "impl": impl}
         self.weights = list(trainable(student).values())
         self.reducer = parallel.Reducer(self.weights, world) if world else None
-        processes = world.size if world else 1
-        record, why = graph.wanted(student.device, processes, checkpointing, dropout)
+        self.processes = world.size if world else 1
+        self.tiles, self.noisy, self.store = tiles, dropout > 0, Store(student.device)
+        self.store.reserve(tiles.host if tiles else 0)
+        again = checkpointing or tiles is not None
+        record, why = graph.wanted(student.device, self.processes, again, dropout)
         self.recorded = record and graphs
         self.gradients = graph.Recorded(self.losses, self.weights, self.recorded)
-        again = ", every layer computed again in the backward" if checkpointing else ""
-        self.why = f"CUDA graph {'on' if record else 'off'}, because {why}{again}"
+        self.why = f"CUDA graph {'on' if record else 'off'}, because {why}"
 
     def losses(self, part: Stage, ids: Tensor) -> tuple[Tensor, ...]:
         """The loss of ids [n, T + 1], and what else is logged: plain where that is enough."""
-        plain = self.plain.get(part.objective)
-        if part.objective == "next token":
-            if plain and self._plain_is_enough(ids):
+        relation, plain = part.objective == "relation", self.plain.get(part.objective)
+        how = {"dtype": self.dtype, **(self.options if relation else {})}
+        P = processes_per_block(part.batch, self.processes)
+        if self.tiles or P > 1:
+            every = len(self.student.model.layers)
+            tiles = self.tiles or Tiles(on_gpu=every, outputs=every)
+            how |= {"tiles": tiles, "store": self.store, "P": P, "noisy": self.noisy}
+            if not relation:
+                return long_next_token_loss(self.student, ids, **how)
+            return long_relation_loss(self.teacher, self.student, ids, self.kl_weight, **how)
+        enough = not (self.checkpointing or self.units) and len(ids) * part.T <= HEAD_CHUNK
+        how["checkpointing"] = self.checkpointing
+        if not relation:
+            if plain and enough:
                 return plain(self.student, ids, self.dtype)
-            return next_token_loss(self.student, ids, self.dtype, self.checkpointing)
-        ids = ids[:, :-1]
-        usual = self.options == {"relations": "qkv", "authors_heads": False, "impl": "auto"}
-        if plain and usual and self.kl_weight and self._plain_is_enough(ids):
+            return next_token_loss(self.student, ids, **how)
+        ids, usual = ids[:, :-1], self.options == _USUAL
+        if plain and enough and usual and self.kl_weight:
             return plain(self.teacher, self.student, ids, self.dtype, self.kl_weight)
-        return relation_loss(
-            self.teacher,
-            self.student,
-            ids,
-            self.dtype,
-            logit_weight=self.kl_weight,
-            checkpointing=self.checkpointing,
-            units=self.units,
-            **self.options,
-        )
-
-    def _plain_is_enough(self, ids: Tensor) -> bool:
-        return not self.checkpointing and not self.units and ids.numel() <= HEAD_CHUNK
+        how |= {"logit_weight": self.kl_weight, "units": self.units}
+        return relation_loss(self.teacher, self.student, ids, **how)
 
     def zero(self) -> None:
         """Gradients are 0 after this."""
@@ -121,8 +130,8 @@ class Step:
         torch.nn.utils.clip_grads_with_norm_(self.weights, longest, norm)
 
     def close(self) -> None:
-        """Takes its hooks off the weights; drops recorded graphs with their memory."""
-        self.gradients = None
+        """Takes its hooks off the weights; drops recorded graphs and the host's memory."""
+        self.gradients = self.store = None
         if self.reducer:
             self.reducer.close()
 
@@ -149,7 +158,7 @@ def relation_loss(
     layer of each are alive at a time.
     """
     B, T = ids.shape
-    L, H, Hkv = (getattr(teacher.config, k) for k in ("n_layer", "n_head", "n_kv_head"))
+    L = teacher.config.n_layer
     with torch.no_grad():
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
@@ -180,13 +189,18 @@ def relation_loss(
         h_teacher, h_student, parts = run(l, h_teacher, h_student)
         table.append(parts)
     table = torch.stack(table)  # [L, 3]
-    shared = Hkv / H if authors_heads else 1.0
-    weights = (float("q" in relations), shared * ("k" in relations), shared * ("v" in relations))
-    loss = sum(w * table[:, r].mean() for r, w in enumerate(weights))
+    loss = _weighted(table, teacher, relations, authors_heads)
     if not logit_weight:
         return loss, table.detach(), torch.zeros_like(loss.detach())
-    kl = logit_kl(teacher, student, h_teacher, h_student, HEAD_CHUNK)
+    kl = logit_kl(teacher, student, h_teacher, h_student, HEAD_CHUNK).mean()
     return loss + logit_weight * kl, table.detach(), kl.detach()
+
+
+def _weighted(table: Tensor, model: Llama, relations: str, authors_heads: bool) -> Tensor:
+    """The loss of relations [L, 3]: a mean over layers of the weighted sum of the three."""
+    shared = model.config.n_kv_head / model.config.n_head if authors_heads else 1.0
+    weights = (float("q" in relations), shared * ("k" in relations), shared * ("v" in relations))
+    return sum(w * table[:, r].mean() for r, w in enumerate(weights))
 
 
 def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool):
@@ -199,7 +213,7 @@ def _layer(layer: nn.Module, h: Tensor, turn: tuple[Tensor, Tensor], last: bool)
 def logit_kl(
     teacher: Llama, student: Llama, h_teacher: Tensor, h_student: Tensor, chunk: int
 ) -> Tensor:
-    """Mean KL(teacher || student) of the next-token distributions, in nats.
+    """KL(teacher || student) of the next-token distributions, in nats, [B T].
 
     h_teacher, h_student: [B, T, C] before the last norm. At most [chunk, V] logits of each exist at
     once.
@@ -207,11 +221,11 @@ def logit_kl(
 
     def part(x: Tensor, y: Tensor) -> Tensor:
         with torch.no_grad():
-            log_r = teacher.lm_head(teacher.model.norm(y)).float().log_softmax(-1)
-        log_p = student.lm_head(student.model.norm(x)).float().log_softmax(-1)
+            log_r = widened(teacher.lm_head(teacher.model.norm(y))).log_softmax(-1)
+        log_p = widened(student.lm_head(student.model.norm(x))).log_softmax(-1)
         return F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1)  # [<= chunk]
 
-    return by_chunks(part, chunk, h_student.flatten(0, 1), h_teacher.flatten(0, 1)).mean()
+    return by_chunks(part, chunk, h_student.flatten(0, 1), h_teacher.flatten(0, 1))
 
 
 def next_token_loss(
@@ -220,3 +234,92 @@ def next_token_loss(
     """(cross-entropy,) in nats of ids [B, T + 1], a mean over B T tokens."""
     h = student.hidden(ids[:, :-1], dtype, checkpointing)
     return (cross_entropy(student, h, ids[:, 1:], HEAD_CHUNK),)
+
+
+# ---- the same over tiles, and over the processes that share a block
+
+
+def long_relation_loss(
+    teacher: Llama,
+    student: Llama,
+    ids: Tensor,
+    logit_weight: float,
+    *,
+    dtype: torch.dtype,
+    impl: str,
+    authors_heads: bool,
+    relations: str,
+    tiles: Tiles,
+    store: Store,
+    P: int = 1,
+    noisy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """relation_loss of ids [B, T + 1], of which P processes do a share each."""
+    B, T = ids.shape[0], ids.shape[1] - 1
+    work, h = _begin(student, ids, dtype, tiles, store, P, noisy, teacher)
+    qk, v = (student.score_scale(T), teacher.score_scale(T)), (student.config.head_dim**-0.5,) * 2
+
+    def relate(x: Tensor, y: Tensor, r: int, kept: list | None) -> Tensor:
+        a, b = qk if r < 2 else v
+        return relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=kept).mean()
+
+    work.relate = relate
+    h_student, h_teacher, table = walk(work, h, student, teacher, not logit_weight)
+    loss = _weighted(table, teacher, relations, authors_heads)
+    if not logit_weight:
+        return loss, table.detach(), torch.zeros_like(loss.detach())
+    kl = logit_kl(teacher, student, h_teacher, h_student, HEAD_CHUNK).sum() * (P / (B * T))
+    return loss + logit_weight * kl, table.detach(), kl.detach()
+
+
+def long_next_token_loss(
+    student: Llama,
+    ids: Tensor,
+    *,
+    dtype: torch.dtype,
+    tiles: Tiles,
+    store: Store,
+    P: int = 1,
+    noisy: bool = False,
+) -> tuple[Tensor]:
+    """next_token_loss of ids [B, T + 1], of which P processes do a share each."""
+    work, h = _begin(student, ids, dtype, tiles, store, P, noisy)
+    h, _, _ = walk(work, h, student)
+    losses = _cross_entropies(student, h, _share(work, ids)[:, 1:])
+    return (losses.sum() * (P / ids[:, 1:].numel()),)
+
+
+@torch.no_grad()
+def token_losses(model: Llama, ids: Tensor, dtype: torch.dtype, P: int = 1) -> Tensor:
+    """Cross-entropy in nats [B, T] of each token of ids [B, T + 1], on all P processes that share
+    the block; layers and head run over tiles of tokens.
+    """
+    work, h = _begin(model, ids, dtype, Tiles(), Store(model.device), P)
+    h, _, _ = walk(work, h, model)
+    mine = _share(work, ids)[:, 1:]
+    return work.cut.gather(_cross_entropies(model, h, mine).view(mine.shape))
+
+
+def _begin(student, ids, dtype, tiles, store, P, noisy=False, teacher=None) -> tuple[Pass, Tensor]:
+    """A pass over ids [B, T + 1], and h [B, T/P, C] of the embeddings of this process's tokens."""
+    part = cut(P, ids.shape[1] - 1)
+    a, b = part.span(ids.shape[1] - 1)
+    h = student.embed(ids[:, a:b], dtype)
+    turns = [m and [x[a:b] for x in m.cos_sin(ids.shape[1] - 1, h)] for m in (student, teacher)]
+    noise = int(torch.randint(2**40, ())) if noisy else None
+    return Pass(tiles, store, part, turns, noise=noise), h
+
+
+def _share(work: Pass, ids: Tensor) -> Tensor:
+    """This process's tokens of ids [B, T + 1], and the one after them."""
+    a, b = work.cut.span(ids.shape[1] - 1)
+    return ids[:, a : b + 1]
+
+
+def _cross_entropies(model: Llama, h: Tensor, targets: Tensor) -> Tensor:
+    """Of h [B, T/P, C] before the last norm, in nats, [B T/P]."""
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(widened(model.lm_head(model.model.norm(x))), y, reduction="none")
+
+    return by_chunks(part, HEAD_CHUNK, h.flatten(0, 1), targets.flatten())

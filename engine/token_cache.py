@@ -1,7 +1,8 @@
 """Tokenised text on disk: two numpy files, mapped and not read, and a checksum of each.
 
 What.  A folder, whose name data.py makes of the contents of text and tokenizer, holds train.npy,
-held_out.npy and sums.json, which is written last: a folder without it is incomplete. One whose
+held_out.npy and sums.json, which has their checksums and what reading the text had to say and is
+written last: a folder without it is incomplete. One whose
 numbers do not agree is written anew, so that damage never reaches a run.
 
 Writing.  Each file is written beside its name, synced and renamed. Where the disk is full, or the
@@ -15,7 +16,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import zipfile
 import zlib
 from pathlib import Path
@@ -30,18 +30,28 @@ PARTS = ("train", "held_out")
 _NUMPY = (EOFError, ValueError, OverflowError, TokenError, SyntaxError, zipfile.BadZipFile)
 
 
-def read(folder: Path) -> list[np.ndarray] | None:
-    """The streams of a cache, each [tokens], mapped; None where it is not as it was written."""
+def read(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
+    """The streams of a cache, each [tokens], mapped, and what was said of the text.
+
+    None where it is not as it was written.
+    """
     try:
         parts = [load_ids(folder / f"{part}.npy") for part in PARTS]
-        sums = json.loads((folder / "sums.json").read_text())
-        whole = all(p.ndim == 1 for p in parts) and sums == [zlib.crc32(p) for p in parts]
-        return parts if whole else None
-    except (OSError, ValueError, RecursionError):
+        sums = files.parse_json((folder / "sums.json").read_bytes(), "sums.json")
+        said = sums.pop("said")
+        whole = all(p.ndim == 1 for p in parts) and sums == _sums(*parts, said)
+        return (*parts, said) if whole else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None  # made again
 
 
-def write(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
+def _sums(train: np.ndarray, held_out: np.ndarray, said: list[str]) -> dict[str, int]:
+    streams = zip(PARTS, (train, held_out), strict=True)
+    words = zlib.crc32(json.dumps(said).encode())
+    return {part: zlib.crc32(ids) for part, ids in streams} | {"words": words}
+
+
+def write(folder: Path, train: np.ndarray, held_out: np.ndarray, said: list[str] = ()) -> None:
     """Writes the streams, each [tokens]; nothing is left behind unless both could be."""
     made = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
     with contextlib.ExitStack() as undo:
@@ -52,8 +62,9 @@ def write(folder: Path, train: np.ndarray, held_out: np.ndarray) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for part, ids in zip(PARTS, (train, held_out), strict=True):
             _write_ids(folder / f"{part}.npy", ids)
-        sums = [zlib.crc32(train), zlib.crc32(held_out)]
-        files.write_atomic(folder / "sums.json", json.dumps(sums))
+        sums = _sums(train, held_out, list(said)) | {"said": list(said)}
+        with files.replacing(folder / "sums.json") as f:
+            f.write(json.dumps(sums).encode())
         undo.pop_all()
 
 
@@ -63,20 +74,13 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _write_ids(file: Path, ids: np.ndarray) -> None:
-    fd, work = tempfile.mkstemp(dir=file.parent)
     try:
-        with os.fdopen(fd, "wb") as f:
+        with files.replacing(file) as f:
             np.save(f, ids)
-            f.flush()
-            os.fchmod(fd, files.readable())
-            os.fsync(fd)
-        os.replace(work, file)
     except OSError as e:  # of a full disk numpy says "93729 requested and 1984 written"
         if e.errno:
             raise
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
-    finally:
-        Path(work).unlink(missing_ok=True)
 
 
 def load_ids(file: Path) -> np.ndarray:

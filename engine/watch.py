@@ -72,10 +72,10 @@ class Figures:
             self.predicts = True
             self.sums[0] += share * values[0]
 
-    def agree(self, world, stop: bool, late: bool) -> tuple[bool, bool]:
+    def agree(self, world, stop: bool, save: bool) -> tuple[bool, bool]:
         """Means over all processes; (does any want to stop, does the first want to save)."""
         asked = torch.tensor(
-            [float(stop), float(late)], device=self.sums.device, dtype=torch.float64
+            [float(stop), float(save)], device=self.sums.device, dtype=torch.float64
         )
         means = world.mean(torch.cat([asked, self.sums])).cpu()
         next_token, relation, kl = means[2:5].tolist()

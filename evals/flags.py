@@ -35,7 +35,18 @@ NEEDS = {
     "layers": ("against",),
 }
 # What --prompt, which measures nothing, leaves no room for
-MEASURING = ("against", "out", "cache", "data", "no_text", "native", "scale", "blocks", "tasks")
+MEASURING = (
+    "against",
+    "out",
+    "cache",
+    "data",
+    "text_field",
+    "no_text",
+    "native",
+    "scale",
+    "blocks",
+    "tasks",
+)
 MEASURING += ("ppl", "positions", "passkey", "ruler", *NEEDS)
 
 
@@ -74,6 +85,7 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--new-tokens", type=count, help=f"of --prompt, at most ({NEW_TOKENS})")
     add = p.add_argument_group("held-out text").add_argument
     add("--data", type=path, nargs="+", default=[], help="text (sympy's sources)")
+    add("--text-field", help="of rows, where it is not `text` or a chat's `messages`")
     add("--no-text", action="store_true", help="leave the held-out text out")
     add("--native", type=count, help="tokens that count as 1x (the teacher's length)")
     add("--scale", type=positive, help="the longest blocks, in native lengths (the student's)")
@@ -92,8 +104,8 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--ruler", nargs="*", metavar="TASK", help="RULER, or some of its tasks")
     add("--ruler-data", type=path, help="folder with RULER's word lists, essays and QA sets")
     add("--ruler-seed", type=seed, help="of RULER's and passkey's prompts (42, as RULER's)")
-    said = f"prompts per task and length ({SAMPLES}; RULER: 500, PI's passkey: 320)"
-    add("--samples", type=count, help=said)
+    usual = f"{SAMPLES}; RULER: 500, PI's passkey: 320"
+    add("--samples", type=count, help=f"prompts per task and length ({usual})")
     add = p.add_argument_group("diagnosis").add_argument
     add("--layers", action="store_true", help="relation KL by layer, relation and head")
 

@@ -2,17 +2,17 @@
 
 What.  An item is a list of requests (context, continuation), one per choice, and the number of the
 right one. LAYOUTS knows a layout by the keys of its rows. In the three plain ones the prompts are
-the row's own:
+those of the row:
 
     {"context": ..., "continuation": ...}             LAMBADA: is the last word the likeliest one?
     {"query": ..., "choices": [...], "gold": n}       multiple choice; "Question: ..." without an
                                                       "Answer:" at its end is given one
-    {"context_options": [...], "continuation": ..., "gold": n}     scored in part, as below
+    {"context_options": [...], "continuation": ..., "gold": n}     partial scoring, as below
 
 The others are the rows of data sets as they lie on the Hub, and their prompts are those of
-lm-evaluation-harness, to the space. WinoGrande and WSC273 are scored in part: the contexts hold the
-names that a pronoun may stand for, the continuation is what follows it. MMLU shows the first five
-rows of the subject's dev file.
+lm-evaluation-harness, to the space. WinoGrande and WSC273 have partial scoring: the contexts hold
+the names that a pronoun may stand for, the continuation is what follows it. MMLU shows the first
+five rows of the subject's dev file.
 
 Limits.  Rows whose answers are not public (label -1 or "") are refused.
 
@@ -34,10 +34,10 @@ class Item:
 
 
 def text(row: dict, key: str) -> str:
-    return _whole(row[key], key)
+    return _text(row[key], key)
 
 
-def _whole(value, key: str) -> str:
+def _text(value, key: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} is {value!r}, not text")
     try:
@@ -51,7 +51,7 @@ def texts(row: dict, key: str) -> list[str]:
     """A list of texts. Raises ValueError where it is none, or empty."""
     if not isinstance(row[key], list) or not row[key]:
         raise ValueError(f"{key} is {row[key]!r}, not a list of texts")
-    return [_whole(value, key) for value in row[key]]
+    return [_text(value, key) for value in row[key]]
 
 
 def number(row: dict, key: str) -> int:
@@ -68,9 +68,8 @@ def choose(context: str, choices: list[str], gold: int) -> Item:
     """One context, one answer to choose. Raises ValueError where `gold` numbers no choice."""
     if not 0 <= gold < len(choices):
         raise ValueError(f"the answer is number {gold} of {len(choices)} choices")
-    return Item(
-        tuple((context, " " + c) for c in choices), gold, tuple(max(1, len(c)) for c in choices)
-    )
+    characters = tuple(max(1, len(c)) for c in choices)
+    return Item(tuple((context, " " + c) for c in choices), gold, characters)
 
 
 def labelled(row: dict, context: str, answer: str) -> Item:
@@ -127,7 +126,7 @@ def winogrande(row: dict) -> Item:
     gold, names = number(row, "answer") - 1, [text(row, "option1"), text(row, "option2")]
     if gold not in (0, 1):
         raise ValueError(f"answer is {row['answer']!r}, not 1 or 2")
-    return _in_part([before + name for name in names], " " + after.strip(), gold)
+    return choose_context([before + name for name in names], " " + after.strip(), gold)
 
 
 def openbookqa(row: dict) -> Item:
@@ -136,10 +135,8 @@ def openbookqa(row: dict) -> Item:
 
 def commonsense_qa(row: dict) -> Item:
     """The five answers are listed, and their letters scored."""
-    answers = texts(row["choices"], "text")
-    listed = "".join(f"\n{a}. {c}" for a, c in zip("ABCDE", answers, strict=True))
-    gold = "ABCDE".index(text(row, "answerKey"))
-    return choose(f"Question: {text(row, 'question').strip()}{listed}\nAnswer:", "ABCDE", gold)
+    listed = lettered(text(row, "question"), texts(row["choices"], "text"), "ABCDE")
+    return choose(f"Question: {listed}", list("ABCDE"), "ABCDE".index(text(row, "answerKey")))
 
 
 def copa(row: dict) -> Item:
@@ -182,15 +179,15 @@ def wsc273(row: dict) -> Item:
         each = zip(names, firsts, strict=True)
         names = [n.replace(f, f.lower()) if f in _UPPER else n for n, f in each]
     rest = " " + passage[at + len(row["pronoun"]) :]
-    return _in_part([passage[:at] + name for name in names], rest, number(row, "label"))
+    return choose_context([passage[:at] + name for name in names], rest, number(row, "label"))
 
 
 def options(row: dict) -> Item:
     rest = " " + text(row, "continuation").removeprefix(" ")
-    return _in_part(texts(row, "context_options"), rest, number(row, "gold"))
+    return choose_context(texts(row, "context_options"), rest, number(row, "gold"))
 
 
-def _in_part(contexts: list[str], continuation: str, gold: int) -> Item:
+def choose_context(contexts: list[str], continuation: str, gold: int) -> Item:
     if not 0 <= gold < len(contexts):
         raise ValueError(f"the answer is number {gold} of {len(contexts)} contexts")
     requests = tuple((context, continuation) for context in contexts)
@@ -199,24 +196,20 @@ def _in_part(contexts: list[str], continuation: str, gold: int) -> Item:
 
 def boolq(row: dict) -> Item:
     gold = number(row, "label" if "label" in row else "answer")
-    return choose(
-        f"{text(row, 'passage')}\nQuestion: {text(row, 'question')}?\nAnswer:", ["no", "yes"], gold
-    )
+    context = f"{text(row, 'passage')}\nQuestion: {text(row, 'question')}?\nAnswer:"
+    return choose(context, ["no", "yes"], gold)
 
 
 def siqa(row: dict) -> Item:
+    context = f"Q: {text(row, 'context')} {text(row, 'question')}\nA:"
     answers = [text(row, f"answer{letter}") for letter in "ABC"]
-    return choose(
-        f"Q: {text(row, 'context')} {text(row, 'question')}\nA:", answers, number(row, "label") - 1
-    )
+    return choose(context, answers, number(row, "label") - 1)
 
 
 def mathqa(row: dict) -> Item:
     options = re.findall(r"[abcd] \) .*?, |e \) .*?$", text(row, "options"))
-    gold = "abcde".index(text(row, "correct"))
-    return choose(
-        f"Question: {text(row, 'Problem')}\nAnswer:", [o[4:].rstrip(" ,") for o in options], gold
-    )
+    answers, gold = [o[4:].rstrip(" ,") for o in options], "abcde".index(text(row, "correct"))
+    return choose(f"Question: {text(row, 'Problem')}\nAnswer:", answers, gold)
 
 
 def mmlu(row: dict, shots: dict[str, list[str]]) -> Item:
@@ -227,14 +220,19 @@ def mmlu(row: dict, shots: dict[str, list[str]]) -> Item:
         raise ValueError(f"the dev file has {len(shown)} rows of subject {subject!r}; 5 are shown")
     head = "The following are multiple choice questions (with answers) about "
     head += f"{subject.replace('_', ' ')}.\n\n"
-    return choose(head + "".join(shown) + listed(row), list("ABCD"), number(row, "answer"))
+    question = lettered(text(row, "question"), texts(row, "choices"), "ABCD")
+    return choose(head + "".join(shown) + question, list("ABCD"), number(row, "answer"))
 
 
-def listed(row: dict) -> str:
-    """A question, its four lettered choices, and "Answer:"."""
-    each = zip("ABCD", texts(row, "choices"), strict=True)
-    choices = "".join(f"\n{letter}. {choice}" for letter, choice in each)
-    return f"{text(row, 'question').strip()}{choices}\nAnswer:"
+def mmlu_example(row: dict) -> tuple[str, str]:
+    """(subject, the question with its answer), of a row of the dev file."""
+    question = lettered(text(row, "question"), texts(row, "choices"), "ABCD")
+    return text(row, "subject"), f"{question} {'ABCD'[number(row, 'answer')]}\n\n"
+
+
+def lettered(question: str, choices: list[str], letters: str) -> str:
+    listed = "".join(f"\n{a}. {choice}" for a, choice in zip(letters, choices, strict=True))
+    return f"{question.strip()}{listed}\nAnswer:"
 
 
 # The keys that tell a layout, and its function; where one's keys are among another's, it is later

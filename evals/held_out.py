@@ -22,7 +22,8 @@ import torch
 from engine.data import Corpus
 from engine.lookups import Lookups
 from evals.next_token import block_scores
-from evals.report import mean_and_error
+from evals.report import Scores, mean_and_error
+from evals.subject import Subject
 from hub.tokenizer import Tokenizer
 from model import Llama
 
@@ -49,7 +50,7 @@ class HeldOut:
         seed: int = 0,
     ):
         self.native, self.scale, self.seed = native, scale, seed
-        self.length, self.name, self.n_blocks = round(native * scale), corpus.name, 0
+        self.length, self.n_blocks = round(native * scale), 0
         if not n_blocks:
             return
         if self.length >= len(corpus.held_out):
@@ -89,12 +90,17 @@ class HeldOut:
                 each.append(more)
         return np.concatenate(parts[0], 1), np.concatenate(parts[1], 1)
 
-    def about(self, row: str) -> dict:
-        """What a row was measured on, as report.json says it."""
-        if row.startswith("recall"):
-            return {"version": "look-ups, far", "seed": self.seed}
-        text = {"version": f"held-out text of {self.name}", "seed": None}
-        return text | {"blocks": self.n_blocks, "tokens each": self.length}
+
+def headline(subject: Subject, scores: Scores) -> None:
+    s = subject
+    text = HeldOut(s.corpus, s.tokenizer, s.native, s.scale, s.n_blocks, s.seed)
+    of_text = {"version": f"held-out text of {s.corpus.name}", "seed": None}
+    of_text |= {"blocks": text.n_blocks, "tokens each": text.length}
+    of_lookups = {"version": "look-ups, far", "seed": s.seed}
+    for name, model in s.models.items():
+        for row, (value, error, items) in text.figures(model).items():
+            about = of_lookups if row.startswith("recall") else of_text
+            scores.add(name, row, value, error=error, items=items, **about)
 
 
 def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals import pictures
+from evals.report import Scores
 from evals.retention import TEACHER, UNTRAINED
+from evals.subject import Subject
 from model import Llama
 from relation_kl import RELATIONS, relation_kl
-
-HEAD = "Relation KL in nats, mean over heads (worst head)"  # of the table
 
 
 @torch.no_grad()
@@ -47,18 +48,22 @@ def divergence(teacher: Llama, student: Llama, blocks: Tensor) -> np.ndarray:
     return total / len(blocks)
 
 
-def compare(models: dict[str, Llama], blocks: Tensor) -> dict[str, np.ndarray]:
-    """{"before": KL [L, 3, H], "after": the same}, both against the teacher."""
+def relation_kl_by_layer(subject: Subject, scores: Scores) -> None:
+    models = subject.models
+    blocks = subject.corpus.held_out_blocks(subject.long, subject.n_blocks)[:, :-1]
     columns = {"before": models[UNTRAINED], "after": models["student"]}
-    return {name: divergence(models[TEACHER], m, blocks) for name, m in columns.items()}
+    found = {name: divergence(models[TEACHER], m, blocks) for name, m in columns.items()}
+    about = {"tokens": subject.long, "blocks": len(blocks)}
+    about["version"] = f"relation KL, held-out text of {subject.corpus.name}"
+    scores.more["layers"] = {name: _lists(x) for name, x in found.items()} | about
+    head = f"Relation KL in nats, mean over heads (worst head), {subject.long} tokens"
+    scores.notes.append(f"{head}:\n\n{table(found)}")
+    scores.draw("layers", pictures.layers, found)
 
 
-def as_lists(found: dict[str, np.ndarray]) -> dict[str, list]:
-    """The same for JSON: [layer][relation][head], without the heads that are not there."""
-    return {
-        name: [[[h for h in heads if h == h] for heads in layer] for layer in x.tolist()]
-        for name, x in found.items()
-    }
+def _lists(kl: np.ndarray) -> list:
+    """[layer][relation][head], without the heads that are not there."""
+    return [[[h for h in heads if h == h] for heads in layer] for layer in kl.tolist()]
 
 
 def table(found: dict[str, np.ndarray]) -> str:

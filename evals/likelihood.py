@@ -18,24 +18,24 @@ question) are read once; as many as fill `batch_tokens` go through together; log
 continuations' tokens alone, in float32, and summed in float64.
 
 Limits.  Under bf16 the harness takes the log-softmax in bf16 and we in float32, so near ties can
-differ there. Its standard errors are ours but for perplexity (a bootstrap) and
-MMLU (the subjects' own, pooled).
+differ there. Its standard errors are ours but for perplexity (a bootstrap) and MMLU (each
+subject's, pooled).
 
 Source.  lm-evaluation-harness 0.4.13: api/task.py, api/model.py, models/huggingface.py.
 """
 
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from evals import tasks
 from evals.next_token import batch_tokens, token_scores
 from evals.report import Scores
-from evals.retention import AVERAGED
+from evals.retention import AVERAGED, TEACHER, retention
+from evals.subject import Subject
 from evals.tasks import ACC, NORMED, PERPLEXITY, Task
 from hub.tokenizer import Tokenizer
 from model import Llama
@@ -60,14 +60,15 @@ def encode(tokenizer: Tokenizer, pairs: list[tuple[str, str]]) -> list[Request]:
 
     Raises ValueError for a continuation that has no tokens of its own.
     """
-    kept = [context.rstrip() for context, _ in pairs]
-    moved = [(k, context[len(k) :] + more) for k, (context, more) in zip(kept, pairs, strict=True)]
+    # Spaces go from the context's end to the continuation
+    bare = [context.rstrip() for context, _ in pairs]
+    pairs = [(a, context[len(a) :] + more) for a, (context, more) in zip(bare, pairs, strict=True)]
     # In parallel; each ends with the end token
-    whole = tokenizer.encode_documents([a + b for a, b in moved])
-    alone = list(dict.fromkeys(a for a, _ in moved))
-    lengths = dict(zip(alone, map(len, tokenizer.encode_documents(alone)), strict=True))
+    whole = tokenizer.encode_documents([context + more for context, more in pairs])
+    contexts = list(dict.fromkeys(bare))
+    lengths = dict(zip(contexts, map(len, tokenizer.encode_documents(contexts)), strict=True))
     out = []
-    for (context, continuation), ids in zip(moved, whole, strict=True):
+    for (context, continuation), ids in zip(pairs, whole, strict=True):
         ids, cut = ids[:-1], lengths[context] - 1
         if not context:
             first = tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id
@@ -95,42 +96,41 @@ def likelihoods(
     # A stable sort: the order, and so every bit, is the same each time
     inputs = sorted(readers, key=lambda ids: -len(ids))
     bar = tqdm(total=len(inputs), unit=" inputs", leave=False, disable=None)
-    order, losses, hits, start = [], [], [], 0
+    order, losses, right, start = [], [], [], 0
     while start < len(inputs):
-        now = inputs[start : start + max(1, tokens // len(inputs[start]))]
-        start += len(now)
-        asked = [(row, requests[i]) for row, ids in enumerate(now) for i in readers[ids]]
-        order += [i for ids in now for i in readers[ids]]
-        loss, hit = _read(model, now, asked)
+        batch = inputs[start : start + max(1, tokens // len(inputs[start]))]
+        start += len(batch)
+        asked = [(row, i) for row, ids in enumerate(batch) for i in readers[ids]]
+        loss, hit = _read(model, batch, [(row, requests[i]) for row, i in asked])
+        order += [i for _, i in asked]
         losses.append(loss)
-        hits.append(hit)
-        bar.update(len(now))
+        right.append(hit)
+        bar.update(len(batch))
     bar.close()
     # The one wait for a GPU
-    flat, right = torch.cat(losses).double().cpu().numpy(), torch.cat(hits).cpu().numpy()
+    flat, hits = torch.cat(losses).double().cpu().numpy(), torch.cat(right).cpu().numpy()
     starts = np.cumsum([0, *(requests[i].scored for i in order)])[:-1]
-    sums, greedy = -np.add.reduceat(flat, starts), np.logical_and.reduceat(right, starts)
+    sums, greedy = -np.add.reduceat(flat, starts), np.logical_and.reduceat(hits, starts)
     found = dict(zip(order, zip(sums.tolist(), greedy.tolist(), strict=True), strict=True))
     return [found[i] for i in range(len(requests))]
 
 
 def _read(
-    model: Llama,
-    inputs: list[tuple[int, ...]],
-    asked: list[tuple[int, Request]],
+    model: Llama, inputs: list[tuple[int, ...]], asked: list[tuple[int, Request]]
 ) -> tuple[Tensor, Tensor]:
-    """Loss [N] and greediness [N] of every scored token; asked: (row of inputs, request)."""
+    """(loss [N], right [N]) of every scored token; asked: (row of inputs, request)."""
     ids = np.zeros((len(inputs), len(inputs[0])), dtype=np.int64)
     for row, one in enumerate(inputs):
         ids[row, : len(one)] = one
-    rows = np.repeat([row for row, _ in asked], [request.scored for _, request in asked])
-    at = [np.arange(len(r.ids) - 1 - r.scored, len(r.ids) - 1) for _, r in asked]
-    goals = [request.ids[-request.scored :] for _, request in asked]
-    where = np.stack([rows, np.concatenate(at), np.concatenate(goals)])
-    ids, where = torch.from_numpy(ids), torch.from_numpy(where)
-    rows, at, goals = where.to(model.device, non_blocking=True)  # each [N]
+    where = []  # of each scored token: the row, the position before it, itself
+    for row, request in asked:
+        targets = request.ids[-request.scored :]
+        first = len(request.ids) - 1 - request.scored
+        where += [(row, first + k, target) for k, target in enumerate(targets)]
+    ids, where = torch.from_numpy(ids), torch.tensor(where).T.contiguous()
+    rows, at, targets = where.to(model.device, non_blocking=True)  # each [N]
     h = model.hidden(ids.to(model.device, non_blocking=True))[rows, at]  # [N, C]
-    return token_scores(model, h, goals)
+    return token_scores(model, h, targets)
 
 
 # ---------------------------------------------------------------- tasks
@@ -142,64 +142,52 @@ class Result:
 
     logps: list[np.ndarray]  # s_c of each choice
     greedy: list[np.ndarray]  # of each choice: is every token the most likely one
-    # row -> [items]: 0 or 1, or s for a perplexity
-    values: dict[str, np.ndarray] = field(default_factory=dict)
-
-    @property
-    def predictions(self) -> np.ndarray:
-        """[items]: the likeliest choice; of a single request, 0 if it is greedy and -1 if not."""
-        each = zip(self.logps, self.greedy, strict=True)
-        return np.asarray([int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1 for s, g in each])
+    predictions: np.ndarray  # the likeliest choice; of one request, 0 if it is greedy and -1 if not
+    values: dict[str, np.ndarray]  # row -> [items]: 0 or 1, or s for a perplexity
 
 
 def score(model: Llama, requests: list[Request], task: Task) -> Result:
     """Every item of one task, scored; requests: task.pairs, encoded."""
     flat = iter(likelihoods(model, requests))
-    got = [[next(flat) for _ in item.requests] for item in task.items]
-    logps = [np.asarray([s for s, _ in g]) for g in got]
-    result = Result(logps, [np.asarray([hit for _, hit in g]) for g in got])
-    single = all(len(item.requests) == 1 for item in task.items)
+    found = [[next(flat) for _ in item.requests] for item in task.items]
+    logps, greedy = ([np.asarray([pair[k] for pair in each]) for each in found] for k in (0, 1))
+    best = [
+        int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1
+        for s, g in zip(logps, greedy, strict=True)
+    ]
+    normed = [
+        int(np.argmax(s / np.asarray(item.characters)))
+        for s, item in zip(logps, task.items, strict=True)
+    ]
     gold = np.asarray([item.gold for item in task.items])
-    if ACC in task.metrics:
-        result.values[f"{task.name}, {ACC}"] = (result.predictions == gold).astype(np.float64)
-    if NORMED in task.metrics and not single:
-        each = zip(logps, task.items, strict=True)
-        best = np.asarray([int(np.argmax(s / np.asarray(item.characters))) for s, item in each])
-        result.values[f"{task.name}, {NORMED}"] = (best == gold).astype(np.float64)
-    if PERPLEXITY in task.metrics and single:
-        result.values[f"{task.name}, {PERPLEXITY}"] = np.concatenate(logps)
-    return result
+    single = all(len(item.requests) == 1 for item in task.items)
+    values = {ACC: (np.asarray(best) == gold).astype(np.float64)}
+    if single:
+        values[PERPLEXITY] = np.concatenate(logps)
+    else:
+        values[NORMED] = (np.asarray(normed) == gold).astype(np.float64)
+    rows = {f"{task.name}, {kind}": values[kind] for kind in task.metrics if kind in values}
+    return Result(logps, greedy, np.asarray(best), rows)
 
 
-def task_scores(
-    scores: Scores,
-    models: dict[str, Llama],
-    tasks: list[Task],
-    requests: list[list[Request]],
-    write: Callable[[str, str], None] | None = None,
-) -> None:
-    """Adds every task's figures, and their averages over two or more tasks.
-
-    requests: of each task, its pairs encoded; write(name, text): takes a file of items.
-    """
-    for task, encoded in zip(tasks, requests, strict=True):
-        for name, model in models.items():
-            result = score(model, encoded, task)
+def short_tasks(subject: Subject, scores: Scores) -> None:
+    """Every task's figures, their averages over two or more tasks, and what was kept of each."""
+    for task, requests in subject.tasks:
+        for name, model in subject.models.items():
+            result = score(model, requests, task)
             for row, values in result.values.items():
                 scores.add(name, row, values=values, version=task.version, seed=None)
-            if write:
-                write(f"predictions/{name}.{task.name}.jsonl", _items(task, result))
-    about = {"version": "mean over tasks", "items": sum(len(t.items) for t in tasks), "seed": None}
-    for name in models:
+            each = zip(task.items, result.predictions.tolist(), result.logps, strict=True)
+            rows = ({"gold": i.gold, "prediction": p, "logps": s.tolist()} for i, p, s in each)
+            scores.write_items(f"{name}.{task.name}", rows)
+    items = sum(len(task.items) for task, _ in subject.tasks)
+    for name in subject.models:
         for kind in AVERAGED:
             found = [x for row, x in scores.columns[name].items() if row.endswith(f", {kind}")]
             if len(found) > 1:
+                about = {"version": "mean over tasks", "items": items, "seed": None}
                 scores.add(name, f"average {kind}", sum(found) / len(found), **about)
-
-
-def _items(task: Task, result: Result) -> str:
-    """A JSON line per item: the right choice, the model's, and every choice's score."""
-    lines = []
-    for item, chosen, s in zip(task.items, result.predictions.tolist(), result.logps, strict=True):
-        lines.append(json.dumps({"gold": item.gold, "prediction": chosen, "logps": s.tolist()}))
-    return "\n".join(lines) + "\n"
+    scores.notes += tasks.notes([task for task, _ in subject.tasks])
+    # Of tasks alone: beyond its own length the teacher's score does not say what could be kept
+    if TEACHER in subject.models:
+        scores.retention = retention(scores.values, subject.seed)

@@ -28,12 +28,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from engine import data
-from evals.next_token import batch_tokens, block_scores
-from evals.report import Scores
+from evals import pictures
+from evals.next_token import block_scores
+from evals.report import Scores, mean_and_error
+from evals.subject import Subject
 from hub.tokenizer import Tokenizer
 from model import Llama
 
@@ -77,81 +78,68 @@ def windows(n: int, width: int, stride: int) -> Iterator[tuple[int, int, int]]:
         begin, first = begin + stride, end
 
 
-def sliding_loss(
-    model: Llama, texts: list[np.ndarray], width: int, stride: int = STRIDE
-) -> list[np.ndarray]:
-    """The loss in nats of all tokens but each document's first, with a window of `width` tokens.
+def sliding_loss(model: Llama, ids: np.ndarray, width: int, stride: int = STRIDE) -> np.ndarray:
+    """The loss [tokens] in nats of all tokens but the first, of one document's ids [tokens + 1].
 
-    texts: ids, each [tokens + 1]. Returns float64 [tokens] for each. Raises ValueError for a stride
-    that is not within the window.
+    Raises ValueError for a stride that is not within the window.
     """
     if not 0 < stride <= width:
         raise ValueError(
             f"a window of {width} tokens is shorter than the stride {stride}; use longer --lengths"
         )
     # Windows of one shape go through together
-    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for d, ids in enumerate(texts):
-        for begin, end, first in windows(len(ids) - 1, width, stride):
-            shapes.setdefault((end - begin, end - first), []).append((d, begin))
-    losses = [np.zeros(len(ids) - 1) for ids in texts]
-    bar = tqdm(total=sum(map(len, shapes.values())), unit=" windows", leave=False, disable=None)
-    for (T, scored), places in shapes.items():
-        rows = max(1, batch_tokens(model.device) // T)
-        for batch in (places[i : i + rows] for i in range(0, len(places), rows)):
-            blocks = np.stack([texts[d][begin : begin + T + 1] for d, begin in batch])
-            at = torch.arange(T - scored, T).expand(len(batch), scored)
-            found, _ = block_scores(model, torch.from_numpy(blocks), at)
-            for (d, begin), row in zip(batch, found, strict=True):
-                losses[d][begin + T - scored : begin + T] = row
-            bar.update(len(batch))
-    bar.close()
-    return losses
+    shapes: dict[tuple[int, int], list[int]] = {}
+    for begin, end, first in windows(len(ids) - 1, width, stride):
+        shapes.setdefault((end - begin, end - first), []).append(begin)
+    out = np.zeros(len(ids) - 1)
+    for (T, scored), begins in shapes.items():
+        blocks = np.stack([ids[begin : begin + T + 1] for begin in begins])
+        at = torch.arange(T - scored, T).expand(len(begins), scored)
+        losses, _ = block_scores(model, torch.from_numpy(blocks), at)
+        for begin, row in zip(begins, losses, strict=True):
+            out[begin + T - scored : begin + T] = row
+    return out
 
 
-def sliding_scores(
-    scores: Scores,
-    models: dict[str, Llama],
-    tokenizer: Tokenizer,
-    texts: list[np.ndarray],
-    lengths: list[int],
-    **facts,
-) -> None:
-    """Adds "sliding perplexity at w" of texts, each [tokens + 1] ids, for every w of `lengths`."""
-    size = sum(len(tokenizer.decode(ids[1:].tolist()).encode()) for ids in texts)
-    about = {"documents": len(texts), "tokens each": len(texts[0]) - 1, "stride": STRIDE}
-    about |= facts | {"weighting": "by token"}
-    for width in lengths:
+def sliding_window(subject: Subject, scores: Scores) -> None:
+    """Adds "sliding perplexity at w" of the documents, or of held-out text, for every length w."""
+    texts, source, decode = subject.documents, subject.documents_name, subject.tokenizer.decode
+    if not texts:
+        texts = subject.corpus.held_out_blocks(max(subject.lengths), subject.n_blocks).numpy()
+        source = f"held-out text of {subject.corpus.name}"
+    about = {"version": f"sliding window (PI), {source}", "seed": None, "documents": len(texts)}
+    about |= {"tokens each": len(texts[0]) - 1, "stride": STRIDE, "weighting": "by token"}
+    size = sum(len(decode(ids[1:].tolist()).encode()) for ids in texts)
+    for width in subject.lengths:
         row, bits = f"sliding perplexity at {width}", {}
-        for name, model in models.items():
-            losses = sliding_loss(model, texts, width)
-            each, every = np.asarray([loss.mean() for loss in losses]), np.concatenate(losses)
-            value = math.exp(min(every.mean(), 700.0))
-            error = value * each.std(ddof=1) / len(each) ** 0.5 if len(each) > 1 else None
-            bits[name] = float(every.sum() / math.log(2) / size)
+        for name, model in subject.models.items():
+            bar = tqdm(texts, unit=" documents", leave=False, disable=None)
+            losses = np.stack([sliding_loss(model, ids, width) for ids in bar])  # all as long
+            value, error = mean_and_error(row, -losses)
+            bits[name] = float(losses.sum() / math.log(2) / size)
             more = about | {"bits per byte": bits}
-            scores.add(name, row, value, error=error, items=len(every), **more)
+            scores.add(name, row, value, error=error, items=losses.size, **more)
 
 
 # ---------------------------------------------------------------- loss by position
 
 
-def position_scores(
-    scores: Scores, models: dict[str, Llama], blocks: Tensor, native: int, **facts
-) -> dict:
-    """Adds "loss in a-bx" by octaves of the native length.
-
-    Returns the curve, {"positions": [tokens], column: [mean loss of one of BINS bins]}.
+def loss_by_position(subject: Subject, scores: Scores) -> None:
+    """Adds "loss in a-bx" by octaves of the native length, and the curve: {"positions": [tokens],
+    column: [mean loss of one of BINS bins]}.
     """
-    T = blocks.shape[1] - 1
+    blocks = subject.corpus.held_out_blocks(max(subject.lengths), subject.n_blocks)
+    n, T, native = len(blocks), blocks.shape[1] - 1, subject.native
     cuts = [0, *itertools.takewhile(lambda p: p < T, (native * 2**k for k in range(64))), T]
     edges = np.linspace(0, T, min(BINS, T) + 1).astype(int)
     curve: dict[str, list] = {"positions": ((edges[:-1] + edges[1:]) / 2).tolist()}
-    for name, model in models.items():
+    version = f"loss by position, held-out text of {subject.corpus.name}"
+    for name, model in subject.models.items():
         losses = block_scores(model, blocks)[0].mean(0)  # [T]
         curve[name] = [float(losses[a:b].mean()) for a, b in itertools.pairwise(edges)]
         for a, b in itertools.pairwise(cuts):
-            row, items = f"loss in {a / native:g}-{b / native:g}x", (b - a) * len(blocks)
-            value = float(losses[a:b].mean())
-            scores.add(name, row, value, items=items, blocks=len(blocks), **facts)
-    return curve
+            about = {"items": (b - a) * n, "blocks": n, "version": version, "seed": None}
+            row = f"loss in {a / native:g}-{b / native:g}x"
+            scores.add(name, row, losses[a:b].mean(), **about)
+    scores.more["positions"] = curve
+    scores.draw("positions", pictures.positions, curve, native)

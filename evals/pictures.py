@@ -1,11 +1,11 @@
 """The pictures of an evaluation, each as the bytes of a PNG.
 
-What.  One function per picture: `bars` (the headline figures and what was kept of each task),
-`passkey` (keys found, by depth and length), `positions` (loss by position) and `layers` (relation
-KL by layer, relation and head). A column has one colour in all of them.
+One function per picture: `bars` (the headline figures and what was kept of each task), `passkey`
+(keys found, by depth and length), `positions` (loss by position) and `layers` (relation KL by
+layer, relation and head). A column has one colour in all of them. A bar of length zero still has
+its number at its end, so "0 %" and "not measured" look different.
 
-How it is computed.  matplotlib's Figure without pyplot: no global state and no display. A bar of
-length zero still has its number beside it, so "0 %" and "not measured" look different.
+matplotlib's Figure without pyplot: no global state and no display.
 
 Limits.  Made to be read at full width of a page; the figures themselves are in report.json.
 """
@@ -43,36 +43,41 @@ def bars(
     losses: list[str],
     percent: list[str],
     shares: dict[str, float],
-    kept: dict[str, dict],
+    retention: dict[str, dict],
 ) -> bytes:
-    """Losses, below them figures in percent; beside both, where there is any, tasks' retention.
+    """Losses, below them figures in percent; to their right, where there is any, tasks' retention.
 
     columns: {model: {row: figure}}; losses, percent: rows in nats, and between 0 and 1;
-    shares: {model: lost loss recovered}; kept: what `retention` found.
+    shares: {model: lost loss recovered}; retention: of retention.py.
     """
     panels = [("loss (nats per token)", losses, 1.0), ("right (%)", percent, 100.0)]
     panels = [panel for panel in panels if panel[1]] or panels[:1]
-    drawn = {row: found for row, found in kept.items() if any(found["kept"].values())}
-    heights = [max(1, len(names)) for _, names, _ in panels]  # a row is as thick in all panels
+    drawn = {row: found for row, found in retention.items() if any(found["kept"].values())}
+    heights = [max(1, len(rows)) for _, rows, _ in panels]  # a row is as thick in all panels
     tall = sum(heights) * (0.16 * len(columns) + 0.14) + 0.6 * len(panels) + 0.6
     figure = canvas(13 if drawn else 7.5, max(tall, 3.5))
     grid = figure.add_gridspec(len(panels), 2 if drawn else 1, height_ratios=heights)
-    axes = [figure.add_subplot(grid[i, 0]) for i in range(len(panels))]
-    for axis, (title, names, times) in zip(axes, panels, strict=True):
-        _bars(axis, columns, names, times)
-        axis.set_title(title, fontsize=10, loc="left")
-        axis.set_ylim(max(1, len(names)) - 0.5, -0.5)
+    for i, (title, rows, times) in enumerate(panels):
+        axis = figure.add_subplot(grid[i, 0])
+        _bars(axis, columns, rows, times)
+        _rows(axis, title, rows)
     if drawn:
-        axes.append(figure.add_subplot(grid[:, 1]))
-        _kept(axes[-1], drawn)
-        axes[-1].set_ylim(len(drawn) - 0.5, -0.5)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
-    said = [f"{n} ({100 * shares[n]:.0f} % recovered)" if n in shares else n for n in columns]
-    handles = axes[0].containers
-    figure.legend(handles, said, fontsize=9, frameon=False, loc="outside upper left", ncols=5)
+        axis = figure.add_subplot(grid[:, 1])
+        _kept(axis, drawn)
+        _rows(axis, "kept of the teacher (%), 95 % interval", list(drawn))
+    labels = [f"{n} ({100 * shares[n]:.0f} % recovered)" if n in shares else n for n in columns]
+    handles = figure.axes[0].containers
+    figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside upper left", ncols=5)
     return png(figure)
+
+
+def _rows(axis, title: str, rows: list[str]) -> None:
+    """Names the rows, the first one at the top."""
+    axis.set_title(title, fontsize=10, loc="left")
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_ylim(max(1, len(rows)) - 0.5, -0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.tick_params(labelsize=8)
 
 
 def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: float) -> None:
@@ -83,25 +88,21 @@ def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: f
         values = [times * figures.get(name, math.nan) for name in names]
         values = [v if math.isfinite(v) else math.nan for v in values]
         drawn = axis.barh(y, values, 0.92 * thick, label=column, color=colour(i))
-        said = ["" if math.isnan(v) else f"{v:.1f}" if times > 1 else f"{v:.3f}" for v in values]
-        axis.bar_label(drawn, said, padding=2, fontsize=min(7, 60 * thick / len(columns) + 4))
-    axis.set_yticks(range(len(names)), names)
+        labels = ["" if math.isnan(v) else f"{v:.1f}" if times > 1 else f"{v:.3f}" for v in values]
+        axis.bar_label(drawn, labels, padding=2, fontsize=min(7, 60 * thick / len(columns) + 4))
     axis.margins(x=0.12)
     if times > 1:
         axis.set_xlim(0, 112)
 
 
 def _kept(axis, drawn: dict[str, dict]) -> None:
-    """Each row's share of the teacher with its interval."""
+    """The student's share of the teacher in each row, with its interval."""
     for y, found in enumerate(drawn.values()):
-        for i, one in enumerate(found["kept"].values()):
-            if one:
-                low, value, high = (100 * one[key] for key in ("low", "value", "high"))
-                axis.plot([low, high], [y, y], color=colour(i + 2), lw=2)
-                axis.plot(value, y, "o", color=colour(i + 2), ms=5)
+        (share,) = found["kept"].values()
+        low, value, high = (100 * share[key] for key in ("low", "value", "high"))
+        axis.plot([low, high], [y, y], color=COLOURS[2], lw=2)
+        axis.plot(value, y, "o", color=COLOURS[2], ms=5)
     axis.axvline(100, color="0.6", lw=1)
-    axis.set_yticks(range(len(drawn)), list(drawn))
-    axis.set_title("kept of the teacher (%), 95 % interval", fontsize=10, loc="left")
 
 
 def positions(curve: dict[str, list], native: int) -> bytes:
@@ -134,8 +135,8 @@ def passkey(grid: dict[str, list]) -> bytes:
     axes = figure.subplots(1, len(names), squeeze=False, sharey=True)[0]
     for axis, name in zip(axes, names, strict=True):
         image = axis.imshow(grid[name], vmin=0, vmax=1, cmap="RdYlBu", aspect="auto")
-        said = [f"{length:,}" for length in grid["lengths"]]
-        axis.set_xticks(range(len(said)), said, fontsize=8, rotation=45)
+        labels = [f"{length:,}" for length in grid["lengths"]]
+        axis.set_xticks(range(len(labels)), labels, fontsize=8, rotation=45)
         axis.set_title(name, fontsize=10)
     at = range(0, len(depths), step)
     axes[0].set_yticks(at, [f"{100 * depths[i]:.0f} %" for i in at], fontsize=8)

@@ -8,8 +8,8 @@ Passkey.  The share of five-digit keys found, by depth and by length. tokens rea
 length with at least 20 % found, as in the PI paper (32 depths, 10 trials per depth: 320 samples per
 length).
 
-RULER.  A figure per task and length, and their mean per length; beside each stands which RULER it
-is, or that it is not RULER's and why.
+RULER.  A figure per task and length, and their mean per length; each says which RULER it is, or
+that it is not RULER's and why.
 
 Limits.  Figures from fewer samples than the originals' (RULER 500, PI 320 per length) carry a
 standard error to match.
@@ -18,50 +18,21 @@ Source.  RULER 2404.06654; PI 2306.15595; Landmark attention 2305.16300.
 """
 
 import itertools
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from evals import ruler, ruler_tasks
+from evals import pictures, ruler, ruler_tasks
 from evals.generate import generate
 from evals.next_token import batch_tokens
 from evals.report import Scores
+from evals.subject import Subject
 from hub.tokenizer import Tokenizer
 from model import Llama
 
 REACHED = 0.2  # the share of passkeys that makes a length count
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What every model is asked: `samples` prompts of each (length, task) of `able`."""
-
-    tokenizer: Tokenizer
-    able: list[tuple[int, str]]
-    samples: int
-    seed: int
-    folder: Path | None = None  # of RULER's data
-
-    def make(self, task: str, length: int, samples: int | None = None) -> list[ruler.Sample]:
-        def count(text: str) -> int:
-            return len(self.tokenizer.encode(text))
-
-        return ruler.generate(
-            task, length, samples or self.samples, count, seed=self.seed, data_dir=self.folder
-        )
-
-    def ask(
-        self, models: dict[str, Llama], samples: list[ruler.Sample]
-    ) -> Iterator[tuple[str, list[str], np.ndarray]]:
-        """Of each model its name, its answers, and their scores [samples] from 0 to 1."""
-        for name, model in models.items():
-            found = answers(model, self.tokenizer, samples)
-            marks = ruler_tasks.marks(samples[0].task, found, [s.outputs for s in samples])
-            yield name, found, np.asarray(marks)
 
 
 def feasible(
@@ -71,13 +42,13 @@ def feasible(
     samples: int,
     seed: int,
     folder: Path | None,
-) -> tuple[Prompts, list[str]]:
+) -> tuple[ruler.Prompts, list[str]]:
     """(the prompts that can be made, why the others cannot), from one sample each.
 
     Asked before any model reads anything, so that a damaged file or a wrong name costs no GPU time.
     Raises ValueError where no prompt can be made.
     """
-    prompts = Prompts(tokenizer, [], samples, seed, folder)
+    prompts = ruler.Prompts(tokenizer, [], samples, seed, folder)
     lacking = [why for name in names if (why := ruler.missing(name, folder))]
     there = [name for name in names if not ruler.missing(name, folder)]
     for length, task in itertools.product(lengths, there):
@@ -110,11 +81,21 @@ def answers(model: Llama, tokenizer: Tokenizer, samples: list[ruler.Sample]) -> 
     return out
 
 
-def passkey_scores(scores: Scores, models: dict[str, Llama], prompts: Prompts) -> dict:
-    """Adds "passkey at L", for every (L, "passkey") that can be made, and the tokens reached.
+def _ask(
+    subject: Subject, samples: list[ruler.Sample]
+) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Of each model its name, its answers, and their scores [samples] from 0 to 1."""
+    for name, model in subject.models.items():
+        found = answers(model, subject.tokenizer, samples)
+        marks = ruler_tasks.marks(samples[0].task, found, [s.outputs for s in samples])
+        yield name, found, np.asarray(marks)
 
-    Returns the map, {"lengths": [tokens], "depths": [0 .. 1], column: [depth][length] share found}.
+
+def passkey(subject: Subject, scores: Scores) -> None:
+    """Adds "passkey at L", for every (L, "passkey") that can be made, the tokens reached, and the
+    map: {"lengths": [tokens], "depths": [0 .. 1], column: [depth][length] share found}.
     """
+    prompts, models = subject.prompts, subject.models
     lengths = [length for length, task in prompts.able if task == "passkey"]
     depths = np.linspace(0, 1, min(prompts.samples, 32)).tolist()
     grid: dict[str, list] = {"lengths": lengths, "depths": depths}
@@ -123,8 +104,8 @@ def passkey_scores(scores: Scores, models: dict[str, Llama], prompts: Prompts) -
     for length in lengths:
         made = prompts.make("passkey", length)
         about["version"] = made[0].variant
-        for name, _, right in prompts.ask(models, made):
-            scores.add(name, f"passkey at {length}", float(right.mean()), values=right, **about)
+        for name, _, right in _ask(subject, made):
+            scores.add(name, f"passkey at {length}", values=right, **about)
             for d in range(len(depths)):
                 grid[name][d].append(float(right[d :: len(depths)].mean()))
             if right.mean() >= REACHED:
@@ -132,56 +113,42 @@ def passkey_scores(scores: Scores, models: dict[str, Llama], prompts: Prompts) -
     for name in models:
         items = prompts.samples * len(lengths)
         scores.add(name, "passkey, tokens reached", reached[name], items=items, **about)
-    return grid
+    scores.more["passkey"] = grid
+    scores.draw("passkey", pictures.passkey, grid)
 
 
-def ruler_scores(
-    scores: Scores,
-    models: dict[str, Llama],
-    prompts: Prompts,
-    write: Callable[[str, str], None] | None = None,
-) -> None:
-    """Adds "RULER task at L" of every (L, task) that can be made, passkeys apart, and their mean at
-    every L.
-
-    write(name, text): takes a file of the answers.
+def ruler_means(subject: Subject, scores: Scores) -> None:
+    """Adds "RULER task at L" of every (L, task) that can be made, passkeys apart, their mean at
+    every L, and one sentence per task: the version that must be known to read its figure.
     """
+    prompts, columns = subject.prompts, scores.columns
     versions: dict[int, dict[str, str]] = {}
     for length, task in prompts.able:
         if task == "passkey":
             continue
         made = prompts.make(task, length)
         version = versions.setdefault(length, {})[task] = made[0].variant
-        for name, found, right in prompts.ask(models, made):
+        for name, found, right in _ask(subject, made):
             value = ruler_tasks.score(task, found, [s.outputs for s in made]) / 100
             about = {"values": right, "version": version, "seed": prompts.seed}
             scores.add(name, f"RULER {task} at {length}", value, **about)
-            if write:
-                write(f"predictions/{name}.{task}.{length}.jsonl", _items(found, made, right))
+            scores.write_items(f"{name}.{task}.{length}", _items(made, found, right))
     for length, done in versions.items():
         whole = set(done) == set(ruler_tasks.RULER_TASKS)
         kind = "13" if whole else "1 task" if len(done) == 1 else f"{len(done)} tasks"
-        row, items = f"RULER mean of {kind} at {length}", prompts.samples * len(done)
         about = {"version": "; ".join(f"{task}: {variant}" for task, variant in done.items())}
-        for name in models:
-            each = [scores.columns[name][f"RULER {task} at {length}"] for task in done]
-            scores.add(name, row, float(np.mean(each)), items=items, seed=prompts.seed, **about)
+        about |= {"items": prompts.samples * len(done), "seed": prompts.seed}
+        for name in subject.models:
+            each = [columns[name][f"RULER {task} at {length}"] for task in done]
+            scores.add(name, f"RULER mean of {kind} at {length}", np.mean(each), **about)
+    variants = {task: version for done in versions.values() for task, version in done.items()}
+    scores.notes += [f"RULER {task}: {version}." for task, version in variants.items()]
 
 
-def variants(scores: Scores) -> list[str]:
-    """One sentence per RULER task: the version that must be known to read its figure."""
-    found = {}
-    for row, facts in scores.facts.items():
-        if row.startswith("RULER") and not row.startswith("RULER mean"):
-            found[row.split(" at ")[0]] = facts["version"]
-    return [f"{row}: {version}." for row, version in found.items()]
-
-
-def _items(found: list[str], samples: list[ruler.Sample], right: np.ndarray) -> str:
-    """A JSON line per sample: the references, the answer, and what it scored."""
-    lines = []
+def _items(
+    samples: list[ruler.Sample], found: list[str], right: np.ndarray
+) -> Iterator[dict[str, object]]:
+    """Of each sample the references, the answer, and what it scored."""
     for s, answer, r in zip(samples, found, right.tolist(), strict=True):
         row = {"index": s.index, "outputs": s.outputs, "prediction": answer}
-        row |= {"score": r, "tokens": s.length}
-        lines.append(json.dumps(row, ensure_ascii=False))
-    return "\n".join(lines) + "\n"
+        yield row | {"score": r, "tokens": s.length}

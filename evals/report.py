@@ -29,6 +29,7 @@ Limits.  `error` says how far other items would move a figure, not another train
 import json
 import math
 import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +50,10 @@ class Scores:
     dtype: torch.dtype = torch.float32
     command: str = ""
     out: Any = None  # what has write(name, data), or None
+    predictions: bool = False  # also write every item's scores
     facts: dict[str, dict] = field(default_factory=dict)
     values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # row, column: [items]
-    kept: dict[str, dict] = field(default_factory=dict)  # what `retention` found
+    retention: dict[str, dict] = field(default_factory=dict)  # of retention.py
     more: dict = field(default_factory=dict)  # further keys of report.json
     notes: list[str] = field(default_factory=list)  # paragraphs below the table
 
@@ -73,6 +75,15 @@ class Scores:
         fixed = {"items": items, "dtype": dtype, "command": self.command, "stderr": {}}
         about = self.facts.setdefault(row, facts | fixed)
         about["stderr"][column] = None if error is None else float(error)
+
+    def write_items(self, name: str, rows: Iterable[dict]) -> None:
+        if self.out and self.predictions:
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            self.out.write(f"predictions/{name}.jsonl", "".join(lines))
+
+    def draw(self, name: str, picture: Callable[..., bytes], *values) -> None:
+        if self.out:
+            self.out.write(f"{name}.png", picture(*values))
 
     def flat(self) -> list[dict]:
         """The figures as rows of one table, every value a number, a text or None."""
@@ -116,15 +127,15 @@ def table(columns: dict[str, dict[str, float]], shares: dict[str, float]) -> str
     return _aligned(rows)
 
 
-def retention_table(kept: dict[str, dict]) -> str:
+def retention_table(retention: dict[str, dict]) -> str:
     """What `retention` found of the student, in Markdown."""
     rows = [["", "items", "kept of the teacher [95 %]", "recovered [95 %]"]]
-    for row, found in kept.items():
+    for row, found in retention.items():
         (share,), (won,) = found["kept"].values(), found["recovered"].values()
         won = _interval(won, "none lost, or within noise")
         rows.append([row, str(found["items"]), _interval(share, "-"), won])
     notes = []
-    if any("perplexity" in row for row in kept):
+    if any("perplexity" in row for row in retention):
         notes.append("A perplexity's share kept is the teacher's perplexity over the student's.")
     if any(row[2] == "-" for row in rows):
         notes.append("-: the teacher's own score is within noise of 0.")
@@ -196,22 +207,22 @@ def write(out, columns: dict[str, dict[str, float]], about: dict, more: dict | N
 
 def render(scores: Scores, about: dict) -> str:
     """The Markdown of a whole evaluation; also written, with JSON and picture, to scores.out."""
-    columns, kept, shares = scores.columns, scores.kept, recovered(scores.columns)
+    columns, shares = scores.columns, recovered(scores.columns)
     parts = [table(columns, shares)] if any(columns.values()) else []
     parts += [why] if (why := nothing_lost(columns)) else []
-    parts += [retention_table(kept)] if kept else []
+    parts += [retention_table(scores.retention)] if scores.retention else []
     text = "\n\n".join([*parts, *scores.notes])
     if scores.out:
         rows = {row: {name: columns[name].get(row) for name in columns} for row in _rows(columns)}
         body = {"schema": SCHEMA, "columns": list(columns), "rows": rows, "figures": scores.flat()}
         body |= {"recovered": shares, "about": about}
         body |= {"facts": scores.facts} if scores.facts else {}
-        body |= {"retention": kept} if kept else {}
+        body |= {"retention": scores.retention} if scores.retention else {}
         scores.out.write("report.json", _json(body | scores.more))
         scores.out.write("report.md", text + "\n")
         losses = [row for row in rows if row.startswith("loss")]
         percent = [row for row in rows if is_share(row)]
-        scores.out.write("report.png", pictures.bars(columns, losses, percent, shares, kept))
+        scores.draw("report", pictures.bars, columns, losses, percent, shares, scores.retention)
     return text
 
 

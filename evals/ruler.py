@@ -35,6 +35,7 @@ from pathlib import Path
 from evals.ruler_data import FILES, folder_of
 from evals.ruler_draw import RECIPES, Setup, TooLittle, coded_words, sized
 from evals.ruler_tasks import NOISE, named
+from hub.tokenizer import Tokenizer
 
 
 class TooShort(ValueError):
@@ -93,6 +94,24 @@ def generate(
         Sample(task, index, prompt, prefix, outputs, row.max_new_tokens, tokens, depth, variant)
         for index, (tokens, prompt, prefix, outputs, depth) in enumerate(made)
     ]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What every model is asked: `samples` prompts of each (length, task) of `able`."""
+
+    tokenizer: Tokenizer
+    able: list[tuple[int, str]]
+    samples: int
+    seed: int
+    folder: Path | None = None  # of RULER's data
+
+    def make(self, task: str, length: int, samples: int | None = None) -> list[Sample]:
+        def count(text: str) -> int:
+            return len(self.tokenizer.encode(text))
+
+        samples = samples or self.samples
+        return generate(task, length, samples, count, seed=self.seed, data_dir=self.folder)
 
 
 def missing(task: str, data_dir: str | Path | None = None) -> str | None:

@@ -1,7 +1,7 @@
 """RULER's data on disk: word lists, essays and question sets, read as NVIDIA's scripts read them.
 
 FILES says under which names they lie in a folder, and where each is to be had. Without the word
-lists OWN_WORDS stands in, without the essays the caller's noise; each stand-in leaves a note, from
+lists STAND_INS stands in, without the essays the caller's noise; each stand-in leaves a note, from
 which ruler.py names the variant. RULER splits the essays into sentences with nltk, whose answer
 changes with its version, so the split is a file too: FILES has the command that writes it.
 
@@ -28,14 +28,14 @@ FILES = {
     "verblist.txt": WONDERWORDS,
     "english_words.json": f"{RULER_JSON}, fetched with git-lfs (cwe at great lengths only)",
     "PaulGrahamEssays.json": f"running download_paulgraham_essay.py in {RULER_JSON}",
-    SENTENCES: 'running, beside the essays, python -c "import json, re, nltk; '
+    SENTENCES: 'running, in the folder of the essays, python -c "import json, re, nltk; '
     "t = json.load(open('PaulGrahamEssays.json'))['text']; "
     f"json.dump(nltk.sent_tokenize(re.sub(r'\\s+', ' ', t).strip()), open('{SENTENCES}', 'w'))\"",
     "squad.json": "https://rajpurkar.github.io/SQuAD-explorer/dataset/dev-v2.0.json, renamed",
     "hotpotqa.json": "https://huggingface.co/datasets/namlh2004/hotpotqa/resolve/"
     "7e54db4656209750ff487f6fdf8e39a66dba136b/hotpot_dev_distractor_v1.json, renamed",
 }
-OWN_WORDS = {  # the stand-ins where the word lists are absent
+STAND_INS = {  # where the word lists are absent
     "adjectivelist.txt": """
         amber ancient bitter brave brief bright broken calm careful cheap clever cold common crisp
         crooked damp dark deep distant dry dusty early empty faint fair famous fierce flat fresh
@@ -82,14 +82,14 @@ def _json(path: Path):
 
 
 def words_of(folder: Path | None, notes: list[str], *names: str) -> list[list[str]]:
-    """The named lists of data_dir, or OWN_WORDS, and a note, where it has none of them.
+    """The named lists of data_dir, or STAND_INS, and a note, where it has none of them.
 
     Raises FileNotFoundError where it lacks some of them, ValueError for a blank line.
     """
     absent = [name for name in names if not (folder and (folder / name).is_file())]
     if len(absent) == len(names):
         notes.append("own words")
-        return [OWN_WORDS[name].split() for name in names]
+        return [STAND_INS[name].split() for name in names]
     if absent:
         raise FileNotFoundError(
             f"data_dir {folder} lacks {absent[0]}: get it from {FILES[absent[0]]}"
@@ -186,10 +186,10 @@ def essays_of(folder: Path | None, notes: list[str]) -> Callable[[int], list[str
     def first(words: int) -> list[str]:
         rounds, rest = divmod(words, len(ends))
         cut = ends[rest - 1] if rest else 0
-        part = sentences[: bisect_left(starts, cut)]
-        if part:
-            part[-1] = part[-1][: cut - starts[len(part) - 1]]
-        return sentences * rounds + part
+        tail = sentences[: bisect_left(starts, cut)]
+        if tail:
+            tail[-1] = tail[-1][: cut - starts[len(tail) - 1]]
+        return sentences * rounds + tail
 
     return first
 

@@ -5,11 +5,11 @@ formats.py. DATASETS knows the sets that lm-evaluation-harness scores: their lay
 where they come from, which figures are reported (likelihood.py has the formulas) and the harness's
 version.
 
-Names.  A file that is named like a data set, and is in that set's own layout, has the harness's
-prompts, and its figures carry the harness's version. In any other layout the prompts are the file's
-own, and the figures say so.
+Names.  A file that is named like a data set, and is in that set's layout, has the harness's
+prompts, and its figures carry the harness's version. In any other layout the prompts are those of
+the file, and the figures say so.
 
-Limits.  A folder, or "all", means the known names alone; a task of your own is named by its file.
+Limits.  A folder, or "all", means the known names alone; any other task is named by its file.
 
 Source.  lm-evaluation-harness 0.4.13: the tasks' yaml files.
 """
@@ -20,13 +20,11 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from evals.formats import LAYOUTS, Item, listed, number, text
+from evals.formats import LAYOUTS, Item, mmlu_example
 from hub.files import json_lines
 
 ACC, NORMED, PERPLEXITY = "accuracy", "accuracy normed", "perplexity"
-OWN = "own task"
 ENDS = (".jsonl", ".jsonl.gz")
-UTF8 = "utf-8-sig"  # with or without the mark that some editors put first
 
 
 @dataclass(frozen=True)
@@ -106,13 +104,13 @@ def find(words: list[str], folder: Path | None, limit: int | None) -> tuple[list
             file = next((place for place in places if place.is_file()), None)
             if file is None:
                 absent[name] = str(places[0])
-            elif name == word:
+                continue
+            try:
                 found[file] = load(file, limit)
-            else:
-                try:
-                    found[file] = load(file, limit)
-                except ValueError as e:
-                    lacking.append(f"{name}: {e}")
+            except ValueError as e:
+                if name == word:
+                    raise
+                lacking.append(f"{name}: {e}")
     if absent:
         places = " ".join(absent.values())
         made_by = f"made, after pip install datasets, by  {fetch(*absent)}"
@@ -128,15 +126,14 @@ def _places(word: str, folder: Path | None) -> Iterator[tuple[str, list[Path]]]:
     if path.is_file():
         yield word, [path]
         return
-    if word not in DATASETS and word != "all" and not path.is_dir():
+    place, names = folder or Path("."), [word] if word in DATASETS else list(DATASETS)
+    if word not in DATASETS and path.is_dir():
+        place = path
+    elif word not in DATASETS and word != "all":
         known = f"neither a file, a folder, 'all', nor one of {', '.join(DATASETS)}"
         raise ValueError(f"--tasks {word} is {known}; a task is a .jsonl or .jsonl.gz file")
-    place = folder or Path(".")
-    if path.is_dir() and word not in DATASETS:
-        place = path
-    for name in [word] if word in DATASETS else DATASETS:
-        files = [place / f"{n}{end}" for n in (name, *DATASETS[name].names) for end in ENDS]
-        yield name, files
+    for name in names:
+        yield name, [place / f"{n}{end}" for n in (name, *DATASETS[name].names) for end in ENDS]
 
 
 def load(file: Path, limit: int | None = None) -> Task:
@@ -154,6 +151,9 @@ def load(file: Path, limit: int | None = None) -> Task:
     if not items:
         raise ValueError(f"{file} holds no items")
     known = DATASETS.get(name)
+    version = f"own task, {layout}, not lm-eval's prompts"
+    if known and known.layout == layout:
+        version = f"lm-eval {known.version}"
     if known:
         metrics = known.metrics
     elif all(len(item.requests) == 1 for item in items):
@@ -161,14 +161,12 @@ def load(file: Path, limit: int | None = None) -> Task:
     else:
         alike = (d.metrics for d in DATASETS.values() if d.layout == layout)
         metrics = BOTH if layout == "query/choices/gold" else next(alike, ONE)
-    if known and known.layout == layout:
-        return Task(name, items, metrics, f"lm-eval {known.version}")
-    return Task(name, items, metrics, f"{OWN}, {layout}, not lm-eval's prompts")
+    return Task(name, items, metrics, version)
 
 
 def notes(found: list[Task]) -> list[str]:
     """A sentence for each task that is not one of DATASETS: as what its rows were read."""
-    other = [task for task in found if task.version.startswith(OWN)]
+    other = [task for task in found if not task.version.startswith("lm-eval")]
     return [f"{t.name}: {t.version}; evals/formats.py says what that layout asks." for t in other]
 
 
@@ -183,31 +181,25 @@ def _layout(file: Path, line: int, row: dict) -> str:
     )
 
 
-def _made(file: Path, line: int, layout: str, make: Callable, *given):
+def _made(file: Path, line: int, layout: str, make: Callable, *row):
     try:
-        return make(*given)
-    except KeyError as e:
-        raise ValueError(f"{file}, line {line}: not a task row ({layout}), it lacks {e}") from None
-    except (TypeError, AttributeError, ValueError, IndexError) as e:
-        raise ValueError(f"{file}, line {line}: not a task row ({layout}): {e}") from None
+        return make(*row)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as e:
+        why = f", it lacks {e}" if isinstance(e, KeyError) else f": {e}"
+        raise ValueError(f"{file}, line {line}: not a task row ({layout}){why}") from None
 
 
 def _shots(file: Path) -> dict[str, list[str]]:
-    """subject -> its examples in order, from the dev file beside MMLU's."""
+    """subject -> its examples in order, from the dev file that stands with MMLU's."""
     stem = file.name.split(".")[0]
-    beside = [file.with_name(f"{stem}_dev{end}") for end in ENDS]
-    found = next((f for f in beside if f.is_file()), None)
-    if found is None:
+    places = [file.with_name(f"{stem}_dev{end}") for end in ENDS]
+    dev = next((place for place in places if place.is_file()), None)
+    if dev is None:
         raise ValueError(
-            f"{file} needs its five examples in {beside[0]} (or .gz); made by  {fetch('mmlu')}"
+            f"{file} needs its five examples in {places[0]} (or .gz); made by  {fetch('mmlu')}"
         )
-
-    def example(row: dict) -> tuple[str, str]:
-        answer = "ABCD"[number(row, "answer")]
-        return text(row, "subject"), f"{listed(row)} {answer}\n\n"
-
     shots: dict[str, list[str]] = {}
-    for line, row in json_lines(found, "task row"):
-        subject, shown = _made(found, line, "MMLU", example, row)
-        shots.setdefault(subject, []).append(shown)
+    for line, row in json_lines(dev, "task row"):
+        subject, example = _made(dev, line, "MMLU", mmlu_example, row)
+        shots.setdefault(subject, []).append(example)
     return shots

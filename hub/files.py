@@ -2,7 +2,7 @@
 sentence.
 
 What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON. `own`
-names a file of a model's directory, and refuses links that lead out of it. `write_atomic` and
+names a file of a model's directory, and refuses links that lead out of it. `replacing` and
 `atomic_directory` write beside the name, sync and rename: a kill at any moment leaves the old state
 or the new. `disk_sentences` turns a full, read-only or failing disk into one sentence that says
 what is still intact.
@@ -20,6 +20,7 @@ import contextlib
 import errno
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -32,6 +33,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 MAX_JSON = 128 << 20  # bytes; the longest real header seen, of a 405B model, is under 1 MiB
+DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error)  # what reading a packed file may raise
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES)
 
 
@@ -167,36 +169,104 @@ def sync_directory(path: Path) -> None:
     os.close(fd)
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """One file, written beside its name, synced and renamed."""
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    work = Path(name)
+@contextlib.contextmanager
+def replacing(path: Path, work: Path | None = None):
+    """Yields a file to write bytes to, which then takes the name `path`, whole and synced.
+
+    work: the folder that it is written in, on the same file system (None: the file's own).
+    """
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=work or path.parent)
     try:
         with open(fd, "wb") as f:
-            f.write(data.encode() if isinstance(data, str) else data)
+            yield f
             f.flush()
             os.fchmod(f.fileno(), readable())
             os.fsync(f.fileno())
-        work.replace(path)
+        os.replace(name, path)
     finally:
-        work.unlink(missing_ok=True)
+        Path(name).unlink(missing_ok=True)
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raises ValueError where git-lfs left a pointer in the place of the file."""
+    with reading(file), file.open("rb") as f:
+        if f.read(40).startswith(b"version https://git-lfs.github.com/spec"):
+            raise ValueError(
+                f"{file} is a pointer of git-lfs, not the file itself: run `git lfs pull` where it "
+                "was cloned, or download it"
+            )
+
+
+class _Pieces(io.RawIOBase):
+    """A file whose contents come in pieces of bytes."""
+
+    def __init__(self, pieces: Iterator[bytes]):
+        self.pieces, self.left = pieces, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room) -> int:
+        while not self.left:
+            try:
+                self.left = next(self.pieces)
+            except StopIteration:
+                return 0
+        n = min(len(room), len(self.left))
+        room[:n], self.left = self.left[:n], self.left[n:]
+        return n
+
+
+def _unpacked_zstd(file: Path) -> Iterator[bytes]:
+    """A .zst file unpacked, frame by frame. Raises EOFError where it is damaged or cut short.
+
+    The package's own reader stops at the end of the first frame, and takes a frame that is cut
+    short for a whole one.
+    """
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(
+            f"{file} needs the package zstandard: pip install zstandard, or unpack it"
+        ) from None
+    frame = None
+    with file.open("rb") as f:
+        while piece := f.read(1 << 16):
+            while piece:
+                frame = frame or zstandard.ZstdDecompressor().decompressobj()
+                try:
+                    yield frame.decompress(piece)
+                except zstandard.ZstdError as e:
+                    raise EOFError(str(e)) from None
+                piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+    if frame:
+        raise EOFError("it ends in the middle of a frame")
+
+
+def open_text(file: Path, newline: str | None = None) -> io.TextIOBase:
+    """A UTF-8 text file, plain, .gz or .zst, open for reading, without a byte order mark.
+
+    Reading it raises UnicodeDecodeError, or one of DAMAGED.
+    """
+    refuse_pointer(file)
+    given = {"encoding": "utf-8-sig", "newline": newline}
+    packed = file.suffix.lower()
+    if packed == ".gz":
+        return gzip.open(file, "rt", **given)
+    if packed == ".zst":
+        return io.TextIOWrapper(io.BufferedReader(_Pieces(_unpacked_zstd(file))), **given)
+    return file.open(**given)
 
 
 def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
-    """(line number, object) of every line that is not blank of a .jsonl or .jsonl.gz file.
+    """(line number, object) of every line that is not blank of a .jsonl file, plain or packed.
 
     row: what a line is called where it is refused, such as "task row". A byte order mark is
     skipped.
     Raises ValueError naming the line that is no JSON object, or what is wrong with the file.
     """
-    zipped = file.suffix.lower() == ".gz"
     said, it = (f"not a {row}, ", f"not a {row}, it is ") if row else ("", "")
-    encoding = "utf-8-sig"
-    with reading(file):
-        opened = (
-            gzip.open(file, "rt", encoding=encoding) if zipped else file.open(encoding=encoding)
-        )
-    with opened as f:
+    with open_text(file) as f:
         try:
             for number, line in enumerate(f, 1):
                 if not line.strip():
@@ -216,7 +286,7 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
                 yield number, value
         except UnicodeDecodeError as e:
             raise ValueError(f"{file} is not UTF-8 text ({e.reason}); convert it") from None
-        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        except DAMAGED as e:
             raise ValueError(f"{file} is damaged: {e}; get it again") from None
 
 

@@ -10,14 +10,21 @@ in.
 The first that is there is used, a rank file before tokenizer.json where both are (it is faster). A
 family that starts texts with a beginning-of-sequence token gets it from `encode(..., bos=True)`;
 one that does not, gets none: the rule is read from the tokenizer's files, never guessed from the
-family's name.
+family's name. Where there is a tokenizer.json its post-processor is the rule, and `add_bos_token`
+is not read, as in transformers 5; else `add_bos_token` is.
+
+Long texts are encoded in pieces, cut at a space or newline where the ids on both sides are seen to
+be those of the whole, so that memory does not grow with a text.
 
 Refused when it is loaded, in a sentence: a vocabulary with holes or one that is cut short (a rank
-file must end where the special tokens begin, and agree with a tokenizer.json beside it), an id
-outside the model's vocabulary, a splitting rule that does not work, text that cannot be encoded.
+file must end where the special tokens begin, and agree with a tokenizer.json beside it), an id of
+text outside the model's vocabulary, a splitting rule that does not work, text that cannot be
+encoded. A special token beyond the vocabulary, such as a <pad> that was added without a row in the
+embeddings, is taken, as no text produces it, and `note` says so.
 
-Limits.  Special tokens inside a text are read as ordinary characters, so that no document can
-inject one. Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. An id that
+Limits.  Special tokens inside a text are read as ordinary characters ("<|end|>" is seven of them),
+so that no document can inject one; only what a chat template wrote (encode_chat) is read with them.
+ Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. An id that
 the vocabulary lacks, as models with padded embeddings can generate, decodes to nothing. tiktoken's
 time grows with the square of a run without spaces, so runs are cut at 25 000 characters, as in
 LLaMA-3's own code.
@@ -28,10 +35,12 @@ Source.  The formats of tokenizers 0.23, tiktoken 0.14; LLaMA-3's limits.
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from hub import files
@@ -41,6 +50,9 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+PIECE = 1 << 18  # characters of a long text that are encoded at a time
+_CUT = re.compile(r"(?<=\S)[\n ](?=\S)")  # where a text may be cut: after this newline or before it
+_AROUND = 256  # characters on each side of a cut that decide whether it is one
 _LONG_RUN = re.compile(r"\S{25000}|\s{25000}")
 _PROBE = "The quick brown fox's\n\n\tdef f(x):\n    return x + 12345  # na"
 _PROBE += "\u00efve \u2603 \u6771\u4eac\r\n"
@@ -51,7 +63,7 @@ class Tokenizer:
 
     size: the largest id plus 1; bos_id (None: the family uses none); eos_id, which ends a document,
     and stop_ids, any of which ends a generated text; digest: of the files that decide what a text
-    becomes; kind: the library.
+    becomes; kind: the library; path: the model's directory; note: what its export should say.
     """
 
     def __init__(
@@ -64,15 +76,46 @@ class Tokenizer:
         eos_id: int,
         digest: str,
         kind: str,
+        of_text: int | None = None,
+        chat: Callable[[str], list[int]] | None = None,
     ):
+        """of_text: the ids of texts are below it, where special tokens stand beyond.
+
+        chat: encodes with special tokens; None: it cannot.
+        """
         self._encode, self._decode, self._batch, self._known = encode, decode, batch, known
-        self.size, self.bos_id, self.eos_id = max(known) + 1, bos_id, eos_id
-        self.digest, self.kind, self.stop_ids = digest, kind, frozenset({eos_id})
+        self._chat, self.size, self.bos_id, self.eos_id = chat, max(known) + 1, bos_id, eos_id
+        self.of_text, self.digest, self.kind = of_text or self.size, digest, kind
+        self.path, self.note, self.stop_ids = Path(), "", frozenset({eos_id})
+
+    def drop_from(self, size: int, file: Path) -> None:
+        """Forgets the special tokens that a model of `size` embeddings has none for."""
+        beyond = sorted(i for i in self._known if i >= size)
+        self._known = {i for i in self._known if i < size}
+        self.size = max(self._known) + 1
+        self.note = (
+            f"{file.name} names {len(beyond)} special token{'s' * (len(beyond) > 1)} from id "
+            f"{beyond[0]} on, beyond the model's vocab_size {size}: no text produces them, and no "
+            "embedding has them, so do not pad with one"
+        )
 
     def encode(self, text: str, bos: bool = False) -> list[int]:
         first = [self.bos_id] if bos and self.bos_id is not None else []
         with _in_a_sentence("the tokenizer cannot encode a text"):
             return first + self._encode(_whole(text))
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of what a chat template wrote: special tokens are read, and nothing is added.
+
+        Raises ValueError where only a sentencepiece model is there, which cannot.
+        """
+        if self._chat is None:
+            raise ValueError(
+                f"chats need the tokenizer.json of {self.path}; put the one of its Hugging Face "
+                "version there"
+            )
+        with _in_a_sentence("the tokenizer cannot encode a chat"):
+            return self._chat(_whole(text))
 
     def decode(self, ids: list[int]) -> str:
         return self._decode([i for i in ids if i in self._known])
@@ -84,6 +127,34 @@ class Tokenizer:
         with _in_a_sentence("the tokenizer cannot encode a text"):
             return [[*first, *ids, self.eos_id] for ids in self._batch([_whole(t) for t in texts])]
 
+    def encode_long(self, text: str, size: int = PIECE) -> Iterator[list[int]]:
+        """The ids of encode_documents([text])[0], a piece of about `size` characters at a time."""
+        text, start = _whole(text), 0
+        yield [] if self.bos_id is None else [self.bos_id]
+        with _in_a_sentence("the tokenizer cannot encode a text"):
+            while start < len(text):
+                end = self._cut(text, start + size, size)
+                lead = text[max(0, start - _AROUND) : start]  # read again, and its ids dropped
+                before = self._encode(lead) if lead else []
+                ids = self._encode(lead + text[start:end])
+                assert ids[: len(before)] == before, "a cut is where the ids part"
+                yield ids[len(before) :]
+                start = end
+        yield [self.eos_id]
+
+    def _cut(self, text: str, start: int, size: int) -> int:
+        """The first place from `start` on where a text can be cut; its end where there is none."""
+        while start < len(text):
+            for found in islice(_CUT.finditer(text, start), 64):
+                cut = found.end() if found[0] == "\n" else found.start()
+                begin = max(0, cut - _AROUND)
+                left = self._encode(text[begin:cut])
+                around = self._encode(text[begin : cut + _AROUND])
+                if left and around[: len(left)] == left:
+                    return cut
+            start += size
+        return len(text)
+
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory. Raises ValueError naming what is wrong and the remedy."""
@@ -91,19 +162,30 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     config = files.read_json(files.own(path, "config.json"))
     extra = files.own(path, "tokenizer_config.json")
     settings = files.read_json(extra) if extra.is_file() else {}
-    if settings.get("add_bos_token") not in (None, True, False):
-        raise ValueError(f"{extra} has add_bos_token {settings['add_bos_token']!r}; true or false")
+    for name in ("add_bos_token", "add_prefix_space"):
+        if settings.get(name) not in (None, True, False):
+            raise ValueError(f"{extra} has {name} {settings[name]!r}; true or false")
+    tokenizer = _load(path, config, settings)
+    tokenizer.path, tokenizer.stop_ids = path, _stops(path, config, tokenizer.eos_id)
+    return tokenizer
+
+
+def _load(path: Path, config: dict, settings: dict) -> Tokenizer:
+    """By the first of the three formats that is there."""
     fast = files.own(path, "tokenizer.json")
+    for name in ("tokenizer.tiktoken", "tokenizer.model", "tokenizer.json"):
+        if (file := files.own(path, name)).is_file():
+            files.refuse_pointer(file)
     for name in ("tokenizer.tiktoken", "tokenizer.model"):
         file = files.own(path, name)
         if file.is_file() and (ranks := _ranks(file)) is not None:
             beside = _read_fast(fast) if fast.is_file() else None
-            return _probed(_tiktoken(file, ranks, beside, config, settings), file, config)
+            return _probed(_tiktoken(file, ranks, beside, config, settings), file, config, settings)
     if fast.is_file():
-        return _probed(_fast(fast, config, settings), fast, config)
+        return _probed(_fast(fast, config), fast, config, settings)
     file = files.own(path, "tokenizer.model")
     if file.is_file():
-        return _probed(_sentencepiece(file, config, settings), file, config)
+        return _probed(_sentencepiece(file, config, settings), file, config, settings)
     raise ValueError(
         f"{path} has no tokenizer.json, tokenizer.model or tokenizer.tiktoken; copy the model's "
         "own "
@@ -111,22 +193,25 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
 
 
-def _probed(tokenizer: Tokenizer, file: Path, config: dict) -> Tokenizer:
+def _probed(tokenizer: Tokenizer, file: Path, config: dict, settings: dict) -> Tokenizer:
     """Refuses what would end in a traceback or in nonsense later."""
     size = config.get("vocab_size")
-    for name, value in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+    bos = tokenizer.bos_id
+    if bos is None and settings.get("add_bos_token"):
+        bos = config.get("bos_token_id")  # which transformers 4 may add
+    for name, value in (("bos_token_id", bos), ("eos_token_id", tokenizer.eos_id)):
         if not _is_id(value, size) and not (name == "bos_token_id" and value is None):
             raise ValueError(
                 f"config.json beside {file} has {name} {value!r}; it must be an id below its "
                 f"vocab_size, {size}"
             )
-    if type(size) is int and tokenizer.size > size:
+    if type(size) is int and tokenizer.of_text > size:
         raise ValueError(
-            f"{file} has {tokenizer.size} ids, the vocab_size of config.json beside it is {size}: "
-            "they are not one model's"
+            f"{file} has {tokenizer.of_text} ids, the vocab_size of config.json beside it is "
+            f"{size}: they are not one model's"
         )
-    if isinstance(config["eos_token_id"], list):
-        tokenizer.stop_ids = frozenset(config["eos_token_id"])
+    if type(size) is int and tokenizer.size > size:
+        tokenizer.drop_from(size, file)
     with _in_a_sentence(f"{file} cannot be used"):
         ids = tokenizer.encode(_PROBE)
         if not ids or not tokenizer.decode(ids):
@@ -163,14 +248,32 @@ def _in_a_sentence(what: str):
         raise ValueError(f"{what}: {reason}") from None
 
 
+def _stops(path: Path, config: dict, eos: int) -> frozenset[int]:
+    """The end tokens of config.json and generation_config.json, of which LLaMA 3's has several."""
+    file, found = files.own(path, "generation_config.json"), {eos}
+    for given in (config, files.read_json(file) if file.is_file() else {}):
+        ids = given.get("eos_token_id")
+        for i in ids if isinstance(ids, list) else [ids]:
+            if i is not None and type(i) is not int:
+                raise ValueError(
+                    f"{path} has eos_token_id {ids!r} in config.json or generation_config.json; "
+                    "give an id or a list of ids"
+                )
+            found |= {i} if i is not None else set()
+    return frozenset(found)
+
+
 def _eos(config: dict) -> int:
     """Documents are joined with the end token; the first where the family has several."""
     eos = config.get("eos_token_id")
     return eos[0] if isinstance(eos, list) and eos else eos
 
 
-def _read_fast(file: Path):
-    """The `tokenizers` object of a tokenizer.json, without truncation, padding and specials."""
+def _read_fast(file: Path, specials: bool = False):
+    """The `tokenizers` object of a tokenizer.json, without truncation and padding.
+
+    specials: it reads special tokens inside a text; else they are ordinary characters.
+    """
     from tokenizers import Tokenizer as Fast
 
     model = files.read_json(file).get("model")  # a damaged file is refused by name
@@ -181,27 +284,29 @@ def _read_fast(file: Path):
         fast = Fast.from_buffer(file.read_bytes())
         fast.no_truncation()
         fast.no_padding()
-        fast.encode_special_tokens = True  # specials inside a text are ordinary characters
+        fast.encode_special_tokens = not specials
         return fast
 
 
-def _bos_of_fast(fast, config: dict, settings: dict) -> int | None:
-    """What its post-processor puts first, unless tokenizer_config.json says otherwise."""
+def _bos_of_fast(fast) -> int | None:
+    """What its post-processor puts first."""
     bare, whole = fast.encode("a", add_special_tokens=False).ids, fast.encode("a").ids
-    bos = whole[0] if whole[: len(bare)] != bare else None
-    if settings.get("add_bos_token") is False:
-        return None
-    if settings.get("add_bos_token") and bos is None:
-        return config.get("bos_token_id")
-    return bos
+    return whole[0] if whole[: len(bare)] != bare else None
 
 
-def _fast(file: Path, config: dict, settings: dict) -> Tokenizer:
+def _chat_of_fast(file: Path) -> Callable[[str], list[int]]:
+    """What encodes with special tokens; read from the file at its first call."""
+    read = functools.cache(lambda: _read_fast(file, specials=True))
+    return lambda text: read().encode(text, add_special_tokens=False).ids
+
+
+def _fast(file: Path, config: dict) -> Tokenizer:
     fast = _read_fast(file)
     with _in_a_sentence(f"{file} cannot be used"):
-        bos, known = _bos_of_fast(fast, config, settings), set(fast.get_vocab().values())
+        bos, known = _bos_of_fast(fast), set(fast.get_vocab().values())
         if not known:
             raise ValueError("its vocabulary is empty")
+        special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
     return Tokenizer(
         encode=lambda text: fast.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: fast.decode(ids, skip_special_tokens=False),
@@ -213,6 +318,8 @@ def _fast(file: Path, config: dict, settings: dict) -> Tokenizer:
         eos_id=_eos(config),
         digest=hashlib.sha256(file.read_bytes()).hexdigest(),
         kind="tokenizers",
+        of_text=max(known - special, default=-1) + 1,
+        chat=_chat_of_fast(file),
     )
 
 
@@ -286,13 +393,18 @@ def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> 
             start = run.end()
         return out + enc.encode_ordinary(text[start:])
 
-    bos = config.get("bos_token_id")
+    def chat(text: str) -> list[int]:
+        out, start = [], 0
+        for run in _LONG_RUN.finditer(text):
+            out += enc.encode(text[start : run.end()], allowed_special="all")
+            start = run.end()
+        return out + enc.encode(text[start:], allowed_special="all")
+
     if beside is not None:
         _agree(file, encode, beside)
-        if settings.get("add_bos_token") is None:  # its post-processor says what the family does
-            bos = _bos_of_fast(beside, config, settings)
-    if settings.get("add_bos_token") is False:
-        bos = None
+        bos, chat = _bos_of_fast(beside), _chat_of_fast(file.parent / "tokenizer.json")
+    else:
+        bos = None if settings.get("add_bos_token") is False else config.get("bos_token_id")
     return Tokenizer(
         encode=encode,
         decode=enc.decode,
@@ -302,6 +414,8 @@ def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> 
         eos_id=_eos(config),
         digest=digest.hexdigest(),
         kind="tiktoken",
+        of_text=len(ranks),
+        chat=chat,
     )
 
 
@@ -322,6 +436,8 @@ def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
         ) from None
     with _in_a_sentence(f"{file} is neither a tiktoken rank file nor a sentencepiece model"):
         sp = SentencePieceProcessor(model_file=str(file))
+        if settings.get("add_prefix_space") is False:
+            sp.override_normalizer_spec(add_dummy_prefix=False)
     return Tokenizer(
         encode=lambda text: sp.encode(text),
         decode=lambda ids: sp.decode(ids),
@@ -329,6 +445,8 @@ def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
         known=set(range(sp.vocab_size())),
         bos_id=sp.bos_id() if settings.get("add_bos_token", True) and sp.bos_id() >= 0 else None,
         eos_id=_eos(config),
-        digest=hashlib.sha256(file.read_bytes()).hexdigest(),
+        digest=hashlib.sha256(
+            file.read_bytes() + b"bare" * (settings.get("add_prefix_space") is False)
+        ).hexdigest(),
         kind="sentencepiece",
     )

@@ -1,16 +1,23 @@
-"""Runs a Gluon kernel's own source on a CPU, one program after another, with asynchrony made as unkind as it may be.
+"""Runs a Gluon kernel's own source on a CPU, with asynchrony made as unkind as it may be.
 
 Gluon has no interpreter. Here the functions marked `@gluon.jit` run as Python on torch tensors, their `gl`, `tma`,
 `mbarrier` and `warpgroup_mma` replaced by the classes below:
 
     copies of the copy engine   land at once, or only when their barrier is waited for: the buffer holds NaN till then
+    its stores and additions    read shared memory at once, or only when that is waited for; reach memory at once, or only
+                                when that is waited for
     products                    read their operands when issued, or only when they are waited for
+    fences                      what a thread stored in shared memory is for products and the copy engine only after one,
+                                and so is what another program's counter announced for what the copy engine does next
     warp_specialize             every partition is a thread, one of which runs at a time; they change places at each
                                 barrier operation, in an order drawn from a seed
+    programs                    one after another, or `resident` side by side, begun in an order drawn from the seed: a
+                                program begins when one of those before it has ended
 
 So a read before its data, a buffer refilled too early, a wrong phase or count (which would hang: here an error), a wrong
-byte count or a missing fence shows as an error or a wrong result, for any of the seeds. Not seen: barriers between the
-warps of one partition, the copy engine's real encoding, layouts, the launch.
+byte count or a missing fence shows as an error or a wrong result, for any of the seeds; and so do programs that wait for
+each other, or for one that cannot begin. Not seen: barriers between the warps of one partition, the copy engine's real
+encoding, layouts, the launch.
 """
 
 import ast
@@ -26,12 +33,27 @@ class World:
     """What the running program shares: set anew by `run`."""
 
     pid, programs = 0, 1
-    late_copy = late_product = False
+    late_copy = late_product = late_store = False
     chance = random.Random(0)
     barriers = None
-    partition = (
-        threading.local()
-    )  # .queue: products in flight; .dirty: stores without a fence; .turns: its scheduler
+    dirty: dict = {}  # places in shared memory stored to without a fence, and by whom
+    # .queue: products in flight; .stores: the copy engine's stores; .unfenced: whether another
+    # program's counter was read and no fence followed; .turns: its scheduler
+    partition = threading.local()
+
+
+def _enter(turns=None):
+    """A thread of the kernel's begins."""
+    World.partition.queue, World.partition.stores = [], []
+    World.partition.unfenced, World.partition.turns = False, turns
+
+
+def _leave():
+    """It ends. Its stores reach memory all the same; shared memory must have been read."""
+    assert not World.partition.queue, "products left in flight"
+    for store in World.partition.stores:
+        assert store.value is not None, "the copy engine still reads shared memory at the end"
+    written()
 
 
 class Smem:
@@ -48,7 +70,7 @@ class Smem:
 
     def store(self, value):
         self.data.copy_(value)
-        World.partition.dirty.add(self.key)
+        World.dirty[self.key] = threading.get_ident()
 
     def load(self, layout):
         return self.data.clone()
@@ -96,14 +118,15 @@ class Product:
     def __init__(self, a, b, acc, use):
         self.a, self.b, self.acc, self.use, self.value = a, b, acc, use, None
         for z in (a, b):
-            assert not isinstance(z, Smem) or z.key not in World.partition.dirty, (
+            assert not isinstance(z, Smem) or z.key not in World.dirty, (
                 "no fence between store and product"
             )
 
     def run(self):
         if self.value is None:
             a, b = (z.data.float() if isinstance(z, Smem) else z.float() for z in (self.a, self.b))
-            self.value = a @ b + (self.acc if self.use else 0)
+            acc = self.acc.run().value if isinstance(self.acc, Product) else self.acc
+            self.value = a @ b + (acc if self.use else 0)
         return self
 
 
@@ -126,7 +149,56 @@ def warpgroup_mma_wait(n, deps):
 
 
 def fence_async_shared():
-    World.partition.dirty.clear()
+    here = threading.get_ident()
+    World.dirty = {key: thread for key, thread in World.dirty.items() if thread != here}
+
+
+# ---- what programs share in memory
+
+
+class Store:
+    """desc[at ...] = or += source, by the copy engine."""
+
+    def __init__(self, desc, at, source, add):
+        assert source.key not in World.dirty, "no fence between store and copy"
+        assert not World.partition.unfenced, "no fence between another program's and this copy"
+        self.desc, self.at, self.source, self.add = desc, at, source, add
+        self.value = None
+        World.partition.stores.append(self)
+        if not World.late_store:
+            written()
+
+    def read(self):
+        if self.value is None:
+            self.value = self.source.data.clone()
+
+    def write(self):
+        self.read()
+        place = self.desc.matrix[
+            tuple(slice(int(a), int(a) + b) for a, b in zip(self.at, self.desc.block, strict=True))
+        ]
+        assert place.shape == self.value.shape, "out of bounds"
+        place.copy_(place + self.value if self.add else self.value)
+
+
+def written():
+    for store in World.partition.stores:
+        store.write()
+    World.partition.stores.clear()
+
+
+def reduce_add(desc, at, source):
+    Store(desc, at, source, add=True)
+
+
+def await_counter(p, count):
+    count = int(count)
+    turn(lambda: p.storage[int(p.offset)] >= count)
+    World.partition.unfenced = True
+
+
+def after_others():
+    World.partition.unfenced = False
 
 
 # ---- barriers and copies
@@ -202,6 +274,16 @@ class tma:
             s.bytes -= n
             mbarrier._complete(s)
 
+    @staticmethod
+    def async_copy_shared_to_global(desc, at, source):
+        Store(desc, at, source, add=False)
+
+    @staticmethod
+    def store_wait(n):
+        stores = World.partition.stores
+        for store in stores[: len(stores) - n]:
+            store.read()
+
 
 # ---- partitions
 
@@ -217,14 +299,13 @@ class Turns:
         ]
 
     def _body(self, n, function, arguments):
-        World.partition.queue, World.partition.dirty = [], set()
-        World.partition.turns = (self, n)
+        _enter((self, n))
         try:
             with self.lock:
                 self.lock.wait_for(lambda: self.running == n or self.error)
             if not self.error:
                 function(*arguments)
-                assert not World.partition.queue, "products left in flight"
+                _leave()
         except BaseException as e:
             self.error = self.error or e
         finally:
@@ -274,10 +355,11 @@ def turn(condition=None):
 
 
 class _GL:
-    float32, int64, bfloat16, float16 = torch.float32, torch.int64, torch.bfloat16, torch.float16
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    int32, int64 = torch.int32, torch.int64
     static_range = range
 
-    def __getattr__(self, name):  # exp2, log2
+    def __getattr__(self, name):  # exp2, log2, abs
         return getattr(torch, name)
 
     def constexpr(self, x):
@@ -299,7 +381,7 @@ class _GL:
 
     def warp_specialize(self, functions, worker_num_warps, worker_num_regs):
         assert len(functions) - 1 == len(worker_num_warps) == len(worker_num_regs)
-        Turns(functions).run()
+        World.begun.append(functions)
 
     def cdiv(self, a, b):
         return (a + b - 1) // b
@@ -334,7 +416,16 @@ class _GL:
     def where(self, m, a, b):
         return torch.where(m, a, b)
 
-    def load(self, p, mask=None, other=0.0):
+    def atomic_add(self, p, value, sem=None):
+        before = p.storage[int(p.offset)].clone()
+        p.storage[int(p.offset)] += value
+        return before
+
+    def atomic_xchg(self, p, value, sem=None, scope=None):
+        turn()
+        p.storage[int(p.offset)] = int(value)
+
+    def load(self, p, mask=None, other=0.0, cache_modifier=None):
         return (
             p.storage[p.indices(None)]
             if mask is None
@@ -347,11 +438,8 @@ class _GL:
         p.storage[o[mask]] = value[mask]
 
     def allocate_shared_memory(self, dtype, shape, layout):
-        data = (
-            torch.zeros(shape, dtype=dtype)
-            if dtype == torch.int64
-            else torch.full(shape, float("nan"), dtype=dtype)
-        )
+        unset = {torch.int64: 0, torch.int32: 2**31 - 1}.get(dtype, float("nan"))
+        data = torch.full(shape, unset, dtype=dtype)
         return Smem(data, (next(self.names),))
 
     names = iter(range(10**9))
@@ -386,18 +474,59 @@ def kernels(path: Path, changes: tuple[tuple[str, str], ...] = (), **names) -> d
         "warpgroup_mma_wait": warpgroup_mma_wait, "fence_async_shared": fence_async_shared, **names,
     }  # fmt: skip
     exec(compile(tree, str(path), "exec"), space)
+    # in the source: assembly, and a loop that polls
+    space |= {"_reduce_add": reduce_add, "_written": written, "_await": await_counter}
+    space |= {"_after_others": after_others}
     return space
 
 
 def run(
-    kernel, programs: int, *arguments, late_copy=False, late_product=False, seed=0, **constants
+    kernel,
+    programs: int,
+    *arguments,
+    late_copy=False,
+    late_product=False,
+    late_store=False,
+    seed=0,
+    resident=0,
+    **constants,
 ):
-    World.late_copy, World.late_product, World.programs = late_copy, late_product, programs
-    World.chance = random.Random(seed)
-    for World.pid in range(programs):
-        World.partition.queue, World.partition.dirty, World.barriers = [], set(), {}
+    """All programs; resident: how many are side by side, in any order (0: one by one, in theirs)."""
+    World.late_copy, World.late_product, World.late_store = late_copy, late_product, late_store
+    World.programs, World.chance = programs, random.Random(seed)
+    World.barriers, World.dirty = {}, {}
+    order = list(range(programs))
+    if resident:
+        World.chance.shuffle(order)
+    ended = []
+
+    def begin(pid) -> list:
+        """What the program does before its partitions, and these."""
+        World.pid, World.begun = pid, []
+        _enter()
         kernel(*arguments, **constants)
-        assert not World.partition.queue, "products left in flight"
-        assert not any(s.pending or s.bytes for s in World.barriers.values()), (
-            "copies left in flight"
-        )
+        _leave()
+        (functions,) = World.begun
+        return functions
+
+    def partition(position, left, function):
+        def body(*arguments):
+            turn(lambda: len(ended) > position - resident)
+            function(*arguments)
+            left.pop()
+            if not left:
+                ended.append(position)
+
+        return body
+
+    jobs = []
+    for position, pid in enumerate(order):
+        functions = begin(pid)
+        if resident:
+            left = [None] * len(functions)
+            jobs += [(partition(position, left, f), a) for f, a in functions]
+        else:
+            Turns(functions).run()
+    if jobs:
+        Turns(jobs).run()
+    assert not any(s.pending or s.bytes for s in World.barriers.values()), "copies left in flight"

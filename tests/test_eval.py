@@ -23,6 +23,8 @@ from evals import layers as diagnose
 from evals.held_out import HeldOut
 from evals.next_token import block_scores
 from evals.retention import retention
+from evals.ruler import Prompts
+from evals.subject import Subject
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
 from model import Llama, make_student, next_token_loss
@@ -273,15 +275,15 @@ def test_every_prediction_is_scored_once_with_enough_before_it():
 def test_sliding_loss_is_the_definition():
     model, rng = random_model(), np.random.default_rng(0)
     texts = [rng.integers(0, 4095, n) for n in (50, 45)]
-    found = longtext.sliding_loss(model, texts, 16, stride=6)
-    for ids, losses in zip(texts, found, strict=True):
+    for ids in texts:
+        losses = longtext.sliding_loss(model, ids, 16, stride=6)
         for p in range(len(ids) - 1):  # prediction p is of token p + 1
             window = 0 if p < 16 else 6 * math.ceil((p - 15) / 6)
             h = model.hidden(torch.from_numpy(ids[None, window : p + 1]))[:, -1:]
             expected = next_token_loss(model, h, torch.tensor([[ids[p + 1]]]))
             assert losses[p] == pytest.approx(expected.item(), abs=1e-3)
     with pytest.raises(ValueError, match="a window of 128 tokens is shorter than the stride 256"):
-        longtext.sliding_loss(model, texts, 128)
+        longtext.sliding_loss(model, texts[0], 128)
 
 
 def test_documents_are_whole_and_long_enough(tiny_dir, tmp_path):
@@ -298,14 +300,18 @@ def test_documents_are_whole_and_long_enough(tiny_dir, tmp_path):
 
 def test_loss_by_position_and_its_octaves():
     model = random_model()
-    blocks = torch.randint(0, 4095, (3, 65), generator=torch.Generator().manual_seed(0))
+    ids = np.random.default_rng(0).integers(0, 4095, 3 * 64 + 1)
+    corpus = data.Corpus(ids[:0], ids, "noise")
+    blocks = corpus.held_out_blocks(64, 3)
     losses = block_scores(model, blocks)[0].mean(0)
     expected = next_token_loss(
         model, model.hidden(blocks[:, :-1]), blocks[:, 1:], reduction="none"
     ).mean(0)
     assert losses == pytest.approx(expected.numpy(), abs=1e-4)
     scores = report.Scores({"model": {}})
-    curve = longtext.position_scores(scores, {"model": model}, blocks, 16)
+    given = {"native": 16, "lengths": [64], "n_blocks": 3, "corpus": corpus}
+    longtext.loss_by_position(Subject(None, models={"model": model}, **given), scores)
+    curve = scores.more["positions"]
     assert list(scores.columns["model"]) == ["loss in 0-1x", "loss in 1-2x", "loss in 2-4x"]
     assert scores.columns["model"]["loss in 2-4x"] == pytest.approx(losses[32:].mean())
     assert len(curve["positions"]) == len(curve["model"]) == 64
@@ -332,8 +338,9 @@ def oracle(monkeypatch, tiny_dir):
 def test_passkey_map(oracle, tmp_path):
     scores = report.Scores({"model": {}})
     able = [(1024, "passkey"), (1024, "vt"), (2048, "passkey")]
-    asked = prompts.Prompts(oracle, able, 20, 42)
-    grid = prompts.passkey_scores(scores, {"model": random_model()}, asked)
+    asked = Prompts(oracle, able, 20, 42)
+    prompts.passkey(Subject(oracle, prompts=asked, models={"model": random_model()}), scores)
+    grid = scores.more["passkey"]
     assert (
         grid["lengths"] == [1024, 2048]
         and len(grid["depths"]) == 20
@@ -359,7 +366,8 @@ def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp
         return [" ".join(s.outputs[:1]) for s in samples]
 
     monkeypatch.setattr(prompts, "answers", answers)
-    scores, names = report.Scores({"model": {}}), ["vt", "vt_typo", "niah_single_1", "qa_1"]
+    scores = report.Scores({"model": {}}, out=Into(tmp_path), predictions=True)
+    names = ["vt", "vt_typo", "niah_single_1", "qa_1"]
     made, lacking = prompts.feasible(tokenizer, names, [512, 1024], 2, 42, None)
     assert made.able == [
         (512, "niah_single_1"),
@@ -367,7 +375,7 @@ def test_ruler_names_its_variants_and_what_is_missing(tiny_dir, monkeypatch, tmp
         (1024, "vt_typo"),
         (1024, "niah_single_1"),
     ]
-    prompts.ruler_scores(scores, {"model": None}, made, Into(tmp_path).write)
+    prompts.ruler_means(Subject(tokenizer, prompts=made, models={"model": None}), scores)
     assert any("qa_1 needs squad.json" in why for why in lacking)
     assert any("length 512 cannot hold vt:" in why for why in lacking)
     column = scores.columns["model"]

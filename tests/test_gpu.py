@@ -123,6 +123,39 @@ def test_hopper_long_and_repeatable(H, T, D):
 
 
 @on_hopper
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("loud", [0, 400])
+def test_hopper_with_a_token_that_all_look_at(D, loud):
+    """Scores far above a row's pivot (token 400), or in it (token 0): kernel_hopper.py, Forward."""
+    x, y, w = inputs(2, 3, 1000, D, bf16, "BTHD", "cuda")
+    x[:, :, loud] *= 40
+    y[:, :, loud] *= 30
+    first = agree(x, y, w, kernel=kernel_hopper.relation_kl_hopper)
+    assert equal(first, agree(x, y, w, kernel=kernel_hopper.relation_kl_hopper))
+
+
+@on_hopper
+def test_hopper_a_thousand_launches_and_several_streams():
+    """Programs meet at counters in memory: none hangs, none adds out of turn, whoever else runs."""
+    torch.use_deterministic_algorithms(False)
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    cases, differ = [], []
+    for B, H, T, D in ((1, 1, 63, 64), (2, 3, 321, 128), (1, 9, 513, 64), (1, 4, 1000, 128)):
+        x, y, w = inputs(B, H, T, D, bf16, device="cuda")
+        arguments = (x, y, 0.1, 0.1, True, None)
+        numbers = kernel_hopper.forward(*arguments)
+        cases.append((w, *numbers[1:], *arguments))
+    right = [kernel_hopper.backward(*case) for case in cases]
+    torch.cuda.synchronize()
+    for n in range(250):
+        for case, dx in zip(cases, right, strict=True):
+            with torch.cuda.stream(streams[n % 3]):
+                differ.append((kernel_hopper.backward(*case) != dx).any())
+    torch.cuda.synchronize()
+    assert len(differ) == 1000 and not torch.stack(differ).any()
+
+
+@on_hopper
 def test_hopper_costs_nothing_where_student_is_teacher():
     x, _, w = inputs(1, 2, 700, 128, bf16, device="cuda")
     kl, dx = both(lambda x, y: relation_kl(x, y, impl="hopper"), x, x.clone(), w)
@@ -216,13 +249,13 @@ def test_under_autocast():
 def test_in_a_cuda_graph():
     """Recorded once, replayed on other numbers: nothing waits for the GPU, nothing depends on a value."""
     torch.use_deterministic_algorithms(False)  # filling fresh memory is no part of what is recorded
-    lengths = torch.tensor([150, 200], device="cuda")
-    for dtype in (bf16, fp16):
+    short = torch.tensor([150, 200], device="cuda")
+    for dtype, lengths in ((bf16, short), (fp16, short), (bf16, None)):
         x, y, w = inputs(2, 2, 200, 64, dtype, device="cuda")
         x.requires_grad_()
 
-        def step(x=x, y=y, w=w):
-            kl = relation_kl(x, y, lengths=lengths, impl="triton")
+        def step(x=x, y=y, w=w, lengths=lengths):  # without lengths: the chip's own kernels
+            kl = relation_kl(x, y, lengths=lengths)
             return kl.detach(), torch.autograd.grad(kl, x, w)[0]
 
         side = torch.cuda.Stream()
@@ -263,13 +296,16 @@ def test_extra_memory_is_the_gradient_and_a_few_numbers_a_row():
 
 
 @on_hopper
-def test_hopper_extra_memory_is_the_gradient_and_a_few_numbers_a_row():
+@pytest.mark.parametrize("D", [64, 128])
+def test_hopper_extra_memory_is_the_gradient_the_sums_and_a_few_numbers_a_row(D):
     torch.use_deterministic_algorithms(False)
-    H, T, D = 8, 8192, 128
+    H, T = 8, 8192
     x, y, w = inputs(1, H, T, D, bf16, device="cuda")
     x.requires_grad_()
     peak = bench.peak_bytes(lambda x, y: relation_kl(x, y, impl="hopper"), x, y)
-    assert peak <= 2 * H * T * D + 6 * 4 * H * T + 2**20
+    own = kernel_hopper.workspace_bytes(1, H, T, D)
+    assert own <= 1.03 * 4 * H * T * D
+    assert peak <= 2 * H * T * D + own + 6 * 4 * H * T + 2**20
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
@@ -337,8 +373,10 @@ def test_compute_sanitizer_finds_nothing(tool, hopper):
 
 
 # Where data passes from warp to warp through a barrier in shared memory: the compiler's word that
-# tells waiting warps which function to run (it has the kernel's own lines), and the columns' numbers
-HANDED_OVER = {"_forward_kernel", "_backward_kernel", "_fetch", "_column"}
+# tells waiting warps which function to run (it has the kernel's own lines), whether rows are far
+# above their pivots, G and the partial sums
+HANDED_OVER = {"_forward_kernel", "_backward_kernel", "_fetch_forward", "_fetch_backward"}
+HANDED_OVER |= {"_rows_forward", "_any", "_tile", "_column", "_add"}
 
 
 @needs_sanitizer

@@ -6,6 +6,7 @@ losses, weights and states to rounding, under gloo on the CPU.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -170,12 +171,34 @@ def test_sharded_with_recomputation(full, small, text_dir, tmp_path):
     """As if memory were short, so that every layer is computed again in the backward."""
     script = tmp_path / "short.py"
     script.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom engine import "
-        "plan\nplan.needs_checkpointing = lambda *_: True\n"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom engine import fit\nfit.KEEP = 0\n"
         "import train\ntrain.main()\n"
     )
     finish(start(2, small, text_dir, tmp_path / "two", "--shard", script=script))
     same_to_rounding(full, tmp_path / "two")
+
+
+@pytest.mark.parametrize("more", [(), ("--shard",)], ids=["whole", "sharded"])
+def test_a_block_over_two_processes_gives_the_result_of_one(full, small, text_dir, tmp_path, more):
+    """Four processes: a block for each in stage 1, half a block in stage 2."""
+    said = finish(start(4, small, text_dir, tmp_path / "four", *more))
+    same_to_rounding(full, tmp_path / "four")
+    assert "each block over 2 processes" in said
+
+
+def test_a_run_interrupted_on_four_processes_goes_on_with_one(full, small, text_dir, tmp_path):
+    """In the middle of stage 2, whose blocks two processes share."""
+    out = tmp_path / "out"
+    run = start(4, small, text_dir, out)
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > STEPS1):
+        time.sleep(0.01)
+        assert run.poll() is None, run.communicate()
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=120)
+    assert resume.load_info(resume.latest(out / "state"))["total"] > STEPS1
+    finish(start(1, small, text_dir, out, "--resume"))
+    same_to_rounding(full, out)
 
 
 def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
@@ -214,3 +237,61 @@ def test_a_wrong_environment_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(ValueError, match="RANK is 'first'"):
         parallel.World("cpu")
+
+
+@pytest.mark.parametrize(
+    "given, said",
+    [
+        ({"RANK": "1"}, "RANK is 1 of 1 processes"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 of 2 processes"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0 of 0 processes"),
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_PORT": "29500"}, "MASTER_ADDR is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "localhost"}, "MASTER_PORT is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "99999"}, "no port"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "x"}, "PORT is 'x'"),
+        ({"RANK": "²"}, "RANK is '²'"),
+        ({"WORLD_SIZE": "9" * 5000}, "WORLD_SIZE is '9999"),
+        ({"RANK": ""}, "RANK is ''"),
+    ],
+)
+def test_half_of_a_torchrun_is_refused(monkeypatch, given, said):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said) as e:
+        parallel.World("cpu")
+    assert str(e.value).endswith("start several processes with torchrun, or unset it")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "1"},
+        {"LOCAL_RANK": "3"},
+        {"MASTER_ADDR": "nowhere"},
+        {"MASTER_ADDR": "nowhere", "MASTER_PORT": "29500", "LOCAL_RANK": "1"},
+    ],
+)
+def test_what_names_no_other_process_leaves_one(monkeypatch, given):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    world = parallel.World("cpu")
+    assert world.main and (world.rank, world.size) == (0, 1)
+
+
+def test_a_meeting_place_that_is_taken_is_a_sentence(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        given = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        for name, value in (given | {"MASTER_PORT": str(taken.getsockname()[1])}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="2 processes cannot meet at localhost"):
+            parallel.World("cpu")

@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
+import train
 from bench import step as bench_step
-from engine import cost, lora, step
+from engine import cost, lora, plan, step
 from model import TRAINED, make_student
 
 SHAPES = {
@@ -234,3 +235,24 @@ def test_the_named_shapes_have_their_models_size(name, millions):
     assert round(cost.parameters(bench_step.config_of(name))[0] / 1e6) == pytest.approx(
         millions, abs=1
     )
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+@pytest.mark.parametrize("native", [2048, 4096, 8192, 32768, 131072])
+def test_the_defaults_make_sense_from_2k_to_128k(native, kind, gpu):
+    """Enough steps on a GPU, and blocks that the student's context holds."""
+    config = random_model(max_position_embeddings=native).config
+    number = train.defaults(config, config.extended(kind, 8), gpu)
+    steps = {n: number[f"tokens{n}"] / max(number[f"step{n}"], number[f"length{n}"]) for n in "12"}
+    assert number["length1"] <= native and number["length2"] <= 8 * native
+    assert steps["1"] >= plan.FEWEST_STEPS and steps["2"] >= (plan.FEWEST_STEPS if gpu else 4)
+
+
+def test_a_stage_of_few_steps_is_warned_of():
+    config = random_model().config
+    student = config.extended("linear", 8)
+    for steps, warns in ((plan.FEWEST_STEPS - 1, True), (plan.FEWEST_STEPS, False)):
+        stage = cost.Stage("stage2", "next token", 64, 2, steps, 1e-3)
+        text = plan.describe(config, student, [stage], [{}])
+        assert (f"stage2 has {steps} steps" in text and "--tokens2" in text) == warns

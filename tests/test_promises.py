@@ -173,6 +173,28 @@ def test_the_lock_goes_with_the_process(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_without_locks_is_named_and_nothing_stays(tmp_path, monkeypatch, code):
+    def none(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(folder.fcntl, "flock", none)
+    said = "without locks .* local disk" if code != errno.EIO else "cannot write to .*/a/b"
+    with pytest.raises(ValueError, match=said):
+        folder.Folder(tmp_path / "a" / "b", "train.py").__enter__()
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / folder.LOCK).touch()  # left by a killed run
+    (tmp_path / "mine").touch()
+    if code != errno.EIO:
+        for ask in (
+            lambda: folder.check(tmp_path, "--out", "train.py", resume=None, apart={}),
+            lambda: folder.Folder(tmp_path, "train.py").__enter__(),
+        ):
+            with pytest.raises(ValueError, match=r"without locks .* local disk"):
+                ask()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [folder.LOCK, "mine"]
+
+
 def test_a_run_that_came_and_went_meanwhile_is_not_replaced(
     teacher, text_dir, tmp_path, monkeypatch
 ):

@@ -9,7 +9,8 @@ import sys
 import pytest
 import torch
 
-from relation_kl import _exp2, choose, relation_kl
+from kernel_cpu import _exp2
+from relation_kl import choose, relation_kl
 
 
 def inputs(B=2, H=2, T=15, D=8, dtype=torch.float64, seed=0):
@@ -118,7 +119,7 @@ def test_whatever_stands_in_the_padding_changes_nothing(causal):
 
 @pytest.mark.parametrize("cells", [1, 70 * 64 * 3, 2**24])
 def test_how_many_heads_go_together_changes_nothing(monkeypatch, cells):
-    monkeypatch.setitem(sys.modules["relation_kl"].CELLS, "cpu", cells)
+    monkeypatch.setitem(sys.modules["kernel_cpu"].CELLS, "cpu", cells)
     x, y = inputs(B=2, H=4, T=70)
     for ours, reference in zip(
         value_and_grad(x, y, impl="tiled"), value_and_grad(x, y, impl="dense"), strict=True
@@ -159,15 +160,16 @@ def test_dense_gradient_is_equation_3():
 @pytest.mark.parametrize("T", [1, 15, 63, 100, 257])
 @pytest.mark.parametrize("D", [8, 64, 80, 128])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-def test_tiled_equals_dense(T, D, causal):
+def test_strips_and_tiled_equal_dense(T, D, causal):
     x, y = inputs(T=T, D=D)
     for lengths in (None, torch.tensor([T, 0]), torch.tensor([max(1, T - 7), 1])):
-        for ours, reference in zip(
-            value_and_grad(x, y, causal=causal, lengths=lengths, impl="tiled"),
-            value_and_grad(x, y, causal=causal, lengths=lengths, impl="dense"),
-            strict=True,
-        ):
-            torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
+        options = {"causal": causal, "lengths": lengths}
+        expected = value_and_grad(x, y, impl="dense", **options)
+        for impl in ("strips", "tiled"):
+            for ours, reference in zip(
+                value_and_grad(x, y, impl=impl, **options), expected, strict=True
+            ):
+                torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -195,7 +197,7 @@ def test_gradcheck_in_float64():
         )
 
 
-@pytest.mark.parametrize("impl", ["dense", "tiled"])
+@pytest.mark.parametrize("impl", ["dense", "strips", "tiled"])
 class TestProperties:
     def test_never_negative(self, impl):
         x, y = inputs(T=70)
@@ -266,17 +268,19 @@ class TestProperties:
 @pytest.mark.parametrize("rows", [1, 16, 64])
 def test_many_strips_keep_every_rule(rows, monkeypatch):
     """The lengths above are one or two strips as shipped."""
+    monkeypatch.setattr(sys.modules["kernel_cpu"], "BT", rows)
     monkeypatch.setattr(sys.modules["relation_kl"], "BT", rows)
     test_gradcheck_in_float64()
     test_a_row_much_wider_than_exp_reaches_is_right()
     test_tiled_error_is_at_most_twice_that_of_low_precision_eager(torch.float32, 3.0)
     test_tiled_error_is_at_most_twice_that_of_low_precision_eager(torch.bfloat16, 0.0)
     for causal in (True, False):
-        test_tiled_equals_dense(100, 8, causal)
+        test_strips_and_tiled_equal_dense(100, 8, causal)
         test_whatever_stands_in_the_padding_changes_nothing(causal)
     for name in dir(TestProperties):
         if name.startswith("test_"):
-            getattr(TestProperties(), name)("tiled")
+            for impl in ("strips", "tiled"):
+                getattr(TestProperties(), name)(impl)
 
 
 @pytest.mark.parametrize("T", [3, 7, 10, 127, 129, 300])
@@ -334,27 +338,35 @@ def test_refusals_name_the_value(change, said):
 
 
 MEASURE = """
-import resource, sys, torch
+import re, sys, torch
+from pathlib import Path
 from relation_kl import relation_kl
+def peak():  # KiB; getrusage's would begin with the parent's
+    return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 torch.set_num_threads(1)
 T = int(sys.argv[1])
 x = torch.randn(1, 4, T, 64).requires_grad_()
 y = torch.randn(1, 4, T, 64)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-relation_kl(x, y, impl="tiled").sum().backward()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+before = peak()
+relation_kl(x, y, impl=sys.argv[2]).sum().backward()
+print(peak() - before)
 """
 
 
-def test_tiled_memory_grows_linearly():
+@pytest.mark.parametrize("impl, heads", [("strips", 4), ("tiled", 1)])
+def test_memory_grows_linearly(impl, heads):
     """Peak extra memory at 4 x T is at most 4 x as much (dense: 16 x), in fresh processes."""
 
     def extra(T: int) -> int:
         out = subprocess.run(
-            [sys.executable, "-c", MEASURE, str(T)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", MEASURE, str(T), impl],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return int(out.stdout)
 
     small, large = extra(2048), extra(8192)
     assert large <= 4 * small + 8 * 1024, f"{small} KiB at 2048, {large} KiB at 8192"
-    assert large * 1024 < 8192 * 8192 * 4, "less than one dense float32 matrix of one head"
+    assert large * 1024 < heads * 8192 * 8192 * 4, "less than one dense float32 matrix of `heads`"

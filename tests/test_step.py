@@ -1,12 +1,17 @@
 """The fast path of a step equals the plain losses, in loss and in every gradient."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import random_model
 
-from engine import cost, lora, step
-from model import TRAINED, make_student, trainable
+from engine import cost, lora, offload, parallel, sequence, step
+from engine import tiles as tiles_file
+from engine.tiles import Tiles
+from model import TRAINED, make_student, next_token_loss, trainable
 from relation_kl import relation_kl
 
 T, VOCAB = 50, 512
@@ -126,3 +131,159 @@ def test_a_gradient_is_clipped_by_the_norm_that_finish_returns():
     assert float(made.finish()) == pytest.approx(float(norm) / 4, rel=1e-4)
     made.zero()
     assert all(w.grad is None or not w.grad.any() for w in made.weights)
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
+@pytest.mark.parametrize("kind, kl_weight", [("linear", 1.0), ("yarn", 0.0)])
+@pytest.mark.parametrize("objective", PLAIN)
+def test_tiles_give_the_loss_and_the_gradient_of_the_whole(
+    objective, kind, kl_weight, rank, monkeypatch
+):
+    """In float64, to rounding: ragged tiles, a host's stack with ragged chunks, with and without
+    attention's output kept.
+    """
+    monkeypatch.setattr(offload, "CHUNK", 3000)
+    monkeypatch.setattr(tiles_file, "ROWS", 200)  # two calls of attention
+    teacher, student = models(kind, rank, torch.float64)
+    how = {"dtype": torch.float64, "kl_weight": kl_weight}
+    expected = values_and_gradients(step.Step(teacher, student, {}, **how), objective)
+    for tokens, on_gpu, outputs in ((14, 0, 3), (100, 1, 2), (7, 3, 0)):
+        tiles = Tiles(tokens, on_gpu, outputs)
+        found = values_and_gradients(step.Step(teacher, student, {}, tiles=tiles, **how), objective)
+        for x, y in zip(found, expected, strict=True):
+            assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3)
+
+
+CASES = {  # objective, positions, adapters, blocks, T, sharded, tiles
+    "stage 2": ("next token", "linear", None, 1, T, False, None),
+    "stage 1": ("relation", "yarn", None, 1, T, False, None),
+    "adapters in tiles": ("next token", "yarn", 4, 1, 49, False, Tiles(7, 1, 2)),
+    "two blocks": ("relation", "linear", 4, 2, T, False, Tiles(20, 0, 0)),
+    "sharded": ("relation", "linear", None, 1, 47, True, Tiles(20, 1, 3)),
+    "sharded adapters": ("next token", "linear", 4, 2, T, True, Tiles(20, 0, 3)),
+}
+
+
+def share_of(case: tuple, world) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """What one process has of a step, made whole: values, gradients, norm; the tokens' losses."""
+    objective, kind, adapters, blocks, T, sharded, tiles = case
+    teacher, student = models(kind, adapters, torch.float64)
+    units = parallel.shard(teacher, student, world, torch.float64) if sharded else None
+    how = {"dtype": torch.float64, "world": world, "units": units, "tiles": tiles}
+    made = step.Step(teacher, student, {}, **how)
+    stage = cost.Stage("stage", objective, T, blocks, 1, 1e-3, objective == "relation")
+    P = sequence.processes_per_block(blocks, world.size)
+    mine = IDS[:blocks, : T + 1].chunk(world.size // P)[world.rank // P]
+    made.zero()
+    values = [v.clone() for v in made.backward(stage, mine, 1.0, True)]
+    norm = made.finish()
+    gradients = [parallel.whole(w.grad) for w in made.weights]
+    made.close()
+    for value in values if world.size > 1 else ():
+        dist.all_reduce(value)
+    measured = step.token_losses(student, mine, torch.float64, P) if P > 1 else None
+    return [v / world.size for v in values] + gradients + [norm], measured
+
+
+def _process(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=size)
+    world = SimpleNamespace(size=size, rank=rank, device=torch.device("cpu"))
+    found = {name: share_of(case, world) for name, case in CASES.items()}
+    if rank == 0:
+        torch.save(found, f"{folder}/found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_block_over_several_processes_is_that_of_one(size, tmp_path):
+    """In float64 under gloo: one loss, one gradient, one norm, to 1e-12; T ragged; two key/value
+    heads over four processes; sharded or not.
+    """
+    torch.multiprocessing.spawn(_process, (size, str(tmp_path)), nprocs=size)
+    found = torch.load(tmp_path / "found.pt")
+    for name, (objective, kind, adapters, blocks, T, _, _) in CASES.items():
+        alone = SimpleNamespace(size=1, rank=0)
+        whole = objective, kind, adapters, blocks, T, False, None
+        expected, _ = share_of(whole, alone)
+        figures, measured = found[name]
+        for x, y in zip(figures, expected, strict=True):
+            assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3), name
+        if measured is not None:
+            _, student = models(kind, adapters, torch.float64)
+            ids = IDS[: len(measured), : T + 1]
+            h = student.hidden(ids[:, :-1], torch.float64)
+            losses = next_token_loss(student, h, ids[:, 1:], reduction="none")
+            assert (measured - losses).abs().max() <= 1e-12, name
+
+
+@pytest.mark.parametrize(
+    "heads, key_heads, P, said",
+    [
+        (32, 8, 16, None),
+        (9, 3, 3, None),
+        (9, 3, 2, "9 heads"),
+        (12, 3, 2, None),
+        (6, 6, 4, "6 head"),
+    ],
+)
+def test_heads_that_cannot_be_dealt_out_are_refused_by_name(heads, key_heads, P, said):
+    c = SimpleNamespace(n_head=heads, n_kv_head=key_heads)
+    if said is None:
+        return sequence.refuse_heads(c, P)
+    with pytest.raises(ValueError, match=said):
+        sequence.refuse_heads(c, P)
+
+
+def test_blocks_and_processes_must_go_into_each_other():
+    assert [sequence.processes_per_block(b, 4) for b in (8, 4, 2, 1)] == [1, 1, 2, 4]
+    with pytest.raises(ValueError, match="batch is 3 and there are 4 processes"):
+        sequence.processes_per_block(3, 4)
+
+
+@pytest.mark.parametrize("objective", PLAIN)
+def test_tiles_in_bfloat16_are_as_exact_as_the_whole(objective):
+    """Against float64: the error of the loss and of all gradients, at most twice the untiled's."""
+
+    def run(dtype, tiles):
+        teacher, student = models("yarn", None, torch.float32)
+        teacher = teacher.to(torch.bfloat16).to(dtype)  # the same numbers in each
+        masters = trainable(student)
+        student = make_student(teacher, student.config)
+        for name, w in trainable(student).items():
+            w.data = masters[name].data.to(torch.float64 if dtype == torch.float64 else w.dtype)
+        made = step.Step(teacher, student, {}, dtype=dtype, tiles=tiles)
+        values = values_and_gradients(made, objective)
+        return torch.cat([v.double().flatten() for v in values])
+
+    exact = run(torch.float64, None)
+    whole, tiled = run(torch.bfloat16, None), run(torch.bfloat16, Tiles(14, 1, 2))
+    assert (tiled - exact).norm() <= 2 * (whole - exact).norm()
+    assert torch.equal(tiled, run(torch.bfloat16, Tiles(14, 1, 2))), "the same bits twice"
+
+
+def test_the_noise_of_adapters_is_the_same_in_forward_and_backward():
+    """In tiles, dropout and all: the gradient is that of the loss, by finite differences."""
+    teacher, student = models("linear", 4, torch.float64)
+    for layer in student.model.layers:
+        for name in TRAINED:
+            getattr(layer.self_attn, name).dropout = 0.3
+    made = step.Step(teacher, student, {}, dtype=torch.float64, dropout=0.3, tiles=Tiles(14, 0, 1))
+    stage, w = stage_of("next token"), made.weights[0]
+    direction = torch.randn(w.shape, dtype=w.dtype, generator=torch.Generator().manual_seed(0))
+
+    def loss(shift: float) -> float:
+        torch.manual_seed(5)
+        w.data += shift * direction
+        with torch.no_grad():
+            (value,) = made.losses(stage, IDS)
+        w.data -= shift * direction
+        return value.item()
+
+    torch.manual_seed(5)
+    made.zero()
+    (value,) = made.backward(stage, IDS, 1.0, True)
+    slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+    assert value.item() == loss(0.0)
+    assert (w.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6)

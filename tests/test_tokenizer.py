@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import TEACHER
+from conftest import ROOT, TEACHER
 
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
@@ -231,3 +231,149 @@ def test_code_references_of_a_generation_config_do_not_survive(tmp_path):
     (tmp_path / "to").mkdir()
     checkpoint._copy_tokenizer(path, tmp_path / "to", 32)
     assert json.loads((tmp_path / "to" / "generation_config.json").read_text()) == {"top_k": 5}
+
+
+# ---- special tokens beyond the embeddings, several end tokens, prefixes, pieces, pointers
+
+
+def added(path: Path, content: str, special: bool, at: int = 4096) -> Path:
+    """One more added token in tokenizer.json."""
+    whole = json.loads((TEACHER / "tokenizer.json").read_text())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    whole["added_tokens"].append({"id": at, "content": content, "special": special, **flags})
+    (path / "tokenizer.json").write_text(json.dumps(whole))
+    return path
+
+
+def test_a_special_token_beyond_the_embeddings_is_taken_and_said(tmp_path):
+    """As meta's LLaMA-2 with <pad>: no text can produce it."""
+    path = added(directory(tmp_path), "<pad>", special=True)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.size == 4096 and tokenizer.decode([4096]) == ""
+    assert max(tokenizer.encode("a <pad> b")) < 4096
+    assert "1 special token from id 4096 on" in tokenizer.note and "4096:" in tokenizer.note
+    assert load_tokenizer(directory(tmp_path / "plain", "tokenizer.json")).note == ""
+
+
+def test_a_token_of_text_beyond_the_embeddings_is_refused(tmp_path):
+    path = added(directory(tmp_path), "<pad>", special=False)
+    with pytest.raises(ValueError, match=r"has 4097 ids, .* 4096: they are not one model's"):
+        load_tokenizer(path)
+
+
+def test_special_tokens_of_a_rank_file_beyond_the_embeddings_are_taken(tmp_path):
+    path = directory(tmp_path, "tokenizer.tiktoken")
+    more = {"4095": {"content": "<|end|>"}, "4096": {"content": "<a>"}, "4097": {"content": "<b>"}}
+    settings(path, added_tokens_decoder=more)
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.size == 4096 and "2 special tokens from id 4096 on" in tokenizer.note
+
+
+@pytest.mark.parametrize(
+    "of_config, of_generation, stops",
+    [
+        (4095, None, {4095}),
+        ([4095, 7], None, {4095, 7}),
+        (4095, [7, 9], {4095, 7, 9}),
+        ([7], 4095, {4095, 7}),
+        (4095, "absent", {4095}),
+    ],
+)
+def test_every_end_token_stops(tmp_path, of_config, of_generation, stops):
+    path = directory(tmp_path, "tokenizer.json", eos_token_id=of_config)
+    if of_generation != "absent":
+        given = {"eos_token_id": of_generation}
+        (path / "generation_config.json").write_text(json.dumps(given))
+    tokenizer = load_tokenizer(path)
+    first = of_config[0] if isinstance(of_config, list) else of_config
+    assert tokenizer.stop_ids == frozenset(stops) and tokenizer.eos_id == first
+    assert tokenizer.encode_documents(["a"])[0][-1] == first
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_end_tokens_that_are_none_are_refused(tmp_path, where):
+    path = directory(tmp_path, "tokenizer.json")
+    old = json.loads((path / "config.json").read_text()) if where == "config.json" else {}
+    (path / where).write_text(json.dumps(old | {"eos_token_id": [4095, "x"]}))
+    with pytest.raises(ValueError, match=r"eos_token_id \[4095, 'x'\]"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.tiktoken", "tokenizer.model"])
+def test_a_pointer_of_git_lfs_is_no_tokenizer(tmp_path, name):
+    path = directory(tmp_path)
+    (path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=f"{name} is a pointer of git-lfs.*git lfs pull"):
+        load_tokenizer(path)
+
+
+VOCABULARIES = ROOT / ".venv" / "vocabularies"
+MISTRAL = VOCABULARIES / "mistral_common" / "data" / "tokenizer.model.v1"
+needs_vocabularies = pytest.mark.skipif(
+    not VOCABULARIES.is_dir(), reason="`make test` installs the vocabularies"
+)
+
+
+@needs_vocabularies
+def test_sentencepiece_without_a_prefix_space(tmp_path):
+    """transformers 4.57 and 5.23 give 28708 (a bare "a") for it, 264 ("a" after a space) else."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = directory(tmp_path, vocab_size=32000, eos_token_id=2)
+    shutil.copyfile(MISTRAL, path / "tokenizer.model")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL))
+    digests = set()
+    for given in ({}, {"add_prefix_space": True}, {"add_prefix_space": False}):
+        (path / "tokenizer_config.json").write_text(json.dumps(given))
+        tokenizer, bare = load_tokenizer(path), given.get("add_prefix_space") is False
+        assert tokenizer.encode("a b  c") == [28708 if bare else 264, 287, 28705, 277]
+        assert tokenizer.encode("\na") == ([13, 28708] if bare else theirs.encode("\na"))
+        assert tokenizer.decode(tokenizer.encode("a b  c")) == "a b  c"
+        digests.add(tokenizer.digest)
+    assert len(digests) == 2, "another text, another cache"
+    (path / "tokenizer_config.json").write_text('{"add_prefix_space": "no"}')
+    with pytest.raises(ValueError, match="add_prefix_space 'no'; true or false"):
+        load_tokenizer(path)
+
+
+def real(tmp_path: Path, name: str) -> Path:
+    """A real tokenizer's directory."""
+    if name.startswith("demo"):
+        return directory(tmp_path, f"tokenizer.{name.split()[1]}")
+    source, target, ids = {
+        "llama3": ("llama_models/llama3/tokenizer.model", "tokenizer.model", 128000),
+        "qwen": ("dashscope/resources/qwen.tiktoken", "tokenizer.tiktoken", 151643),
+        "mistral": ("mistral_common/data/tokenizer.model.v1", "tokenizer.model", 2),
+    }[name.split()[0]]
+    path = directory(tmp_path, vocab_size=200_000, eos_token_id=ids)
+    if not VOCABULARIES.is_dir():
+        pytest.skip("`make test` installs the vocabularies")
+    shutil.copyfile(VOCABULARIES / source, path / target)
+    if name == "mistral bare":
+        (path / "tokenizer_config.json").write_text('{"add_prefix_space": false}')
+    return path
+
+
+TEXTS = {
+    "code": (ROOT / "model.py").read_text(),
+    "prose": (ROOT / "LOG.md").read_text() * 2,
+    "blank": "a \n\n b\t\n  c   d\n\n\n" * 900 + "end  \n",
+    "digits": "12345678901234567890 3.14159 " * 500 + "\n1234\n5678" * 300,
+    "east": "東京は日本の首都です。\n人口は多い。 " * 400,
+    "no cut": "東京は日本の首都です。" * 600,
+    "signs": "naïve ☃\u0301 'tis I'm don't;\n\r\n x\u00a0y \u3000z\n" * 300,
+    "long runs": ("x" * 26_000 + " " + "y-" * 13_000 + "\n" + " " * 26_000 + "z\n") * 2,
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["demo json", "demo tiktoken", "llama3", "qwen", "mistral", "mistral bare"]
+)
+def test_pieces_have_the_ids_of_the_whole(tmp_path, name):
+    tokenizer = load_tokenizer(real(tmp_path, name))
+    for kind, text in TEXTS.items():
+        whole = tokenizer.encode_documents([text])[0]
+        for size in (300, 4001):
+            pieces = list(tokenizer.encode_long(text, size))
+            assert [i for ids in pieces for i in ids] == whole, f"{kind}, {size}"
+            if kind not in ("no cut", "long runs", "blank"):
+                assert len(pieces) > len(text) // size // 2, f"{kind} is cut"

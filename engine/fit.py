@@ -1,0 +1,221 @@
+"""How a step uses the memory that is free: what is kept, what is computed again, what waits on the
+host.
+
+What.  In this order, as each costs more time than the one before:
+
+    keep             all that the backward needs, as many blocks at a time as fill 8192 tokens
+    fewer blocks     at a time, down to FEWEST_TOKENS
+    recompute        every layer again in its backward, many blocks at a time or fewer
+    tiles            of tokens, a block at a time (engine/tiles.py): inputs of the last layers and
+                     their attention outputs on the GPU, of those before in the host's memory, as
+                     many outputs as there is room for; the others are computed again
+
+Where recomputing attention would cost more than projections twice, which long blocks come to, tiles
+that keep all outputs on the GPU go before recompute. With more processes than blocks a block is cut
+over several (engine/sequence.py), and always done in tiles.
+
+Where nothing fits, one sentence says what would: the longest block, or how many GPUs.
+
+Limits.  A forecast (engine/cost.py), to some 5 % of the allocator's peak where it was measured.
+KEEP and ROOM leave what it loses between its blocks.
+
+Source.  The measured steps and peaks: LOG.md.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+import torch
+
+from engine import cost
+from engine.cost import Stage, at_a_time
+from engine.sequence import processes_per_block, refuse_heads
+from engine.tiles import Tiles
+from model import LlamaConfig
+from precision import attention_dtype
+
+# Fewer tokens at a time might not fill a GPU. At 7B, 4096 at a time and nothing computed twice took
+# 2.3 s per step, where 8192 and all layers twice took 3.6 (bench step, H100).
+FEWEST_TOKENS = 4096
+KEEP = 0.85  # of free memory, up to which nothing is computed again
+ROOM = 0.92  # up to which a step is begun at all
+HOST = 0.85  # of the host's
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a stage's step uses the memory that is free."""
+
+    micro: int  # blocks at a time
+    checkpointing: bool  # layers are computed again in the backward
+    need: dict[str, int]  # bytes by part, at the peak
+    tiles: Tiles | None = None
+    P: int = 1  # processes that share a block
+
+    def describe(self, layers: int) -> str:
+        """One line: what is kept, and where."""
+        blocks = f"{self.micro} block{'s' * (self.micro > 1)} at a time"
+        if self.P > 1:
+            blocks = f"each block over {self.P} processes, {blocks}"
+        if not self.tiles:
+            again = "every layer again in its backward" if self.checkpointing else "nothing twice"
+            return f"{blocks}, {again}"
+        outputs, on_gpu = self.tiles.outputs, self.tiles.on_gpu
+        where = f"inputs of {on_gpu} layers on the device"
+        if on_gpu < layers:
+            where += f" and of {layers - on_gpu} on the host ({self.tiles.host / 2**30:.3g} GiB)"
+        return (
+            f"{blocks}, in tiles of {self.tiles.tokens:,} tokens, {where}; attention again in "
+            f"{layers - outputs} of {layers} layers"
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a process of a run has, and what it runs."""
+
+    c: LlamaConfig
+    dtype: torch.dtype
+    device: torch.device
+    rank: int | None  # of adapters
+    shard: bool
+    processes: int
+    free: int  # bytes of the device's memory
+    host: int  # bytes of the host's that this process may take; 0 where the device is the host
+
+    def shards(self) -> int:
+        """Over how many processes the models are cut."""
+        return self.processes if self.shard else 1
+
+
+def host_share(device: torch.device) -> int:
+    """Bytes of the host's memory that one of this machine's processes may take for a device's."""
+    if device.type != "cuda":
+        return 0
+    return int(HOST * cost.free_host_memory()) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def settle(m: Machine, stage: Stage, micro: int | None) -> Fit:
+    """The first of the module's ways that fits. micro: --micro.
+
+    Raises ValueError, with what would fit, where none does.
+    """
+    P = processes_per_block(stage.batch, m.processes)
+    if P > 1:
+        refuse_heads(m.c, P)
+    found = _first(m, stage, micro, P)
+    if found is None:
+        raise ValueError(refusal(m, stage, micro, P))
+    return found
+
+
+def _first(m: Machine, stage: Stage, micro: int | None, P: int) -> Fit | None:
+    if P == 1:
+        per_rank = stage.batch // m.processes
+        most = at_a_time(stage, micro, per_rank)
+        counts = [most]
+        while not micro and counts[-1] // 2 * stage.T >= FEWEST_TOKENS:
+            counts.append(counts[-1] // 2)
+        for blocks in counts:
+            if _total(need := _need(m, stage, blocks, False, per_rank)) <= KEEP * m.free:
+                return Fit(blocks, False, need)
+        tiled = _tiled(m, stage, micro, P)
+        c = m.c
+        long = 2 * c.width * (c.n_head + 2 * c.n_kv_head) / c.n_head < stage.T
+        if tiled and long and tiled.tiles.on_gpu == tiled.tiles.outputs == c.n_layer:
+            return tiled
+        for blocks in [most] if micro else range(most, 0, -1):
+            if _total(need := _need(m, stage, blocks, True, per_rank)) <= ROOM * m.free:
+                return Fit(blocks, True, need)
+        return tiled
+    return _tiled(m, stage, micro, P)
+
+
+def _need(
+    m: Machine,
+    stage: Stage,
+    blocks: int,
+    checkpointing: bool,
+    per_rank: int,
+    tiles: Tiles | None = None,
+    P: int = 1,
+) -> dict[str, int]:
+    ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
+    attention = attention_dtype(m.dtype, m.device)
+    more = m.rank, m.shards(), attention, per_rank, tiles, P
+    parts = cost.memory(m.c, stage, m.dtype, blocks, checkpointing, *more)
+    return parts | {"a step's ids": 8 * per_rank * ids}
+
+
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _tiled(m: Machine, stage: Stage, micro: int | None, P: int) -> Fit | None:
+    """With as many of attention's outputs kept as there is room for, here or on the host."""
+    per_rank, blocks = stage.batch * P // m.processes, micro or 1
+    L = m.c.n_layer
+
+    def fit(on_gpu: int, outputs: int) -> Fit:
+        tiles = Tiles(on_gpu=on_gpu, outputs=outputs)
+        need = _need(m, stage, blocks, False, per_rank, tiles, P)
+        host = cost.host_bytes(m.c, stage, m.dtype, blocks, tiles, P)
+        return Fit(blocks, False, need, dataclasses.replace(tiles, host=host), P)
+
+    for outputs in range(L, -1, -1):
+        for on_gpu in range(L, -1, -1):
+            tried = fit(on_gpu, outputs)
+            if tried.tiles.host > m.host:
+                break  # fewer on the GPU are more on the host
+            if _total(tried.need) <= ROOM * m.free:
+                return tried
+    return None
+
+
+def refusal(m: Machine, stage: Stage, micro: int | None, P: int) -> str:
+    """One sentence: what the least that a step can do with needs, what is free, what would fit."""
+    least = Tiles(on_gpu=0 if m.host else m.c.n_layer)
+    per_rank = stage.batch * P // m.processes
+    need = _total(_need(m, stage, micro or 1, False, per_rank, least, P)) / ROOM
+    said = f"{stage.name} needs about {need / 2**30:.1f} GiB and {m.free / 2**30:.1f} GiB are free"
+    if host := cost.host_bytes(m.c, stage, m.dtype, micro or 1, least, P):
+        said += f", and on the host {host / 2**30:.1f} GiB of {m.host / 2**30:.1f}"
+    n, longest, more = stage.name[-1], _longest(m, stage, P), _more_gpus(m, stage, P)
+    ways = [f"lower --length{n} (now {stage.T}{f' to {longest}' if longest else ''})"]
+    if stage.batch * P > m.processes or (micro or 1) > 1:
+        ways.append(f"--batch{n} (now {stage.batch}) or --micro")
+    if not m.rank:
+        ways.append("train adapters with --lora-rank")
+    if more:
+        ways.append(f"start {more} processes with torchrun and --shard on as many GPUs")
+    else:
+        ways.append("spread the model over several GPUs with torchrun and --shard")
+    return f"{said}; {', '.join(ways)}, or use a larger machine"
+
+
+def _longest(m: Machine, stage: Stage, P: int) -> int:
+    """The most tokens, in multiples of 1024, that a block can have here; 0 if not even those."""
+    fits, fails = 0, -(-stage.T // 1024)
+    while fails - fits > 1:
+        T = (fits + fails) // 2
+        auxiliary = stage.auxiliary and dataclasses.replace(
+            stage.auxiliary, T=min(stage.auxiliary.T, 1024 * T)
+        )
+        tried = dataclasses.replace(stage, T=1024 * T, auxiliary=auxiliary)
+        fits, fails = (T, fails) if _first(m, tried, None, P) else (fits, T)
+    return 1024 * fits
+
+
+def _more_gpus(m: Machine, stage: Stage, P: int) -> int | None:
+    """How many processes, each with a device and a host's share like this one's, would do."""
+    for times in (2, 4, 8, 16, 32, 64):
+        shared = P * times
+        try:
+            refuse_heads(m.c, shared)
+        except ValueError:
+            continue
+        larger = dataclasses.replace(m, processes=stage.batch * shared, shard=True)
+        if _first(larger, stage, None, shared):
+            return larger.processes
+    return None

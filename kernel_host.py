@@ -1,0 +1,136 @@
+"""What the two GPU kernels of the loss share on the host: how one is launched, and how it becomes a
+differentiable loss.
+
+Why.  On a small model what Python does before a launch takes longer than the GPU.
+
+    launch    Triton's own call looks at every argument each time; here once for each kind
+    Loss      called eagerly the loss is an autograd.Function. Under torch.compile or a dispatch mode
+              (selective checkpointing is one) it is a registered operator: visible to them, three
+              times as slow to call.
+
+What each part takes: LOG.md, and `pytest tests/test_kernel.py -k hosts_time -rP`.
+"""
+
+import contextlib
+import functools
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+INTERPRETED = triton.knobs.runtime.interpret
+LOG2E = math.log2(math.e)
+# Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200
+# has 50 MB), not timed.
+GROUP_BYTES = 32 * 2**20
+
+
+def on(device: torch.device):
+    """The context in which a launch goes to `device`: none if it goes there anyway."""
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if here else torch.cuda.device(device)
+
+
+_compiled: dict = {}  # compiled kernels by all that they were compiled for, see launch
+
+
+def launch(kernel, device, grid: tuple, arguments: tuple, tensors: tuple, known: tuple, **options):
+    """kernel[grid](*arguments, **options); nothing waits for it.
+
+    Triton's own call looks at every argument to find the code compiled for its like: at types,
+    strides, constants, and which pointers are multiples of 16. That costs more than all else here;
+    so where all of `tensors` begin at multiples of 16, it is done once for each combination of the
+    rest, `known`.
+    """
+    pointers = 0
+    for t in tensors:
+        pointers |= t.data_ptr()
+    key = (id(kernel), device, *known) if pointers % 16 == 0 else None
+    with on(device):
+        if key in _compiled:
+            _compiled[key][grid](*arguments)
+        else:
+            code = kernel[grid](*arguments, **options)
+            if key and code:  # the interpreter makes none
+                _compiled[key] = code
+
+
+def row_numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three [B, H, T] float32 (torch.empty takes Python three times as long)."""
+    kl = x.new_empty(x.shape[:3], dtype=torch.float32)
+    return kl, torch.empty_like(kl), torch.empty_like(kl)
+
+
+class Loss:
+    """A forward and a backward such as the two above as one differentiable loss, called two ways.
+
+    forward(x, y, s_scale, t_scale, causal, lengths) -> kl, lse(S), lse(U); backward(w, lse(S),
+    lse(U), *the same) -> dL/dx. loss(...) -> kl; `kept`, as in relation_kl.relation_kl, spares the
+    function a second forward. An operator needs a checkpointing policy for that, which knows it by
+    its name, linear_ard::{name}, or linear_ard::{name}_backward.
+    """
+
+    SCHEMA = "Tensor x, Tensor y, float s_scale, float t_scale, bool causal, Tensor? lengths"
+
+    def __init__(self, name: str, forward, backward):
+        define = functools.partial(torch.library.custom_op, mutates_args=())
+        self.operator = define(
+            f"linear_ard::{name}", schema=f"({self.SCHEMA}) -> (Tensor, Tensor, Tensor)"
+        )(forward)
+        self.operator_backward = define(
+            f"linear_ard::{name}_backward",
+            schema=f"(Tensor w, Tensor s_lse, Tensor t_lse, {self.SCHEMA}) -> Tensor",
+        )(backward)
+        self.operator.register_fake(lambda x, *_: row_numbers(x))
+        self.operator_backward.register_fake(lambda w, s_lse, t_lse, x, *_: torch.empty_like(x))
+        self.operator.register_autograd(self._operator_gradient, setup_context=self._operator_save)
+        self.function = _function(forward, backward)
+
+    def __call__(self, x, y, s_scale, t_scale, causal, lengths, kept=None) -> Tensor:
+        plain = type(x) in (Tensor, torch.nn.Parameter) and type(y) in (Tensor, torch.nn.Parameter)
+        if torch.compiler.is_compiling() or not plain or _watched():
+            return self.operator(x, y, s_scale, t_scale, causal, lengths)[0]
+        return self.function(x, y, s_scale, t_scale, causal, lengths, kept)
+
+    @staticmethod
+    def _operator_save(ctx, inputs, output):
+        x, y, *ctx.scalars, lengths = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(x, y, *output[1:], lengths)
+
+    def _operator_gradient(self, ctx, w, *_):
+        x, y, s_lse, t_lse, lengths = ctx.saved_tensors
+        dx = self.operator_backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths)
+        return dx, None, None, None, None, None
+
+
+def _watched() -> bool:
+    """Whether a dispatch mode, which sees operators, is on."""
+    return torch.utils._python_dispatch._get_current_dispatch_mode() is not None
+
+
+def _function(forward, backward):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, y, s_scale, t_scale, causal, lengths, kept):
+            kl, s_lse, t_lse = kept or forward(x, y, s_scale, t_scale, causal, lengths)
+            if kept is not None:
+                kept[:] = kl, s_lse, t_lse
+                kl = kl.clone()  # the caller may change it in place
+            ctx.save_for_backward(x, y, s_lse, t_lse, lengths)
+            ctx.scalars = s_scale, t_scale, causal
+            return kl
+
+        @staticmethod
+        def backward(ctx, w):
+            # the guard against second derivatives takes time: only where they could follow
+            return (once if torch.is_grad_enabled() else gradient)(ctx, w)
+
+    def gradient(ctx, w):
+        x, y, s_lse, t_lse, lengths = ctx.saved_tensors
+        dx = backward(w, s_lse, t_lse, x, y, *ctx.scalars, lengths)
+        return dx, None, None, None, None, None, None
+
+    once = torch.autograd.function.once_differentiable(gradient)
+    return Function.apply
