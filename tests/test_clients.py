@@ -21,9 +21,7 @@ from model import make_student
 CLIENTS = Path(sys.prefix) / "clients"
 SOURCE = CLIENTS / "llama.cpp" / "vendor" / "llama.cpp"
 # A vocabulary that the converter knows; it tells others apart by what they make of one text
-VOCABULARY = (
-    Path(sys.prefix) / "vocabularies" / "mistral_common" / "data" / "tokenizer.model.v1"
-)
+VOCABULARY = Path(sys.prefix) / "vocabularies" / "mistral_common" / "data" / "tokenizer.model.v1"
 pytestmark = pytest.mark.skipif(
     not (SOURCE.is_dir() and VOCABULARY.is_file()),
     reason="llama.cpp is not there; `make test-clients` builds it",

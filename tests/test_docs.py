@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 from conftest import ROOT
@@ -190,10 +191,30 @@ def test_the_make_targets_of_the_readme_exist():
     assert set(re.findall(r"make ([\w-]+)", README)) <= targets
 
 
+def test_every_page_names_the_pythons_of_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [c.split(" :: ")[-1] for c in project["classifiers"] if "Python :: 3." in c]
+    assert project["requires-python"] == f">={named[0]}"
+    for page in ("README.md", "CONTRIBUTING.md", "Makefile"):
+        found = re.findall(
+            r"Python (3\.\d+ to 3\.\d+|3\.\d+\+|3\.\d+ or later)", (ROOT / page).read_text()
+        )
+        assert set(found) == {f"{named[0]} to {named[-1]}"}, page
+
+
+def tracked() -> list[str]:
+    """The names of the files that git has."""
+    try:
+        run = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    except FileNotFoundError:
+        pytest.skip("git is not installed")
+    if run.returncode:
+        pytest.skip("this is no clone that git would read")
+    return run.stdout.split("\n")[:-1]
+
+
 def test_the_project_speaks_of_itself_alone():
-    listed = subprocess.run(
-        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.split()
+    listed = tracked()
     for name in listed:
         if (
             name.endswith((".py", ".md", ".toml", ".txt", ".sh", "Makefile"))
@@ -206,9 +227,7 @@ def test_the_project_speaks_of_itself_alone():
 
 
 def test_nothing_large_is_committed():
-    listed = subprocess.run(
-        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
-    ).stdout.split()
+    listed = tracked()
     assert sum((ROOT / n).stat().st_size for n in listed if (ROOT / n).exists()) < 20_000_000
     pictures = [n for n in listed if n.endswith(".png")]
     assert all((ROOT / n).stat().st_size < 200_000 for n in pictures if (ROOT / n).exists())
