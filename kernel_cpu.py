@@ -8,7 +8,7 @@ BT whole rows of S and of U, for a few heads at once, up to the diagonal:
         backward      G (2); dx_j += G^T x_i, dx_i += G x     two products more, (3)
 
 Rows are whole, so that a row's pivot and sums are known after one look, and nothing is rescaled.
-The forward keeps them, four numbers a row; the backward makes the strip again.
+The forward keeps them, four numbers a row; the backward recomputes the strip.
 
 How it is fast.  Beside the products, time goes into moving numbers, so each one is moved little:
 
@@ -16,11 +16,13 @@ How it is fast.  Beside the products, time goes into moving numbers, so each one
     workspace    three matrices of one strip are allocated once; every step writes into one of them,
                  and the next strip overwrites them. New memory would cost a page fault per 4 KiB
     bits         the scale is multiplied by log2 e: exp2 is what a machine computes
-    no masks     only a strip's last columns cross the diagonal: a triangle of HIDDEN is added there.
-                 Padded rows of x and y are set to 0: then S = U, so that KL and G are 0, too
-    G            with e = exp2(S - pivot), f = exp2(U - pivot): G = w / sum(e) (e - f sum(e) / sum(f)).
-                 The factor in front is one per row, and is applied to D numbers instead of to T
-    one strip    where T <= BT, e - f sum(e) / sum(f) is kept, and nothing is made again
+    few masks    only a strip's last columns cross the diagonal: a triangle of HIDDEN is added there.
+                 Padded rows of x and y are set to 0: then S = U, and KL and G are 0. Only where not
+                 causal do real rows see padded columns, which get HIDDEN
+    G            with e = exp2(S - pivot) and f = exp2(U - pivot), sums over a row,
+                 G = w / sum(e) (e - f sum(e) / sum(f)). The factor in front is one per row, and is
+                 applied to D numbers instead of to T
+    one strip    where T <= BT, e - f sum(e) / sum(f) is kept for the backward
     subnormals   are not left to compute with: see _exp2
 
 Why pivots and sums are kept, and not their lse, as the GPU kernels do: the pivot is exact, and what

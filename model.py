@@ -4,11 +4,11 @@ What.  A decoder-only transformer. Each of L blocks adds attention and then a ga
 residual stream:
 
     h <- h + Attention(n)                          n = RMSNorm(h)
-    h <- h + W_down (silu(W_gate n) * W_up n)      n = RMSNorm(h), by weights of its own
+    h <- h + W_down (silu(W_gate n) * W_up n)      n = RMSNorm(h), with other weights
 
 With H query heads and Hkv key/value heads (grouped-query attention: H / Hkv queries share a key),
 queries and keys are turned by their positions (rope.py), and attention is torch's
-scaled_dot_product_attention. `Block.forward` returns q, k and v beside h: they are what stage 1
+scaled_dot_product_attention. `Block.forward` returns q, k and v with h: they are what stage 1
 compares (relation_kl.py). `Llama.walk` goes through the layers one by one, for whoever looks
 inside.
 
@@ -18,8 +18,8 @@ L layers, V vocabulary.
 Precision.  Weights keep the dtype they are given; a Linear casts its weight to the dtype of the
 activations, so that float32 master weights train under bfloat16 compute with no autocast. RMSNorm
 works in float32, casts to the activations' dtype and then multiplies by its weight, in that order:
-so does every LLaMA in the ecosystem. Which dtype activations and attention are computed in where
-nobody says so is precision.py's choice.
+so does every LLaMA in the ecosystem. precision.py chooses the dtype of activations, unless told
+one, and of attention.
 
 The student.  `make_student` builds a second Llama around the teacher's own tensors: nothing is
 copied but the weights that learn.
@@ -331,15 +331,15 @@ def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in student.named_parameters() if p.requires_grad}
 
 
-def by_chunks(part, chunk: int, *tensors: Tensor) -> Tensor:
-    """part(slices of `chunk` rows of each tensor [rows, ...]), concatenated.
+def by_chunks(function, chunk: int, *tensors: Tensor) -> Tensor:
+    """function(slices of `chunk` rows of each tensor [rows, ...]), concatenated.
 
     With more than one chunk, each is recomputed in the backward, so that one is alive at a time.
     """
     pieces = list(zip(*(t.split(chunk) for t in tensors), strict=True))
-    if len(pieces) == 1 or not torch.is_grad_enabled():  # nothing would be kept anyway
-        return torch.cat([part(*piece) for piece in pieces])
-    return torch.cat([recompute(part, *piece, use_reentrant=False) for piece in pieces])
+    if len(pieces) == 1 or not torch.is_grad_enabled():  # nothing is saved for a backward
+        return torch.cat([function(*piece) for piece in pieces])
+    return torch.cat([recompute(function, *piece, use_reentrant=False) for piece in pieces])
 
 
 def next_token_loss(
@@ -350,8 +350,8 @@ def next_token_loss(
     At most [chunk, V] logits exist at once. reduction: "mean", or "none" for [B, T].
     """
 
-    def part(x: Tensor, y: Tensor) -> Tensor:
+    def cross_entropy(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(widened(model.lm_head(x)), y, reduction="none")
 
-    losses = by_chunks(part, chunk, h.flatten(0, 1), targets.flatten())
+    losses = by_chunks(cross_entropy, chunk, h.flatten(0, 1), targets.flatten())
     return losses.mean() if reduction == "mean" else losses.view(targets.shape)

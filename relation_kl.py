@@ -42,7 +42,7 @@ How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in fl
 
     dense    the definition, with autograd: memory T^2. All others are tested against it in float64.
     strips   BT whole rows at a time, up to the diagonal: memory T. The forward keeps nothing but x
-             and y; the backward makes each strip again and adds both halves of (3). As easy to read
+             and y; the backward recomputes each strip and adds both halves of (3). As easy to read
              as this text, and up to three times as slow as the next one.
     tiled    strips as a CPU computes them fastest (kernel_cpu.py): in a few matrices that its cache
              holds, and with the pivot and sum of each row kept. Runs on any device.
@@ -51,12 +51,12 @@ How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in fl
     hopper   those two passes for one chip (kernel_hopper.py): products and exponentials at once.
 
 What it costs.  The triangle has T^2 / 2 pairs, and a product over it 2 D T^2 / 2 flops per head. It
-takes two forward (S, U) and four backward (S and U again, G x, G^T x): 12 D T^2 / 2. The kernels'
+takes two forward (S, U) and four backward (S and U anew, G x, G^T x): 12 D T^2 / 2. The kernels'
 backward walks the whole square with three products, which makes 2 + 6 = 8 instead of 6.
 
 Limits.  The teacher takes no gradient. First derivatives only. Padded rows give 0.
 
-Source.  LinearARD, arXiv 2604.00004, section 3; strips of scores that are made twice:
+Source.  LinearARD, arXiv 2604.00004, section 3; strips of scores that are recomputed:
 FlashAttention, arXiv 2205.14135; the one-pass softmax: arXiv 1805.02867.
 """
 
@@ -89,7 +89,7 @@ def relation_kl(
     i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding (the range is
     not checked, which would wait for a GPU). impl: "auto" or one of the five above. kept: for
     activation checkpointing, an empty list. The call leaves its numbers per row there; the same
-    call, made again in the backward, takes them from it. ("dense" and "strips" compute again.)
+    call, repeated in the backward, takes them from it. ("dense" and "strips" compute again.)
     float32 products use tf32 only where torch's own switch allows it. Returns [B, H, T], float32
     (float64 for float64 input), differentiable in `student`. Raises ValueError for anything else,
     naming the value. Source: arXiv 2604.00004, section 3.
@@ -163,7 +163,7 @@ def _kl(log_p: Tensor, log_r: Tensor, seen: Tensor) -> Tensor:
 class _Strips(torch.autograd.Function):
     """The definition for BT rows at a time, with the gradient by (2) and (3).
 
-    Only x and y are kept. A strip is [B, H, BT, T], and is made again in the backward.
+    Only x and y are kept. A strip is [B, H, BT, T], and is recomputed in the backward.
     """
 
     @staticmethod

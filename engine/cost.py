@@ -226,9 +226,11 @@ def tiled_bytes(
     heads = c.n_kv_head * repeats(c.n_kv_head, P)
     q = c.n_head * c.head_dim * b  # bytes per token of q, o, do
     qkv = q + 2 * heads * c.head_dim * b
+    # the last layer's are counted as those of a layer at work
+    inputs, outputs = max(0, tiles.on_gpu - 1), max(0, min(tiles.on_gpu, tiles.outputs) - 1)
     on_gpu = {
-        "layers' inputs": tiles.on_gpu * models * C * b * tokens,
-        "attention's outputs": min(tiles.on_gpu, tiles.outputs) * output_bytes(c, b) * tokens,
+        "layers' inputs": inputs * models * C * b * tokens,
+        "attention's outputs": outputs * output_bytes(c, b) * tokens,
         "positions": 2 * models * T * c.head_dim * b,
     }
     if related:

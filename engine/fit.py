@@ -62,9 +62,10 @@ class Fit:
             again = "every layer again in its backward" if self.checkpointing else "nothing twice"
             return f"{blocks}, {again}"
         outputs, on_gpu = self.tiles.outputs, self.tiles.on_gpu
-        where = f"inputs of {on_gpu} layers on the device"
+        where = "all inputs on the device"
         if on_gpu < layers:
-            where += f" and of {layers - on_gpu} on the host ({self.tiles.host / 2**30:.3g} GiB)"
+            gib = self.tiles.host / 2**30
+            where = f"inputs of {layers - on_gpu} of {layers} layers on the host ({gib:.3g} GiB)"
         return (
             f"{blocks}, in tiles of {self.tiles.tokens:,} tokens, {where}; attention again in "
             f"{layers - outputs} of {layers} layers"

@@ -58,12 +58,15 @@ class Store:
                 self.chunks += pool.map(self._chunk, range(missing))
 
     def _chunk(self, _) -> Tensor:
-        return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=self.stream is not None)
+        if not self.stream:
+            return torch.empty(CHUNK, dtype=torch.uint8)
+        with torch.cuda.device(self.device):  # a thread begins on the first one
+            return torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True)
 
     def put(self, x: Tensor, host: bool) -> Held:
         """Keeps x, any shape, for one `get`."""
         if not host:
-            return Held(x)
+            return Held(x.detach())
         if not dense(x):
             x = x.contiguous()
         at = self.used

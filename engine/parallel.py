@@ -59,6 +59,8 @@ class World:
                 f"{_REMEDY}"
             )
         if self.size == 1:
+            if self.device.type == "cuda" and self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
             return
         needed = ["RANK", "MASTER_ADDR", "MASTER_PORT"]
         needed += ["LOCAL_RANK"] if self.device.type == "cuda" else []
@@ -156,6 +158,12 @@ def _variable(name: str, default: int) -> int:
     if not re.fullmatch("[0-9]{1,9}", text):
         raise ValueError(f"the environment's {name} is {text[:40]!r}; {_REMEDY}")
     return int(text)
+
+
+def lost(e: BaseException) -> bool:
+    """Is this how torch says that another process has gone?"""
+    gone = isinstance(e, dist.DistBackendError | dist.DistNetworkError)
+    return gone or (isinstance(e, RuntimeError) and "/gloo/" in str(e))
 
 
 class Reducer:

@@ -172,10 +172,12 @@ def score(model: Llama, requests: list[Request], task: Task) -> Result:
 
 def short_tasks(subject: Subject, scores: Scores) -> None:
     """Every task's figures, their averages over two or more tasks, and what was kept of each."""
+    results: dict[str, dict[str, np.ndarray]] = {}  # row, column: [items]
     for task, requests in subject.tasks:
         for name, model in subject.models.items():
             result = score(model, requests, task)
             for row, values in result.values.items():
+                results.setdefault(row, {})[name] = values
                 scores.add(name, row, values=values, version=task.version, seed=None)
             each = zip(task.items, result.predictions.tolist(), result.logps, strict=True)
             rows = ({"gold": i.gold, "prediction": p, "logps": s.tolist()} for i, p, s in each)
@@ -190,4 +192,4 @@ def short_tasks(subject: Subject, scores: Scores) -> None:
     scores.notes += tasks.notes([task for task, _ in subject.tasks])
     # Of tasks alone: beyond its own length the teacher's score does not say what could be kept
     if TEACHER in subject.models:
-        scores.retention = retention(scores.values, subject.seed)
+        scores.retention = retention(results, subject.seed)

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from engine import data
 from evals import pictures
 from evals.next_token import block_scores
-from evals.report import Scores, mean_and_error
+from evals.report import Scores
 from evals.subject import Subject
 from hub.tokenizer import Tokenizer
 from model import Llama
@@ -115,10 +115,8 @@ def sliding_window(subject: Subject, scores: Scores) -> None:
         for name, model in subject.models.items():
             bar = tqdm(texts, unit=" documents", leave=False, disable=None)
             losses = np.stack([sliding_loss(model, ids, width) for ids in bar])  # all as long
-            value, error = mean_and_error(row, -losses)
             bits[name] = float(losses.sum() / math.log(2) / size)
-            more = about | {"bits per byte": bits}
-            scores.add(name, row, value, error=error, items=losses.size, **more)
+            scores.add(name, row, values=-losses, **about, **{"bits per byte": bits})
 
 
 # ---------------------------------------------------------------- loss by position

@@ -52,23 +52,21 @@ class Scores:
     out: Any = None  # what has write(name, data), or None
     predictions: bool = False  # also write every item's scores
     facts: dict[str, dict] = field(default_factory=dict)
-    values: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)  # row, column: [items]
     retention: dict[str, dict] = field(default_factory=dict)  # of retention.py
     more: dict = field(default_factory=dict)  # further keys of report.json
     notes: list[str] = field(default_factory=list)  # paragraphs below the table
 
     def add(
-        self, column: str, row: str, value=None, *, error=None, values=None, items=None, **facts
+        self, column: str, row: str, value=None, *, values=None, error=None, items=None, **facts
     ) -> None:
         """One figure, which is also printed on standard error.
 
-        values: of each item, which give the value and its error where these are not given;
-        facts: version, seed and so on.
+        values: of each item, or of each token of each block, which give the error, the items and,
+        where it is not given, the value; facts: version, seed and so on.
         """
         if values is not None:
-            self.values.setdefault(row, {})[column] = values
             mean, error = mean_and_error(row, values)
-            value, items = mean if value is None else value, len(values)
+            value, items = mean if value is None else value, values.size
         self.columns[column][row] = float(value)
         print(f"{column}: {row} {_figure(row, value)}", file=sys.stderr, flush=True)
         dtype = str(self.dtype).removeprefix("torch.")

@@ -51,14 +51,15 @@ def model_card(
     base_model: the teacher's id on the Hub; licence: its front matter, from `licence_of`.
     """
     title = f"{_plain(name)}, extended to {length:,} tokens"
-    did = "; ".join(f"{s['name']}: {_OBJECTIVES[s['objective']]}" for s in stages)
-    kept = "everything but the trained projections is the original's, bit for bit"
-    law = "The original's licence applies."
+    count = f"{len(stages)} stage{'s' if len(stages) > 1 else ''}"
+    objectives = "; ".join(f"{s['name']}: {_OBJECTIVES[s['objective']]}" for s in stages)
+    frozen = "everything but the trained projections is the original's, bit for bit"
+    terms = "The original's licence applies."
     if licence:
-        terms = licence.get("license_name", licence["license"])
-        law = f"The original's licence applies: {_plain(terms)}."
+        licence_name = licence.get("license_name", licence["license"])
+        terms = f"The original's licence applies: {_plain(licence_name)}."
     given = {k: v for k, v in arguments.items() if v not in (None, [], "")}
-    said = ", ".join(
+    recipe = ", ".join(
         f"{k} {_plain(str(v))}" for k, v in given.items() if k not in ("teacher", "data")
     )
     rows = [
@@ -70,11 +71,11 @@ def model_card(
         _front_matter(f"{name}-{length}", base_model, licence or {}),
         f"# {title}",
         f"Positions: {before} -> {after}.",
-        f"Trained in {len(stages)} stage{'s' if len(stages) > 1 else ''} ({did}); {kept}. {law}",
+        f"Trained in {count} ({objectives}); {frozen}. {terms}",
         "| stage | objective | steps x blocks x tokens | learning rate |\n|---|---|---|---|\n"
         + "\n".join(rows),
-        f"Arguments: {said}. The last two are digests of what the teacher's directory and the text "
-        "held.",
+        f"Arguments: {recipe}. The last two are digests of what the teacher's directory and the "
+        "text held.",
     ]
     if scores:
         parts.append(f"Measured at the end of the run:\n\n{scores.strip()}")
@@ -160,7 +161,7 @@ table of positions ends at the native length, and llama.cpp's converter drops th
         why = ""
         if kind == "linear":
             why = (
-                " (the length must be said: under linear scaling it would be multiplied once more)"
+                " (the length must be given: under linear scaling it would be multiplied once more)"
             )
         text += f"""
 vLLM{why}:

@@ -171,8 +171,8 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
         f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES
     ]
     faults = {"missing": missing, "not in the model": extra, "of another shape or dtype": wrong}
-    if said := [f"{what}: {_some(names)}" for what, names in faults.items() if names]:
-        raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(said)}")
+    if wrong := [f"{what}: {_some(names)}" for what, names in faults.items() if names]:
+        raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(wrong)}")
     return {name: found[name][0] for name in wanted}
 
 
@@ -313,10 +313,10 @@ def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> N
 def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
     """The directory must load, hold exactly these bytes, and give these weights' logits under the
     configuration of the model in memory."""
-    again = type(model).from_pretrained(work, device=str(model.device))
+    written = type(model).from_pretrained(work, device=str(model.device))
     with torch.device("meta"):
         meant = type(model)(model.config)
-    for name, p in again.named_parameters():
+    for name, p in written.named_parameters():
         if not torch.equal(p.cpu(), tensors[name]):
             raise RuntimeError(
                 f"the export in {work} does not hold {name} as it was written; the disk may fail"
@@ -324,7 +324,7 @@ def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
         set_parameter(meant, name, p)
     ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
-        a, b = meant.eval()(ids).float(), again(ids).float()
+        a, b = meant.eval()(ids).float(), written(ids).float()
     largest = a.nan_to_num(0, 0, 0).abs().max().item()  # finite, for weights near float's largest
     if not torch.allclose(a, b, rtol=1e-5, atol=1e-6 * largest, equal_nan=True):
         raise RuntimeError(

@@ -19,6 +19,8 @@ some layers only is refused.
 Source.  transformers 4.57 and 5: configuration_llama, _mistral, _qwen2, _qwen3.
 """
 
+import json
+
 FAMILIES = {  # model_type: the class that transformers has for it
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -39,53 +41,21 @@ _ONLY = {
     "no_rope_layers": (None, []),
     "quantization_config": (None,),
 }
-# Keys that change nothing here but that transformers 5 checks: what it takes there
-_OTHERS = {
-    "true or false": ("use_cache", "output_hidden_states", "return_dict", "is_encoder_decoder"),
-    "a float from 0 to 1": ("initializer_range",),
-    "a number": ("attention_dropout",),
-    "an integer": ("chunk_size_feed_forward",),
-    "an integer from 0 to 10 million": ("num_labels",),
-    "an integer or null": ("pretraining_tp", "bos_token_id", "pad_token_id"),
-    "an integer, a list of them or null": ("eos_token_id",),
-    "a list of strings or null": ("architectures",),
-    "an object from integers to strings": ("id2label",),
-    "an object from strings to integers": ("label2id",),
-    "the name of a float type or null": ("dtype", "torch_dtype"),
-    "an object": ("auto_map",),
-    "the name of an attention": ("attn_implementation", "_attn_implementation"),
-}
-
-
-def _integer(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-_TAKES = {
-    "true or false": lambda v: isinstance(v, bool),
-    "a float from 0 to 1": lambda v: isinstance(v, float) and 0 <= v <= 1,
-    "a number": lambda v: isinstance(v, float) or _integer(v),
-    "an integer": _integer,
-    "an integer or null": lambda v: v is None or _integer(v),
-    "an integer, a list of them or null": lambda v: (
-        v is None or all(map(_integer, v if isinstance(v, list) else [v]))
-    ),
-    "a list of strings or null": lambda v: (
-        v is None or (isinstance(v, list) and all(isinstance(i, str) for i in v))
-    ),
-    "an object from integers to strings": lambda v: (
-        isinstance(v, dict) and all(k.isdecimal() and isinstance(v[k], str) for k in v)
-    ),
-    "an object from strings to integers": lambda v: (
-        isinstance(v, dict) and all(map(_integer, v.values()))
-    ),
-    "the name of a float type or null": lambda v: (
-        v in (None, "float16", "bfloat16", "float32", "float64")
-    ),
-    "an object": lambda v: isinstance(v, dict),
-    "an integer from 0 to 10 million": lambda v: _integer(v) and 0 <= v <= 10_000_000,
-    "the name of an attention": lambda v: v in (None, "eager", "sdpa", "flash_attention_2"),
-}
+# Keys that change nothing here, with examples of what transformers 5 takes. It refuses another JSON
+# type or name, so that an export with one would load nowhere
+_EXAMPLES = (
+    (("use_cache", "output_hidden_states", "return_dict", "is_encoder_decoder"), (True, False)),
+    (("attention_dropout",), (0.0, 0)),
+    (("chunk_size_feed_forward",), (0,)),
+    (("pretraining_tp", "bos_token_id", "pad_token_id"), (2, None)),
+    (("eos_token_id",), (2, [2], None)),
+    (("architectures",), (["LlamaForCausalLM"], None)),
+    (("id2label",), ({"0": "a label"},)),
+    (("label2id",), ({"a label": 0},)),
+    (("auto_map",), ({},)),
+    (("dtype", "torch_dtype"), ("float16", "bfloat16", "float32", "float64", None)),
+    (("attn_implementation", "_attn_implementation"), ("eager", "sdpa", "flash_attention_2", None)),
+)
 # Keys of a source that an export does not keep: written anew, no longer true, or code by reference
 _STALE = (
     "original_max_position_embeddings",
@@ -119,12 +89,11 @@ def read(config: dict) -> dict:
             raise ValueError(
                 f"{key} is {config[key]!r}, which changes the mathematics in a way this model lacks"
             )
-    for meaning, keys in _OTHERS.items():
+    for keys, examples in _EXAMPLES:
         for key in keys:
-            if key in config and not _TAKES[meaning](config[key]):
-                raise ValueError(
-                    f"config.json has {key} = {config[key]!r}; it must be {meaning}, or be left out"
-                )
+            _check_like(config, key, examples)
+    _fraction(config, "initializer_range", 0.02)
+    _size(config, "num_labels", 2)
     pad, size = config.get("pad_token_id"), _size(config, "vocab_size")
     if pad is not None and not -size <= pad < size:
         raise ValueError(f"config.json has pad_token_id = {pad}; vocab_size is {size}")
@@ -179,7 +148,7 @@ def write(c) -> dict:
     }
     if c.family == "llama":
         out |= {"attention_bias": c.qkv_bias, "mlp_bias": c.mlp_bias}
-    else:  # said even where it is null: an absent key means 4096 to transformers
+    else:  # written even where it is null: an absent key means 4096 to transformers
         out["sliding_window"] = c.window
     if c.family in ("qwen2", "qwen3"):
         out["use_sliding_window"] = c.window is not None
@@ -216,6 +185,30 @@ def _window(config: dict, family: str, n_layer: int) -> int | None:
             "which this model lacks"
         )
     return value if windowed else None
+
+
+def _check_like(config: dict, key: str, examples: tuple) -> None:
+    """A string must be one of the examples, any other value like one of them."""
+    value = config.get(key, examples[0])
+    unknown = isinstance(value, str) and value not in examples
+    if unknown or not any(_alike(value, example) for example in examples):
+        like = " or ".join(map(json.dumps, examples))
+        raise ValueError(
+            f"config.json has {key} = {value!r}; it must be {like} or the like, or be left out"
+        )
+
+
+def _alike(value, example) -> bool:
+    """Whether two values have one JSON type, and all elements that of the example's first."""
+    if isinstance(example, dict):
+        return isinstance(value, dict) and _alike([*value.values()], [*example.values()])
+    if isinstance(example, list):
+        return isinstance(value, list) and all(_alike(v, e) for v in value for e in example[:1])
+    return type(value) is type(example)
+
+
+def _integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _flag(config: dict, key: str) -> bool:
