@@ -27,10 +27,11 @@ product reads shared memory on its own too: the group waits for it before it fre
 Forward: pivots that stay.  (1) asks for exponentials relative to a pivot, for S and for U. A running
 maximum, as in kernel_triton.py, costs a maximum over the tile, an exchange among the four threads
 of a row and a rescaling of three sums for every tile: 480 instructions a warp and tile at D = 128,
-where 341 do without. Any number near the row's largest score will do as a pivot. It is taken with a
-running maximum from the tiles where large scores are (those across the program's diagonal: the
-nearest tokens; and tile 0: the first token, which many models look at from everywhere), and stays.
-Each thread then adds up its own columns, and a row's four threads meet once, at the end.
+where some 350 do without; and with fewer numbers to keep, exponentials of S begin under U. Any
+number near the row's largest score will do as a pivot. It is taken with a running maximum from the
+tiles where large scores are (those across the program's diagonal: the nearest tokens; and tile 0:
+the first token, which many models look at from everywhere), and stays. Each thread then adds up its
+own columns, and a row's four threads meet once, at the end.
 
 That is exact while no score lies far above the pivot; float32 holds 2^127. Where a row's sum passes
 FAR = 2^40 (28 nats above all tokens named), the whole program takes its tiles a second time, with a
