@@ -342,6 +342,9 @@ def test_matrices_of_the_copy_engine():
     y = torch.randn(2, 40, 3, 64, dtype=bf16).transpose(1, 2)
     same = kernel_hopper._laid_out(x, y)
     assert same[0] is x and torch.equal(same[1], y) and same[1].stride() == x.stride()
+    off = torch.randn(x.numel() + 1).to(bf16)[1:].view_as(x)  # contiguous, but 2 bytes off
+    for moved in (kernel_hopper._laid_out(off, x)[0], kernel_hopper._laid_out(x, off)[1]):
+        assert torch.equal(moved, off) and matrix(moved)
 
 
 def test_refuses_in_a_sentence():
