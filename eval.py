@@ -110,7 +110,7 @@ def prepare(
 ) -> tuple[Subject, list[str]]:
     """(the subject without text and models, what was asked for and is left out, and why).
 
-    Whatever can be refused without them is refused here.
+    Raises ValueError for whatever can be refused without them.
     """
     native = args.native or (teacher or student).rope.length
     longest = max(student.rope.length, teacher.rope.length if teacher else 0)
@@ -119,15 +119,16 @@ def prepare(
     powers = (native << k for k in range(32))
     lengths = subject.lengths = args.lengths or [n for n in powers if n <= subject.long]
     if args.ppl and min(lengths) < longtext.STRIDE:
-        raise ValueError(flags.too_short(lengths))
+        raise ValueError(
+            f"--ppl needs windows of at least its stride, {longtext.STRIDE} tokens, and --lengths "
+            f"begins at {min(lengths)}; name longer ones"
+        )
     found, missing = tasks.find(args.tasks, args.task_dir, args.limit)
     subject.tasks = [(task, likelihood.encode(subject.tokenizer, task.pairs)) for task in found]
     names = list(RULER_TASKS) if args.ruler == [] else args.ruler or []
     names = [*names, "passkey"] if args.passkey else names
-    seed, at = args.ruler_seed, args.ruler_data
-    subject.prompts, unable = prompts.feasible(
-        subject.tokenizer, names, lengths, args.samples, seed, at
-    )
+    given = args.samples, args.ruler_seed, args.ruler_data
+    subject.prompts, unable = prompts.feasible(subject.tokenizer, names, lengths, *given)
     missing += unable
     if args.documents:
         given = args.documents, subject.tokenizer, max(lengths), args.blocks

@@ -831,7 +831,7 @@ def _rows_of_sums(B: int, H: int, T: int, D: int) -> int:
 
 
 def workspace_bytes(B: int, H: int, T: int, D: int) -> int:
-    """What the backward of x [B, H, T, D] holds for its own time beyond dL/dx: `sums` and `turns`."""
+    """Bytes that the backward of x [B, H, T, D] holds for its own time beyond dL/dx: `sums`, `turns`."""
     rows = _rows_of_sums(B, H, T, D)
     return 4 * rows * D + 4 * (1 + rows // BS.value)
 

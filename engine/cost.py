@@ -301,7 +301,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process can still take on `device`."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        most = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        most = int(torch.cuda.get_per_process_memory_fraction(torch.device(device).index) * total)
         return min(free, most - torch.cuda.memory_reserved(device))
     return free_host_memory()
 

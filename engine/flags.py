@@ -126,6 +126,7 @@ def parser(about: str) -> argparse.ArgumentParser:
     run.add_argument(
         "--tensorboard", action="store_true", help="also write figures for TensorBoard"
     )
+    run.add_argument("--wandb", metavar="PROJECT", help="also write figures to Weights & Biases")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     run.add_argument("--device", default=device, help="a torch device (cuda where there is one)")
     run.add_argument(
@@ -158,6 +159,10 @@ def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argpa
         raise ValueError("--relations none with --logit-weight 0 leaves stage 1 no loss: give one")
     if args.tensorboard:
         require("tensorboard", "--tensorboard")
+    if args.wandb is not None:
+        if not args.wandb.strip():
+            raise ValueError("--wandb is empty; name a project of Weights & Biases")
+        require("wandb", "--wandb")
     check_device(args.device)
     teacher = download.resolve(args.teacher) if args.teacher else HERE / "demo" / "teacher"
     name = f"{download.model_name(teacher) if args.teacher else 'demo'}-x{args.scale:g}"

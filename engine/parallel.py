@@ -160,6 +160,12 @@ def _variable(name: str, default: int) -> int:
     return int(text)
 
 
+def lost(e: BaseException) -> bool:
+    """Is this how torch says that another process has gone?"""
+    gone = isinstance(e, dist.DistBackendError | dist.DistNetworkError)
+    return gone or (isinstance(e, RuntimeError) and "/gloo/" in str(e))
+
+
 class Reducer:
     """Averages gradients over ranks during the backward in which `last` is set."""
 

@@ -29,7 +29,7 @@ from engine import cost, data, exits, folder, plan, resume, watch
 from engine.cost import Stage
 from engine.lookups import Lookups
 from engine.machine import versions
-from engine.parallel import World
+from engine.parallel import World, lost
 from engine.plan import Plan
 from engine.sequence import processes_per_block
 from engine.timing import Times
@@ -107,12 +107,15 @@ class Run:
             self.watch = watch.Watch(self.out, self.plan, self.world.size, self.about, self.at)
 
     def measure(self, name: str, model: Llama) -> None:
-        """A column of the table, filled by the first process, or by all of a sharded model."""
+        """A column of the table, filled by the first process; by all, where they share the model or
+        its blocks.
+        """
         if not self.held_out.n_blocks or name in self.at.columns:
             return
         with self.times("measuring"):
-            f = self.held_out.measure
-            self.at.columns[name] = f(model) if self.args.shard else self.world.on_main(f, model)
+            P, f = max(fit.P for fit in self.plan.fits), self.held_out.measure
+            together = self.args.shard or P > 1
+            self.at.columns[name] = f(model, P) if together else self.world.on_main(f, model)
 
     # ---- the loop
 
@@ -124,7 +127,9 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, stage: Stage, optimiser: torch.optim.Optimizer, step):
-        """Around a stage's steps. Raises OutOfMemory, with the flags that help."""
+        """Around a stage's steps. Raises OutOfMemory, with the flags that help; ValueError where a
+        process was lost.
+        """
         self.optimiser, self.step, self.stage_began = optimiser, step, []
         if self.at.step:
             resume.load(self.at.state, self.weights, optimiser, self.at.step)
@@ -138,6 +143,11 @@ class Run:
             if exits.ran_out(e):
                 promise = GOES_ON if self.at.state else ""
                 raise plan.out_of_memory(stage, self.plan.device, promise) from None
+            if self.world.size > 1 and lost(e):
+                if self.stop_request and not self.world.main:  # torchrun ends all: that is no news
+                    raise KeyboardInterrupt from None
+                promise = GOES_ON if self.at.state else ""
+                raise ValueError(f"another process of this run has ended{promise}") from None
             raise
         step.close()
         self.times.first_step(self.stage_began)

@@ -85,7 +85,7 @@ class Whole:
         return x
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, T/P] of these tokens -> [B, T], on all."""
+        """x [B, T/P, C] of these tokens -> [B, T, C], on all."""
         return x
 
 
@@ -134,9 +134,9 @@ class Cut(Whole):
         return x.unflatten(1, (heads, -1)).sum(2)
 
     def gather(self, x: Tensor) -> Tensor:
-        """x [B, T/P] of these tokens -> [B, T], on all."""
-        longest = max(self.lengths)
-        padded = torch.nn.functional.pad(x, (0, longest - x.shape[1])).contiguous()
+        """x [B, T/P, C] of these tokens -> [B, T, C], on all."""
+        padded = x.new_zeros(x.shape[0], max(self.lengths), x.shape[2])
+        padded[:, : x.shape[1]] = x
         got = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(got, padded, group=self.group)
         return torch.cat([g[:, :n] for g, n in zip(got, self.lengths, strict=True)], 1)

@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint as recompute
 from engine import graph, parallel
 from engine.cost import HEAD_CHUNK, Stage
 from engine.offload import Store
-from engine.sequence import cut, processes_per_block
-from engine.tiles import Pass, Tiles, walk
+from engine.sequence import processes_per_block
+from engine.tiles import Pass, Tiles, begin, walk
 from model import Llama, by_chunks, trainable, widened
 from model import next_token_loss as cross_entropy
 from relation_kl import relation_kl
@@ -289,25 +289,10 @@ def long_next_token_loss(
     return (losses.sum() * (P / ids[:, 1:].numel()),)
 
 
-@torch.no_grad()
-def token_losses(model: Llama, ids: Tensor, dtype: torch.dtype, P: int = 1) -> Tensor:
-    """Cross-entropy in nats [B, T] of each token of ids [B, T + 1], on all P processes that share
-    the block; layers and head run over tiles of tokens.
-    """
-    work, h = _begin(model, ids, dtype, Tiles(), Store(model.device), P)
-    h, _, _ = walk(work, h, model)
-    mine = _share(work, ids)[:, 1:]
-    return work.cut.gather(_cross_entropies(model, h, mine).view(mine.shape))
-
-
-def _begin(student, ids, dtype, tiles, store, P, noisy=False, teacher=None) -> tuple[Pass, Tensor]:
+def _begin(student, ids, dtype, tiles, store, P, noisy, teacher=None) -> tuple[Pass, Tensor]:
     """A pass over ids [B, T + 1], and h [B, T/P, C] of the embeddings of this process's tokens."""
-    part = cut(P, ids.shape[1] - 1)
-    a, b = part.span(ids.shape[1] - 1)
-    h = student.embed(ids[:, a:b], dtype)
-    turns = [m and [x[a:b] for x in m.cos_sin(ids.shape[1] - 1, h)] for m in (student, teacher)]
     noise = int(torch.randint(2**40, ())) if noisy else None
-    return Pass(tiles, store, part, turns, noise=noise), h
+    return begin(ids[:, :-1], dtype, tiles, store, P, student, teacher, noise)
 
 
 def _share(work: Pass, ids: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from engine.offload import Held, Store, dense
 from engine.parallel import gathered
-from engine.sequence import Whole
+from engine.sequence import Whole, cut
 from model import Llama, widened
 from precision import attention_dtype
 
@@ -76,6 +76,40 @@ class Pass:
         """Tiles of T tokens of B blocks, of one length but for rounding."""
         n = -(-T // max(1, self.tiles.tokens // B))
         return [slice(i * T // n, (i + 1) * T // n) for i in range(n)]
+
+
+def begin(
+    ids: Tensor,
+    dtype: torch.dtype,
+    tiles: Tiles,
+    store: Store,
+    P: int,
+    student: Llama,
+    teacher: Llama | None = None,
+    noise: int | None = None,
+) -> tuple[Pass, Tensor]:
+    """A pass over ids [B, T], and h [B, T/P, C] of the embeddings of this process's tokens."""
+    T = ids.shape[1]
+    part = cut(P, T)
+    a, b = part.span(T)
+    h = student.embed(ids[:, a:b], dtype)
+    turns = [m and [x[a:b] for x in m.cos_sin(T, h)] for m in (student, teacher)]
+    return Pass(tiles, store, part, turns, noise=noise), h
+
+
+@torch.no_grad()
+def hidden(model: Llama, ids: Tensor, P: int = 1) -> Tensor:
+    """As model.hidden: ids [B, T] -> [B, T, C] after the last norm, in the memory of a few tiles.
+
+    P neighbouring processes share the work, and all get all of it; all must ask.
+    """
+    if P == 1 and ids.shape[1] <= TOKENS:
+        return model.hidden(ids)
+    work, h = begin(ids, model.dtype, Tiles(TOKENS), Store(model.device), P, model)
+    h, _, _ = walk(work, h, model)
+    for span in work.spans(*h.shape[:2]):
+        h[:, span] = model.model.norm(h[:, span])
+    return work.cut.gather(h)
 
 
 def walk(
@@ -285,8 +319,8 @@ def _tile(outs: list[Tensor], span: slice) -> Tensor:
 
 
 def calls_of_attention(B: int, H: int, Hkv: int, T: int) -> int:
-    """In how many calls attention over [B, H, T, D] is done: as few as ROWS allows, each with the
-    keys of its queries.
+    """The number of calls that attention over [B, H, T, D] takes: as few as ROWS allows, each with
+    the keys of its queries.
     """
     return next((n for n in range(1, Hkv) if Hkv % n == 0 and B * (H // n) * T <= ROWS), Hkv)
 

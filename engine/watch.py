@@ -17,7 +17,7 @@ gib is the peak so far: on a GPU of its memory; on a CPU of the whole process, w
 torch, which the plan leaves out. Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's
 is the next token's. A terminal shows a bar, anything else about twenty plain lines per stage.
 curves.png is drawn at each saved state but at most once a minute.
---tensorboard writes the same figures for TensorBoard where that package is installed.
+--tensorboard and --wandb PROJECT write the same figures to a board (boards.py).
 
 Speed.  tflops is cost.flops over the seconds of the step, for all processes together, recomputation
 not counted; mfu is that over the number of devices times `peak`, the rate of one large matrix
@@ -29,7 +29,6 @@ Limits.  A step's seconds include waiting for the text and for other processes; 
 not in them.
 """
 
-import importlib
 import json
 import math
 import shutil
@@ -40,11 +39,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine import cost, curves, data, parallel, resume
+from engine.boards import Boards
 from engine.folder import Folder
 from engine.lookups import chosen
 from engine.plan import Plan
 from relation_kl import RELATIONS
 
+SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "next_token_kl", "relation_loss")
 SCHEMA = 2  # of metrics.jsonl, in run.json; raised when a key changes its meaning
 
 
@@ -99,11 +100,8 @@ class Watch:
         self.out, self.stages, self.peak, self.processes = out, stages, plan.peak, processes
         self.seed, self.share, self.weight = args.seed, args.lookups, args.logit_weight
         self.log = (out.path / "metrics.jsonl").open("a")
-        self.writer = None
-        if args.tensorboard:
-            out.add("tensorboard/")
-            board = importlib.import_module("torch.utils.tensorboard")
-            self.writer = board.SummaryWriter(out.path / "tensorboard")
+        out.add(*["tensorboard/"] * args.tensorboard, *["wandb/"] * bool(args.wandb))
+        self.boards = Boards(out.path, args.tensorboard, args.wandb, about["arguments"])
         self.work = [sum(cost.flops(config, stage, args.lora_rank).values()) for stage in stages]
         self.recent: list[float] = []  # flop/s of the last steps
         self.bar, self.drawn = None, time.time()
@@ -168,19 +166,8 @@ class Watch:
         print(json.dumps(row), file=self.log, flush=True)
         self._say(row, stage)
         self._warn(row["loss"], stage)
-        if self.writer:
-            names = (
-                "loss",
-                "grad_norm",
-                "lr",
-                "tokens_per_second",
-                "mfu",
-                "next_token_kl",
-                "relation_loss",
-            )
-            shown = {k: row[k] for k in names if k in row} | row.get("relations", {})
-            for name, value in shown.items():
-                self.writer.add_scalar(f"{stage.name}/{name}", value, step)
+        shown = {k: row[k] for k in SHOWN if k in row} | row.get("relations", {})
+        self.boards.write(stage.name, step, row["total"], shown)
 
     def _say(self, row: dict, stage) -> None:
         """The bar, or a line; what does not fit the terminal is left out from the end."""
@@ -223,16 +210,14 @@ class Watch:
 
     def draw(self, patience: float = 0.0) -> None:
         """Draws curves.png anew, unless it was drawn within the last `patience` seconds."""
-        if self.writer:
-            self.writer.flush()
+        self.boards.flush()
         if time.time() - self.drawn >= patience and self.log.tell():
             self.out.write("curves.png", curves.picture(self.out.path / "metrics.jsonl"))
             self.drawn = time.time()
 
     def close(self) -> None:
         self.log.close()
-        if self.writer:
-            self.writer.close()
+        self.boards.close()
 
 
 @torch.no_grad()

@@ -8,14 +8,12 @@ loaded.
 """
 
 import argparse
-import math
 import shlex
 import sys
 
 import torch
 
 from engine.flags import check_device, count, folder, one_sentence, path, positive, seed
-from evals.longtext import STRIDE
 from evals.ruler_tasks import TASKS
 from hub import download
 
@@ -152,20 +150,10 @@ def _check(args: argparse.Namespace) -> None:
             raise ValueError(f"--ruler {name} is not one of {known}")
     if args.scale is not None and not 1 <= args.scale <= 1e6:
         raise ValueError(f"--scale is {args.scale:g}; it must be from 1 to a million")
-    if args.ppl and args.lengths and min(args.lengths) < STRIDE:
-        raise ValueError(too_short(args.lengths))
     families = ("tasks", "ppl", "positions", "passkey", "ruler", "layers")
     if args.no_text and not any(_given(args, key) for key in families):
         raise ValueError(
             "--no-text leaves nothing to do; ask for --tasks, --ruler, --passkey, --ppl or --layers"
         )
-    if (args.native or 1) * (args.scale or 1) > 1 << 31 or math.isnan(args.scale or 1):
+    if (args.native or 1) * (args.scale or 1) > 1 << 31:
         raise ValueError(f"--native {args.native} is too long to be read in one block")
-
-
-def too_short(lengths: list[int]) -> str:
-    """The sentence that refuses windows below the stride."""
-    return (
-        f"--ppl needs windows of at least its stride, {STRIDE} tokens, and --lengths begins at "
-        f"{min(lengths)}; name longer ones"
-    )

@@ -188,6 +188,7 @@ def options(row: dict) -> Item:
 
 
 def choose_context(contexts: list[str], continuation: str, gold: int) -> Item:
+    """One continuation after each context. Raises ValueError where gold is none of them."""
     if not 0 <= gold < len(contexts):
         raise ValueError(f"the answer is number {gold} of {len(contexts)} contexts")
     requests = tuple((context, continuation) for context in contexts)

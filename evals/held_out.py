@@ -58,38 +58,39 @@ class HeldOut:
         self.n_blocks = len(self.blocks)
         self.lookups = make_lookups(tokenizer, corpus, native, self.length)
 
-    def measure(self, model: Llama) -> dict[str, float]:
-        """One column of the table: {row: figure}."""
-        return {row: mean_and_error(row, x)[0] for row, x in self.values(model).items()}
+    def measure(self, model: Llama, P: int = 1) -> dict[str, float]:
+        """One column of the table: {row: figure}. P processes share each block, and all ask."""
+        return {row: mean_and_error(row, x)[0] for row, x in self.values(model, P).items()}
 
-    def values(self, model: Llama) -> dict[str, np.ndarray]:
+    def values(self, model: Llama, P: int = 1) -> dict[str, np.ndarray]:
         """{row: [n_blocks, tokens] or [questions]}; of a perplexity, log-probabilities."""
-        near, right = self.native_scores(model)
-        far, _ = block_scores(model, self.blocks)
+        near, right = self.native_scores(model, P)
+        far, _ = block_scores(model, self.blocks, P=P)
         rows = {"loss at 1x": near, "perplexity at 1x": -near}
         rows |= {f"loss at {self.scale:g}x": far, f"perplexity at {self.scale:g}x": -far}
         rows["next-token accuracy"] = right
         for times in (1, 2, 4, 8) if self.lookups else ():
             if times <= self.scale:
-                answers = recall(model, self.lookups, times * self.native, self.seed)
+                answers = recall(model, self.lookups, times * self.native, self.seed, P)
                 rows[f"recall at {times}x"] = answers
         return rows
 
-    def native_scores(self, model: Llama) -> tuple[np.ndarray, np.ndarray]:
+    def native_scores(self, model: Llama, P: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """(loss, right) of every token, each [n_blocks, length], read in blocks of native length"""
         full, rest = divmod(self.length, self.native)
         cut = [self.blocks[:, i * self.native :][:, : self.native + 1] for i in range(full)]
-        losses, right = block_scores(model, torch.cat(cut))  # [full * n_blocks, native]
+        losses, right = block_scores(model, torch.cat(cut), P=P)  # [full * n_blocks, native]
         parts = [np.split(losses, full), np.split(right, full)]
         if rest:  # of the last block, only what no other has read
             last = self.blocks[:, self.length - self.native :]
             at = torch.arange(self.native - rest, self.native).expand(len(last), rest)
-            for each, more in zip(parts, block_scores(model, last, at), strict=True):
+            for each, more in zip(parts, block_scores(model, last, at, P), strict=True):
                 each.append(more)
         return np.concatenate(parts[0], 1), np.concatenate(parts[1], 1)
 
 
 def headline(subject: Subject, scores: Scores) -> None:
+    """The figures of held-out text and look-ups, of every model."""
     s = subject
     text = HeldOut(s.corpus, s.tokenizer, s.native, s.scale, s.n_blocks, s.seed)
     of_text = {"version": f"held-out text of {s.corpus.name}", "seed": None}
@@ -101,12 +102,12 @@ def headline(subject: Subject, scores: Scores) -> None:
             scores.add(name, row, values=values, **about)
 
 
-def recall(model: Llama, lookups: Lookups, T: int, seed: int) -> np.ndarray:
+def recall(model: Llama, lookups: Lookups, T: int, seed: int, P: int = 1) -> np.ndarray:
     """[questions] of DOCUMENTS look-up documents of T tokens: 1 where answered right, else 0."""
     rng = np.random.default_rng([seed, T])
     made = [lookups.document(rng, T, "far") for _ in range(DOCUMENTS)]
     ids, at = (torch.from_numpy(np.stack(each)) for each in zip(*made, strict=True))
-    _, right = block_scores(model, ids, at)  # of [DOCUMENTS, T + 1] and [DOCUMENTS, 8]
+    _, right = block_scores(model, ids, at, P)  # of [DOCUMENTS, T + 1] and [DOCUMENTS, 8]
     return right.flatten()
 
 

@@ -49,6 +49,7 @@ def divergence(teacher: Llama, student: Llama, blocks: Tensor) -> np.ndarray:
 
 
 def relation_kl_by_layer(subject: Subject, scores: Scores) -> None:
+    """A table of its own, and a picture: the untrained student before, the student after."""
     models = subject.models
     blocks = subject.corpus.held_out_blocks(subject.long, subject.n_blocks)[:, :-1]
     columns = {"before": models[UNTRAINED], "after": models["student"]}

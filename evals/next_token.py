@@ -8,8 +8,8 @@ How it is computed.  As many blocks as fill `batch_tokens` go through the model 
 made for some rows at a time, once for both figures, in float32.
 
 Every figure of whole blocks (held-out text, look-ups, sliding windows, loss by position) passes
-through `block_scores`, and through nothing else: whoever spreads a long block over several
-processes does it there.
+through `block_scores`, and through nothing else. Long blocks go through the layers in tiles, over
+one process or several (engine/tiles.py).
 """
 
 import numpy as np
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.tiles import hidden
 from model import Llama
 
 
@@ -43,19 +44,19 @@ def token_scores(model: Llama, h: Tensor, targets: Tensor) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def block_scores(
-    model: Llama, blocks: Tensor, at: Tensor | None = None
+    model: Llama, blocks: Tensor, at: Tensor | None = None, P: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
     """(loss in nats, right), each float64 [n, m], of blocks [n, T + 1].
 
     at: the positions [n, m] whose next tokens are scored (None: all T). Tokens behind a position do
-    not change its scores.
+    not change its scores. P: over how many processes each block is spread; all must ask.
     """
     n, T = len(blocks), blocks.shape[1] - 1
     at = torch.arange(T).expand(n, T) if at is None else at
     losses, right, rows = [], [], max(1, batch_tokens(model.device) // T)
     for ids, where in zip(blocks.split(rows), at.split(rows), strict=True):
         ids, where = ids.to(model.device), where.to(model.device)
-        h = model.hidden(ids[:, :-1])  # [rows, T, C]
+        h = hidden(model, ids[:, :-1], P)  # [rows, T, C]
         h = h[torch.arange(len(h), device=h.device)[:, None], where]  # [rows, m, C]
         loss, hit = token_scores(model, h.flatten(0, 1), ids.gather(1, where + 1).flatten())
         losses.append(loss.view(where.shape))

@@ -37,7 +37,7 @@ TEACHER, UNTRAINED = "teacher", "untrained"
 RESAMPLES = 1000
 AVERAGED = ("accuracy", "accuracy normed")  # the figures that are also averaged over tasks
 LOSS = "loss at 1x"
-LOST = 0.01  # nats at 1x: a smaller loss of the untrained student is within what other text gives
+LOST = 0.01  # nats: less, of the untrained student, is within what other text gives
 
 
 def recovered(columns: dict[str, dict[str, float]]) -> dict[str, float]:

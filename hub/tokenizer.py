@@ -86,7 +86,7 @@ class Tokenizer:
         self._encode, self._decode, self._batch, self._known = encode, decode, batch, known
         self._chat, self.size, self.bos_id, self.eos_id = chat, max(known) + 1, bos_id, eos_id
         self.of_text, self.digest, self.kind = of_text or self.size, digest, kind
-        self.path, self.note, self.stop_ids = Path(), "", frozenset({eos_id})
+        self.path, self.note, self.stop_ids = Path(), "", frozenset[int]()
 
     def drop_from(self, size: int, file: Path) -> None:
         """Forgets the special tokens that a model of `size` embeddings has none for."""

@@ -9,7 +9,7 @@
 # Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
 # Time     not measured. 2.3e17 floating-point operations: 10 minutes at 400 TFLOP/s, scoring and export on top.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
-#          loss at 1x came back. The learning rate is plan.py's rule, a guess at this width: compare two or three
+#          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

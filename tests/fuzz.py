@@ -3,7 +3,8 @@
     python tests/fuzz.py --cases 20000 --seed 1        what tests/test_fuzz.py does with 1,200 cases
 
 What.  Each case damages one thing in a fresh copy and asks the part of the program that meets it
-first: the plan (config.json, headers, tokenizer, flags), the corpus, the newest state, the folder.
+first: the plan (config.json, headers, tokenizer, flags), the corpus (rows, chats), the newest state,
+the folder, the environment of a launcher.
 The oracle: a ValueError of one sentence and a tree that is unchanged, byte for byte; or success. A
 checkpoint that is taken must give the logits that transformers gives, checked for one case in 25.
 
@@ -15,8 +16,10 @@ Limits.  It finds what its mutators can say; a mutator for each kind of file, no
 
 import argparse
 import contextlib
+import gzip
 import io
 import json
+import os
 import random
 import shutil
 import sys
@@ -30,7 +33,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from conftest import write_model  # noqa: E402
 
 import train  # noqa: E402
-from engine import data, flags, folder, plan, resume  # noqa: E402
+from engine import data, flags, folder, parallel, plan, resume  # noqa: E402
+from hub.chats import Chats  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
 from model import Llama, LlamaConfig  # noqa: E402
 
@@ -53,6 +57,15 @@ HOSTILE = [
     {},
     {"a": 1},
 ]
+CHATS = ("messages", "conversations")
+JINJA = ["{{", "}}", "{%", "%}", "{% if x %}", "{% endfor %}", "'", "|", "tojson", "1/0", "\n", "{{ raise_exception('no') }}",
+         "{{ messages }}", "{{ x.y.z }}", "{% set a = 1 %}", "-", " ", "{{ bos_token }}", "{{ [] * 3 }}"]  # fmt: skip
+SETTINGS = {
+    "tokenizer_class": ["PreTrainedTokenizerFast", "LlamaTokenizer", "LlamaTokenizerFast", "GPT2Tokenizer"],
+    "add_bos_token": [True, False, None],
+    "add_eos_token": [False, None],
+    "chat_template": ["x", None],
+}  # fmt: skip
 FLAGS = ["tokens1", "length2", "batch1", "lr1", "lr2", "logit-weight", "native-blocks", "lookups", "lora-rank",
          "lora-alpha", "lora-dropout", "micro", "seed", "eval-blocks", "save-minutes", "peak-tflops", "scale"]  # fmt: skip
 WORDS = [
@@ -156,6 +169,118 @@ def data_case(rng: random.Random, work: Path, base: Path) -> None:
         raise Wrong("ids outside the vocabulary")
 
 
+def rows_case(rng: random.Random, work: Path, base: Path) -> None:
+    """Rows with hostile values, of a text, a chat or neither, in any of the three kinds of file."""
+    text = work / "text"
+    text.mkdir()
+    long = "plain words of a text " * 9
+    turns = [{"role": "user", "content": long}, {"role": "assistant", "content": "yes"}]
+    shared = [{"from": "human", "value": long}, {"from": "gpt", "value": "yes"}]
+    rows = []
+    for _ in range(rng.randrange(1, 30)):
+        row = {"text": long, "messages": turns, "conversations": shared, "tools": [{"a": 1}]}
+        row = {k: json.loads(json.dumps(v)) for k, v in row.items() if rng.random() < 0.6}
+        for _ in range(rng.randrange(3)):
+            row[rng.choice(["text", "messages", "body", "tools"])] = rng.choice([*HOSTILE, long])
+        chat = row.get(rng.choice(CHATS))
+        if isinstance(chat, list) and chat and rng.random() < 0.3:
+            chat[rng.randrange(len(chat))] = rng.choice([*HOSTILE, {"role": "tool"}, {"from": 7}])
+        rows.append(row)
+    kind = rng.choice(["jsonl", "csv", "jsonl.gz"])
+    if kind == "csv":
+        lines = [",".join(rng.choice(["text", "body", "id", "messages"]) for _ in range(2))]
+        lines += [f"{rng.choice(WORDS)},{rng.choice([long, *WORDS])}" for _ in rows]
+        raw = "\n".join(lines).encode()
+    else:
+        raw = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    raw = rng.choice([b"", b"\xef\xbb\xbf"]) + raw
+    (text / f"x.{kind}").write_bytes(gzip.compress(raw) if kind.endswith("gz") else raw)
+    tokenizer = load_tokenizer(base / "chats")
+    field = rng.choice([None, None, "text", "messages", "body"])
+    cache = work.parent / "cache"
+    corpus, again = (
+        data.load_corpus([text], tokenizer, cache, quiet=True, field=field) for _ in range(2)
+    )
+    if corpus.notes != again.notes or int(corpus.train.max()) >= tokenizer.size:
+        raise Wrong("the cache says something else than the text, or ids outside the vocabulary")
+
+
+def template_case(rng: random.Random, work: Path, base: Path) -> None:
+    """A damaged chat template: refused in a sentence, or what transformers would write."""
+    path = Path(shutil.copytree(base / "chats", work / "chats"))
+    source = (path / "chat_template.jinja").read_text()
+    for _ in range(rng.randrange(1, 4)):
+        at, piece = rng.randrange(len(source)), rng.choice(JINJA)
+        source = source[:at] + piece + source[at + rng.randrange(4) :]
+    (path / "chat_template.jinja").write_text(source)
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ours = Chats(load_tokenizer(path)).text(messages)
+    if rng.random() < 0.2:
+        import transformers
+
+        theirs = transformers.AutoTokenizer.from_pretrained(path)
+        if theirs.apply_chat_template(messages, tokenize=False) != ours:
+            raise Wrong("another text than transformers'")
+
+
+def tokenizer_case(rng: random.Random, work: Path, base: Path) -> None:
+    """A tokenizer's settings, class by class: BOS is that of transformers 5.
+
+    On a text that every class splits alike: some of version 5 have a rule of their own.
+    """
+    path = work / "model"
+    path.mkdir()
+    whole = json.loads((base / "teacher" / "tokenizer.json").read_text())
+    if rng.random() < 0.5:
+        begin = {"SpecialToken": {"id": "<|end|>", "type_id": 0}}
+        single = [begin, {"Sequence": {"id": "A", "type_id": 0}}]
+        pair = [*single, {"Sequence": {"id": "B", "type_id": 1}}]
+        known = {"<|end|>": {"id": "<|end|>", "ids": [4095], "tokens": ["<|end|>"]}}
+        kind = {"type": "TemplateProcessing", "single": single, "pair": pair}
+        whole["post_processor"] = kind | {"special_tokens": known}
+    (path / "tokenizer.json").write_text(json.dumps(whole))
+    settings = {"bos_token": "<|end|>", "eos_token": "<|end|>"}
+    for key, values in SETTINGS.items():
+        if rng.random() < 0.7:
+            settings[key] = rng.choice(values)
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ends = rng.choice([4095, [4095], [4095, 7], [], None, [4095, "x"], -1, 4096])
+    config = {"model_type": "llama", "vocab_size": 4096, "eos_token_id": ends}
+    (path / "config.json").write_text(
+        json.dumps(config | {"bos_token_id": rng.choice([4095, None])})
+    )
+    if rng.random() < 0.3:
+        given = {"eos_token_id": rng.choice(HOSTILE)}
+        (path / "generation_config.json").write_text(json.dumps(given))
+    tokenizer = load_tokenizer(path)
+    if tokenizer.eos_id not in tokenizer.stop_ids:
+        raise Wrong("the end token does not stop")
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(path)("a b")["input_ids"]
+    if tokenizer.encode("a b", bos=True) != theirs:
+        raise Wrong("other ids than transformers'")
+
+
+def environment_case(rng: random.Random, work: Path, base: Path) -> None:
+    """What a launcher, or its remains, may leave in the environment: one process, or a sentence."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    values = [None, None, "0", "1", "2", "localhost", *WORDS]
+    given = {name: rng.choice(values) for name in names}
+    if str(given["WORLD_SIZE"]).isdecimal() and int(given["WORLD_SIZE"]) > 1:
+        given["RANK"] = rng.choice([None, "", "x", "99999999"])  # whole ones would wait for others
+    before = {name: os.environ.pop(name, None) for name in names}
+    try:
+        os.environ.update({k: v for k, v in given.items() if v is not None})
+        world = parallel.World("cpu")
+    finally:
+        for name in names:
+            os.environ.pop(name, None)
+        os.environ.update({k: v for k, v in before.items() if v is not None})
+    if not world.main or (world.rank, world.size) != (0, 1):
+        raise Wrong(f"{given} made process {world.rank} of {world.size}")
+
+
 def cache_case(rng: random.Random, work: Path, base: Path) -> None:
     """A damaged cache of tokenised text is made again."""
     cache = Path(shutil.copytree(base / "tokens", work / "tokens"))
@@ -218,6 +343,10 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
 KINDS = {
     "checkpoint": checkpoint_case,
     "data": data_case,
+    "rows": rows_case,
+    "template": template_case,
+    "tokenizer": tokenizer_case,
+    "environment": environment_case,
     "cache": cache_case,
     "state": state_case,
     "folder": folder_case,
@@ -227,11 +356,12 @@ KINDS = {
 
 def prepare(base: Path) -> None:
     """The whole things that cases damage."""
-    import gzip
-
     import numpy as np
 
     write_model(base / "teacher")
+    chats = Path(shutil.copytree(base / "teacher", base / "chats"))
+    source = "{% for m in messages %}{{ m.role + ': ' + m['content'] | trim }}{% endfor %}{{ eos_token }}"
+    (chats / "chat_template.jinja").write_text(source)
     text = base / "text"
     text.mkdir()
     words = "a few plain words, and then some more of them\n" * 60

@@ -1,38 +1,38 @@
-"""The README and the tree say the same:
+"""What is written and what is there are the same: imports, docstrings, commands, flags, links, figures.
 
-files, imports, line budgets, commands, flags and docstrings.
+The pages are README.md, CONTRIBUTING.md, docs/ and a README.md in runs/, demo/ and bench/.
 """
 
 import ast
 import json
 import re
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted(p for p in ROOT.glob("*/README.md") if not p.parent.name.startswith("."))
 BOOK = ("rope", "model", "relation_kl", "kernel_triton", "train", "eval")
 FOLDERS = ("hub", "engine", "evals", "bench")
 MODULES = sorted(
     p for p in [*ROOT.glob("*.py"), *(p for f in FOLDERS for p in (ROOT / f).glob("*.py"))]
 )
 MODULES = [p for p in MODULES if p.name != "__init__.py"]
-# Above the general budget of 60 lines: the two scripts' one flow of locals, a list of flags, and
-# kernels
-LONG = {"train.main", "eval.main", "flags.parser"}
 # Imports go down only: a room may import those of a lower rank, and its own
-RANK = {
-    "rope": 0,
-    "precision": 0,
-    "kernel_host": 0,
-    "kernel_cpu": 0,
-    "kernel_triton": 1,
-    "kernel_hopper": 1,
-    "hub": 1,
-}
-RANK |= {"relation_kl": 2, "model": 2, "engine": 3, "evals": 4, "eval": 5, "train": 5, "bench": 6}
+RANK = {"rope": 0, "precision": 0, "kernel_host": 0, "hub": 1}
+RANK |= {"kernel_cpu": 1, "kernel_triton": 1, "kernel_hopper": 2}
+RANK |= {"relation_kl": 3, "model": 3, "engine": 4, "evals": 5, "eval": 6, "train": 6, "bench": 7}
+
+
+def tracked() -> list[str]:
+    """Files of the repository, those not yet committed included."""
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.splitlines()
 
 
 def room(path) -> str:
@@ -57,16 +57,14 @@ def imported(path, everywhere: bool = True) -> set[tuple[str, ...]]:
 
 
 def test_the_top_level_is_the_book():
-    assert {p.stem for p in ROOT.glob("*.py")} - {
-        "kernel_hopper",
-        "kernel_cpu",
-        "kernel_host",
-        "precision",
-    } == set(BOOK)
+    """And what stands beside it: kernels for one kind of machine, and the choice of a dtype."""
+    beside = {"kernel_host", "kernel_cpu", "kernel_hopper", "precision"}
+    assert {p.stem for p in ROOT.glob("*.py")} - beside == set(BOOK)
 
 
 def test_imports_go_down_only():
     for path in MODULES:
+        assert room(path) in RANK, f"{path.name} has no rank"
         for name in imported(path):
             up = RANK[name[0]] >= RANK[room(path)] and name[0] != room(path)
             assert not up, f"{path.relative_to(ROOT)} imports {'.'.join(name)}"
@@ -86,20 +84,35 @@ def test_there_is_no_circle():
         order += ready
 
 
+def arrows() -> set[tuple[str, str]]:
+    """Who imports whom, room by room, without what follows from two other arrows."""
+    direct: dict[str, set[str]] = {room(p): set() for p in MODULES}
+    for path in MODULES:
+        direct[room(path)] |= {name[0] for name in imported(path)} - {room(path)}
+
+    def below(name: str) -> set[str]:
+        return direct[name].union(*(below(other) for other in direct[name]))
+
+    return {
+        (upper, lower)
+        for upper, lowers in direct.items()
+        for lower in lowers
+        if not any(lower in below(other) for other in lowers - {lower})
+    }
+
+
+def test_the_picture_of_the_house_is_its_imports():
+    page = (ROOT / "docs" / "house.md").read_text()
+    drawn = re.findall(r"^    (\w+) --> (\w+)$", page, re.M)
+    order = sorted(arrows(), key=lambda a: (-RANK[a[0]], a[0], -RANK[a[1]], a[1]))
+    lines = "\n".join(f"    {upper} --> {lower}" for upper, lower in order)
+    assert drawn == order, f"the diagram of docs/house.md should be\n{lines}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_file_holds_one_concept_opened_by_a_docstring(path):
-    text = path.read_text()
-    module = ast.parse(text)
-    lesson = ast.get_docstring(module) or ""
+    lesson = ast.get_docstring(ast.parse(path.read_text())) or ""
     assert len(lesson.splitlines()) >= 5, "a docstring that teaches"
-    kernels = path.name.startswith("kernel_")
-    for node in ast.walk(module):
-        if (
-            isinstance(node, ast.FunctionDef)
-            and not kernels
-            and f"{path.stem}.{node.name}" not in LONG
-        ):
-            assert node.end_lineno - node.lineno < 62, f"{node.name} is longer than 60 lines"
 
 
 @pytest.mark.parametrize("name", [*BOOK])
@@ -140,24 +153,81 @@ def test_every_derivation_points_at_a_test_that_exists():
 
 
 def test_the_readme_names_the_book_in_order_and_every_folder():
-    tree = README.split("## The files")[1].split("\n## ")[0]
-    named = re.findall(r"^\| `(\w+)\.py`", tree, re.M)
+    tree = README.split("## Reading order")[1].split("\n## ")[0]
+    named = re.findall(r"`(\w+)\.py`", tree)
     assert [n for n in named if n in BOOK] == list(BOOK)
+    missing = {p.stem for p in ROOT.glob("*.py")} - set(named)
+    assert not missing, f"no row for {missing}"
     assert set(re.findall(r"^\| `(\w+)/`", tree, re.M)) >= set(FOLDERS)
 
 
-def test_every_path_that_the_readme_names_exists():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+def test_the_readme_begins_with_a_curve_and_the_bare_command():
+    top = "\n".join(README.splitlines()[:25])
+    assert "](demo/figures/positions.png)" in top and "make demo" in top and "make test" in top
+    assert "\npython train.py --teacher DIR --scale 8\n" in top
+    assert re.search(r"^python eval\.py --model \S+ --against DIR$", top, re.M)
 
 
-COMMANDS = sorted(set(re.findall(r"python ((?:[\w./]+\.py)|(?:-m bench \w+))", README)))
+def test_the_readmes_method_is_train_pys():
+    text = (ROOT / "train.py").read_text()
+    functions = {n.name: n for n in ast.parse(text).body if isinstance(n, ast.FunctionDef)}
+    method = ast.get_source_segment(text, functions["relation_loss"])
+    assert f"```python\n{method}\n```" in README
+
+
+# ---- what the pages name
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def headings(page: Path) -> set[str]:
+    """Of a page, as the anchors of its headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", t).strip().lower().replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_link_of_a_page_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        if not target.startswith("https://"):
+            place, _, anchor = target.partition("#")
+            to = page.parent / place if place else page
+            assert to.exists(), target
+            assert not anchor or anchor in headings(to), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_every_file_flag_and_target_that_a_page_names_exists(page):
+    text, tree = page.read_text(), tracked()
+    for name in re.findall(r"[\w./-]*\w\.(?:py|sh)\b", text):
+        assert any(f"/{path}".endswith(f"/{name}") for path in tree), name
+    for name in re.findall(r"`((?:hub|engine|evals|bench|tests|demo|runs|docs)/[\w./-]*)`", text):
+        assert (ROOT / name).exists(), name
+    source = "".join(p.read_text() for p in ROOT.rglob("*.py") if named(p) in tree)
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - {"--nproc_per_node"}:
+        assert f'"{flag}"' in source, flag
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
+    assert set(re.findall(r"(?:`|\$ |^)make ([\w-]+)", text, re.M)) <= targets
+
+
+def test_every_name_that_contributing_gives_exists():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    source = "".join(p.read_text() for p in ROOT.rglob("*.py") if named(p) in tracked())
+    for name in re.findall(r"`(_?[A-Za-z]\w*)`", text):
+        assert re.search(rf"\b{name}\b", source), name
+
+
+EVERYTHING = "\n".join(page.read_text() for page in PAGES)
+COMMANDS = sorted(set(re.findall(r"python ((?:[\w./]+\.py)|(?:-m bench \w+))", EVERYTHING)))
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_every_command_of_the_readme_exists_with_the_flags_it_shows(script):
+def test_every_command_of_the_pages_exists_with_the_flags_it_shows(script):
     shown = set()
-    for line in README.replace("\\\n", " ").splitlines():
+    for line in EVERYTHING.replace("\\\n", " ").splitlines():
         for rest in line.split(f"python {script}")[1:]:
             shown |= set(re.findall(r"(?<!\w)(--[a-z][\w-]*)", rest.split("#")[0].split("`")[0]))
     assert script.startswith("-m") or (ROOT / script).is_file()
@@ -168,8 +238,108 @@ def test_every_command_of_the_readme_exists_with_the_flags_it_shows(script):
         assert run.returncode == 0 and not [f for f in shown if f not in run.stdout], shown
 
 
-def test_the_readme_is_one_sitting():
-    assert len(README.splitlines()) < 250
+# ---- the figures
+
+
+RUNS = json.loads((ROOT / "runs" / "smollm2-135m.json").read_text())["rows"]
+SCORES = {
+    "LAMBADA": "lambada_openai, accuracy",
+    "mean of 4": "average accuracy",
+    "ppl 8K": "sliding perplexity at 8192",
+    "ppl 64K": "sliding perplexity at 65536",
+}
+
+
+def measured(label: str, score: str) -> list[float]:
+    """Of every run of a row on GPUs, in their order; accuracies in percent."""
+    found = []
+    for run in (r for r in RUNS if "seconds" not in r):
+        figures, kind = run["figures"], run["arguments"]["rope"]
+        if label == "teacher":
+            column = figures.get("teacher")
+        elif label.endswith(", untrained"):
+            column = figures.get("untrained") if label.startswith(f"{kind},") else None
+        else:
+            column = figures.get("student", figures.get("model")) if run["row"] == label else None
+        if column:
+            found.append(column[SCORES[score]] * (100 if "accuracy" in SCORES[score] else 1))
+    assert found, f"no run of {label}"
+    return found
+
+
+def shown(value: float) -> str:
+    if value >= 1000:
+        return f"{float(f'{value:.2g}'):,.0f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def median(label: str, score: str) -> str:
+    return shown(statistics.median_low(measured(label, score)))
+
+
+@pytest.mark.parametrize("page, rows", [("README.md", 5), ("runs/README.md", 25)])
+def test_the_tables_are_what_the_runs_measured(page, rows):
+    """A cell is all runs' figures, or their median."""
+    columns, checked = [], 0
+    for line in (ROOT / page).read_text().splitlines():
+        cells = [cell.strip(" *`") for cell in line.strip("|").split("|")]
+        if "ppl 64K" in cells:
+            columns = cells
+        elif not line.startswith("|"):
+            columns = []
+        elif columns and not cells[0].startswith("---"):
+            label = cells[0].removesuffix(", both stages")
+            for score, cell in zip(columns, cells, strict=True):
+                if score in SCORES:
+                    each = [shown(v) for v in measured(label, score)]
+                    assert cell in (", ".join(each), median(label, score)), (label, score)
+            checked += 1
+    assert checked == rows
+
+
+def test_the_readme_says_what_the_papers_loss_alone_gives():
+    """Beside the sum of both and the KL alone, at equal tokens."""
+    text = " ".join(README.split())
+    (relations, p1), (both, p2), (kl, p3) = (
+        (median(row, "LAMBADA"), median(row, "ppl 64K")) for row in ("relations", "2097152", "kl")
+    )
+    assert f"LAMBADA {relations} and perplexity {p1} at 64K" in text
+    assert f"the sum at {both} and {p2}, the KL alone at {kl} and {p3}" in text
+
+
+def test_the_rows_of_a_cpu_are_what_it_measured():
+    text = (ROOT / "runs" / "README.md").read_text()
+    for run in (r for r in RUNS if "seconds" in r):
+        (line,) = [
+            x for x in text.splitlines() if x.startswith(f"| `{run['row']}` | {run_tokens(run):,}")
+        ]
+        for score in ("lambada_openai, accuracy", "average accuracy"):
+            before, after = (100 * run["figures"][c][score] for c in ("untrained", "student"))
+            kept = run["retention"][score]["kept"]["student"]  # to four digits
+            assert f"| {before:.1f} to {after:.1f} |" in line
+            said = re.findall(r"\| ([\d.]+) to ([\d.]+) % \|", line)
+            assert any(
+                abs(float(low) - 100 * kept["low"]) < 0.051
+                and abs(float(high) - 100 * kept["high"]) < 0.051
+                for low, high in said
+            )
+        assert f"{run['seconds'] / 60:.0f} minutes" in line and run["commit"] in line
+
+
+def run_tokens(run: dict) -> int:
+    """Tokens of stage 1."""
+    a = run["arguments"]
+    return a["stage1 T"] * a["stage1 batch"] * a["stage1 steps"]
+
+
+def test_the_demos_table_is_its_last_run(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "demo")
+    import demo
+
+    models = json.loads((ROOT / "demo" / "figures" / "demo.json").read_text())["models"]
+    monkeypatch.setattr(demo, "columns", lambda out: models)
+    table = demo.side_by_side(Path())
+    assert table in (ROOT / "demo" / "README.md").read_text(), f"demo/README.md needs\n{table}"
 
 
 def test_every_figure_stands_beside_the_numbers_it_is_drawn_from():
@@ -183,11 +353,6 @@ def test_the_retention_figure_has_every_row_of_the_runs(monkeypatch):
 
     kept = json.loads((figures.HERE / "retention.json").read_text())
     assert kept == figures.retention_values(), "run `make figures`"
-
-
-def test_the_make_targets_of_the_readme_exist():
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"make ([\w-]+)", README)) <= targets
 
 
 def test_the_project_speaks_of_itself_alone():

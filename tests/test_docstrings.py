@@ -14,7 +14,7 @@ from test_docs import MODULES, ROOT
 SHORT = 5
 # Named tensors (dict[str, Tensor]) are weights: their shapes are the model's
 SHAPED = r"(?<!dict\[str, )\b(Tensor|np\.ndarray)\b"
-SHAPE = r"\[[^\]]*[\w.][^\]]*\]|any shape"
+SHAPE = r"\[[^\]]*[\w.][^\]]*\]|\[\]|any shape"  # []: a scalar
 UNIT = (
     r"\b(seconds|ms|bytes|GiB|bits|nats|tokens?|ids|blocks?|steps?|items|layers|processes|samples"
     r"|numbers?|pairs|flop/s|share|percent|mode|exit code|label|learning rate|scale|0 \.\. 1"

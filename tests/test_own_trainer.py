@@ -1,5 +1,7 @@
 """The loss outside this repository: as a wheel of its own, and in a trainer of transformers models."""
 
+import functools
+import os
 import re
 import subprocess
 import sys
@@ -10,12 +12,12 @@ import transformers
 from conftest import ROOT, random_model
 
 from engine import step
+from examples import own_trainer
 from hub import checkpoint
 from model import Llama
 
-HEADING = "## The loss in your own trainer"
-README = (ROOT / "README.md").read_text()
-DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", README.split(HEADING)[1], re.S)[:2]
+PAGE = (ROOT / "docs" / "own_trainer.md").read_text()
+DEFINITIONS, LOOP = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 IDS = torch.randint(0, 4096, (2, 60), generator=torch.Generator().manual_seed(0))
 FAMILIES = {
     "llama3": {"rope_theta": 500000.0, "tie_word_embeddings": False},
@@ -27,10 +29,23 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def snippet() -> dict:
-    """What the README's first block defines."""
+    """What the page's first block defines."""
     names: dict = {}
-    exec(compile(DEFINITIONS, "README.md", "exec"), names)
+    exec(compile(DEFINITIONS, "docs/own_trainer.md", "exec"), names)
     return names
+
+
+def widen_norms(model) -> None:
+    """Norms in float64, as ours are there; transformers' are in float32 whatever the model is."""
+
+    def norm(module, x):
+        return module.weight * (
+            x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+        )
+
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(norm, module)
 
 
 def pair(folder, config: dict, kind: str):
@@ -47,6 +62,7 @@ def pair(folder, config: dict, kind: str):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(
             folder / name, dtype=torch.float64, attn_implementation="keep_qkv"
         )
+        widen_norms(theirs)
         models.append((ours, theirs))
     return models
 
@@ -131,6 +147,202 @@ def test_padding_on_the_right_counts_for_nothing(snippet, tmp_path):
 
     whole = loss_of(IDS[:1], None, None) * 60 + loss_of(IDS[1:, :41], None, None) * 41
     torch.testing.assert_close(loss_of(padded, mask, lengths) * 120, whole, rtol=1e-7, atol=0)
+
+
+# ---- examples/own_trainer.py: each way of training against one plain batch
+
+ROWS = torch.randint(0, 4096, (4, 40), generator=torch.Generator().manual_seed(1))
+LLAMA = {"rope_theta": 500000.0, "tie_word_embeddings": False}
+ADAPTER = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "k_proj", "v_proj"]}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Directories of a teacher and of a stretched student with other weights."""
+    folder = tmp_path_factory.mktemp("own")
+    pair(folder, LLAMA, "yarn")
+    return folder
+
+
+def load(models, adapter: bool = False):
+    """(student with what it trains, teacher), float32, as examples/own_trainer.py uses them."""
+    student, teacher = (
+        transformers.AutoModelForCausalLM.from_pretrained(models / n, dtype=torch.float32)
+        for n in ("student", "teacher")
+    )
+    if adapter:
+        import peft
+
+        torch.manual_seed(3)
+        student = peft.get_peft_model(student, peft.LoraConfig(**ADAPTER))
+        for name, p in student.named_parameters():
+            if "lora_B" in name:  # zeros at the start, which would leave A without a gradient
+                torch.nn.init.normal_(p, std=0.1)
+    else:
+        own_trainer.train_projections(student)
+    return student, teacher
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def plain_gradient(models, rows=ROWS, adapter=False, bf16=False, lengths=None):
+    """One batch, no Trainer."""
+    student, teacher = load(models, adapter)
+    for model in (student.get_base_model() if adapter else student, teacher):
+        model.set_attn_implementation(own_trainer.NAME)
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(rows.shape[1]) < lengths[:, None]).long()
+    with torch.no_grad():
+        teacher(rows, attention_mask=mask, use_cache=False)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        student(rows, attention_mask=mask, use_cache=False)
+    loss = own_trainer.relation_loss(teacher, student, lengths)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in student.named_parameters() if p.requires_grad}
+
+
+def step_of(trainer, lr: float):
+    """(loss, gradient) of a Trainer's only step, of plain SGD."""
+    before = trained(trainer.model)
+    said = trainer.train()
+    after = trained(trainer.model)
+    return said.training_loss, {n: (before[n] - after[n]) / lr for n in before}
+
+
+def arguments(folder, **more) -> transformers.TrainingArguments:
+    given = {"max_steps": 1, "optim": "sgd", "learning_rate": 10.0, "lr_scheduler_type": "constant"}
+    given |= {"max_grad_norm": 0.0, "use_cpu": True, "report_to": [], "save_strategy": "no"}
+    given |= {"per_device_train_batch_size": 4, "logging_steps": 1, "disable_tqdm": True}
+    return transformers.TrainingArguments(str(folder), **given | more)
+
+
+def dataset(rows=ROWS) -> list[dict]:
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def same(found, expected, tolerance: float) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=tolerance)
+    assert found[1].keys() == expected[1].keys() and expected[1]
+    for name, grad in expected[1].items():
+        assert grad.norm() > 0, name
+        assert (found[1][name] - grad).norm() <= tolerance * grad.norm(), name
+
+
+WAYS = {
+    "plain": {},
+    "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+    "checkpointing": {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+    },
+    "bf16": {"bf16": True},
+}
+WAYS["all"] = WAYS["checkpointing"] | {
+    "bf16": True,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+}
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["projections", "peft"])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trainers_step_is_one_plain_batch(models, tmp_path, way, adapter):
+    bf16 = WAYS[way].get("bf16", False)
+    expected = plain_gradient(models, adapter=adapter, bf16=bf16)
+    student, teacher = load(models, adapter)
+    trainer = own_trainer.RelationTrainer(
+        model=student,
+        teacher=teacher,
+        args=arguments(tmp_path, **WAYS[way]),
+        train_dataset=dataset(),
+    )
+    same(step_of(trainer, 10.0), expected, 3e-2 if bf16 else 2e-5)
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["projections", "peft"])
+def test_checkpointing_that_loses_the_gradients_is_refused(models, tmp_path, adapter):
+    student, teacher = load(models, adapter)
+    kind = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": True},
+    }
+    trainer = own_trainer.RelationTrainer(
+        model=student, teacher=teacher, args=arguments(tmp_path, **kind), train_dataset=dataset()
+    )
+    with pytest.raises(ValueError, match=r"no gradient.*use_reentrant.*False"):
+        trainer.train()
+
+
+def test_padding_and_the_next_token(models, tmp_path):
+    """Rows of padding count for nothing; the model's own loss comes on top."""
+    lengths = torch.tensor([40, 13, 40, 25])
+    mask = (torch.arange(40) < lengths[:, None]).long()
+    expected = plain_gradient(models, lengths=lengths)
+    rows = [
+        {"input_ids": r, "attention_mask": m, "labels": r.where(m.bool(), -100)}
+        for r, m in zip(ROWS, mask, strict=True)
+    ]
+    student, teacher = load(models)
+    given = {"model": student, "teacher": teacher, "train_dataset": rows, "eval_dataset": rows}
+    trainer = own_trainer.RelationTrainer(args=arguments(tmp_path), **given)
+    same(step_of(trainer, 10.0), expected, 2e-5)
+    batch = transformers.default_data_collator(rows)
+    relations = trainer.compute_loss(trainer.model, batch)
+    trainer.next_token = 0.5
+    both, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    torch.testing.assert_close(both, relations + 0.5 * outputs.loss)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(both.item(), rel=1e-5)
+    batch["attention_mask"] = mask.flip(1)
+    with pytest.raises(ValueError, match="padded on the left"):
+        trainer.compute_loss(trainer.model, batch)
+
+
+SCRIPT = """
+import sys
+import torch
+from pathlib import Path
+sys.path[:0] = sys.argv[1:3]
+import test_own_trainer as t
+student, teacher = t.load(Path(sys.argv[3]), sys.argv[5] == "peft")
+if sys.argv[5] == "everything":
+    student.requires_grad_()
+args = t.arguments(sys.argv[4], per_device_train_batch_size=2)
+trainer = t.own_trainer.RelationTrainer(
+    model=student, teacher=teacher, args=args, train_dataset=t.dataset()
+)
+loss, grads = t.step_of(trainer, 10.0)
+if args.process_index == 0:
+    torch.save((loss, grads), Path(sys.argv[4]) / "step.pt")
+"""
+
+
+@pytest.mark.parametrize("what", ["projections", "peft", "everything"])
+def test_two_processes_are_one_plain_batch(models, tmp_path, what):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    places = [ROOT, ROOT / "tests", models, tmp_path, what]
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), *map(str, places)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    loss, grads = torch.load(tmp_path / "step.pt")
+    expected = plain_gradient(models, adapter=what == "peft")
+    if what == "everything":  # what no relation sees gets zeros, and no process waits for it
+        grads = {name: grads[name] for name in expected[1]}
+    same((loss, grads), expected, 2e-5)
 
 
 def test_the_wheel_holds_the_loss_alone(tmp_path):

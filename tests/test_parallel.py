@@ -201,6 +201,26 @@ def test_a_run_interrupted_on_four_processes_goes_on_with_one(full, small, text_
     same_to_rounding(full, out)
 
 
+def test_a_lost_process_ends_all_others_with_one_sentence(small, text_dir, tmp_path):
+    """Killed in stage 2, whose blocks two processes share; the states stay."""
+    out = tmp_path / "out"
+    run = start(4, small, text_dir, out, "--tokens2", "200000", "--save-minutes", "0")
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > STEPS1 + 1):
+        time.sleep(0.01)
+        assert run.poll() is None, run.communicate()
+    listed = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout
+    began = time.time()
+    os.kill(int(listed.split()[2]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and time.time() - began < 60
+    said = [line for line in errors.splitlines() if line.startswith("train.py:")]
+    assert len(said) == 1 and "another process" in said[0] and "--resume" in said[0], errors
+    assert (
+        "[rank" not in errors and resume.load_info(resume.latest(out / "state"))["total"] > STEPS1
+    )
+
+
 def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
     run = start(2, small, text_dir, tmp_path / "out", "--batch1", "3")
     _, errors = run.communicate(timeout=120)

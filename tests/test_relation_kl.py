@@ -3,6 +3,7 @@ memory.
 """
 
 import math
+import os
 import subprocess
 import sys
 
@@ -354,13 +355,17 @@ print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("impl, heads", [("strips", 4), ("tiled", 1)])
-def test_memory_grows_linearly(impl, heads):
-    """Peak extra memory at 4 x T is at most 4 x as much (dense: 16 x), in fresh processes."""
+@pytest.mark.parametrize("impl", ["strips", "tiled"])
+def test_memory_grows_linearly(impl):
+    """Peak extra memory at 4 x T is at most 4 x as much (dense: 16 x), in fresh processes whose
+    allocator gives a large tensor's pages back when it dies.
+    """
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
     def extra(T: int) -> int:
         out = subprocess.run(
             [sys.executable, "-c", MEASURE, str(T), impl],
+            env=environment,
             capture_output=True,
             text=True,
             check=True,
@@ -369,4 +374,4 @@ def test_memory_grows_linearly(impl, heads):
 
     small, large = extra(2048), extra(8192)
     assert large <= 4 * small + 8 * 1024, f"{small} KiB at 2048, {large} KiB at 8192"
-    assert large * 1024 < heads * 8192 * 8192 * 4, "less than one dense float32 matrix of `heads`"
+    assert large * 1024 < 8192 * 8192 * 4, "less than one dense float32 matrix of one head"

@@ -10,8 +10,8 @@ from conftest import random_model
 
 from engine import cost, lora, offload, parallel, sequence, step
 from engine import tiles as tiles_file
-from engine.tiles import Tiles
-from model import TRAINED, make_student, next_token_loss, trainable
+from engine.tiles import Tiles, hidden
+from model import TRAINED, make_student, trainable
 from relation_kl import relation_kl
 
 T, VOCAB = 50, 512
@@ -165,7 +165,7 @@ CASES = {  # objective, positions, adapters, blocks, T, sharded, tiles
 
 
 def share_of(case: tuple, world) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """What one process has of a step, made whole: values, gradients, norm; the tokens' losses."""
+    """What one process has of a step, made whole: values, gradients, norm; h after the last norm."""
     objective, kind, adapters, blocks, T, sharded, tiles = case
     teacher, student = models(kind, adapters, torch.float64)
     units = parallel.shard(teacher, student, world, torch.float64) if sharded else None
@@ -181,8 +181,8 @@ def share_of(case: tuple, world) -> tuple[list[torch.Tensor], torch.Tensor | Non
     made.close()
     for value in values if world.size > 1 else ():
         dist.all_reduce(value)
-    measured = step.token_losses(student, mine, torch.float64, P) if P > 1 else None
-    return [v / world.size for v in values] + gradients + [norm], measured
+    h = hidden(student, mine[:, :-1], P) if P > 1 else None
+    return [v / world.size for v in values] + gradients + [norm], h
 
 
 def _process(rank: int, size: int, folder: str) -> None:
@@ -196,6 +196,13 @@ def _process(rank: int, size: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+def test_a_long_block_is_measured_in_tiles(monkeypatch):
+    _, student = models("yarn", 4, torch.float64)
+    whole = student.hidden(IDS[:, :T])
+    monkeypatch.setattr(tiles_file, "TOKENS", 14)
+    assert (hidden(student, IDS[:, :T]) - whole).norm() <= 1e-12 * whole.norm()
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_block_over_several_processes_is_that_of_one(size, tmp_path):
     """In float64 under gloo: one loss, one gradient, one norm, to 1e-12; T ragged; two key/value
@@ -207,15 +214,13 @@ def test_a_block_over_several_processes_is_that_of_one(size, tmp_path):
         alone = SimpleNamespace(size=1, rank=0)
         whole = objective, kind, adapters, blocks, T, False, None
         expected, _ = share_of(whole, alone)
-        figures, measured = found[name]
+        figures, h = found[name]
         for x, y in zip(figures, expected, strict=True):
             assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3), name
-        if measured is not None:
+        if h is not None:
             _, student = models(kind, adapters, torch.float64)
-            ids = IDS[: len(measured), : T + 1]
-            h = student.hidden(ids[:, :-1], torch.float64)
-            losses = next_token_loss(student, h, ids[:, 1:], reduction="none")
-            assert (measured - losses).abs().max() <= 1e-12, name
+            whole = student.hidden(IDS[: len(h), :T])
+            assert (h - whole).norm() <= 1e-12 * whole.norm(), name
 
 
 @pytest.mark.parametrize(

@@ -377,3 +377,9 @@ def test_pieces_have_the_ids_of_the_whole(tmp_path, name):
             assert [i for ids in pieces for i in ids] == whole, f"{kind}, {size}"
             if kind not in ("no cut", "long runs", "blank"):
                 assert len(pieces) > len(text) // size // 2, f"{kind} is cut"
+
+
+@pytest.mark.parametrize("eos", [[], {}, {"a": 1}, [[4095]], True, 4095.0])
+def test_an_end_token_of_another_shape_is_refused(tmp_path, eos):
+    with pytest.raises(ValueError, match="eos_token_id"):
+        load_tokenizer(directory(tmp_path, "tokenizer.json", eos_token_id=eos))
