@@ -217,14 +217,6 @@ def peak_in_fresh_process(impl: str, shape: tuple[int, int, int]) -> tuple[int, 
 
 def conditions(device: str) -> dict:
     """What a figure means nothing without."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run(
-        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
-    )
     versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "device": torch.cuda.get_device_name()
@@ -233,9 +225,21 @@ def conditions(device: str) -> dict:
         "torch": torch.__version__,
         "triton": versions.get("triton"),
         "cudnn": torch.backends.cudnn.version(),
-        "commit": (commit.stdout.strip() or "none")
-        + ("+changes" if changed.stdout.strip() else ""),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """This tree's, as git says it; "none" where there is no git or no clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except FileNotFoundError:
+        return "none"
+    return (head.strip() or "none") + ("+changes" if changed.strip() else "")
 
 
 def matmul_rate(device: str) -> tuple[float, str]:
