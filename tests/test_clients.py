@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, random_model
+from conftest import random_model
 
 from hub import checkpoint
 from model import make_student
 
-CLIENTS = ROOT / ".venv" / "clients"
+CLIENTS = Path(sys.prefix) / "clients"
 SOURCE = CLIENTS / "llama.cpp" / "vendor" / "llama.cpp"
 # A vocabulary that the converter knows; it tells others apart by what they make of one text
-VOCABULARY = ROOT / ".venv" / "vocabularies" / "mistral_common" / "data" / "tokenizer.model.v1"
+VOCABULARY = Path(sys.prefix) / "vocabularies" / "mistral_common" / "data" / "tokenizer.model.v1"
 pytestmark = pytest.mark.skipif(
     not (SOURCE.is_dir() and VOCABULARY.is_file()),
     reason="llama.cpp is not there; `make test-clients` builds it",
