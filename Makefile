@@ -1,51 +1,64 @@
-# Every verb makes .venv and installs what it needs on first use. PYTHON may name another interpreter (3.10 or later).
+# Every verb makes .venv and installs what it needs on first use. PYTHON may name another interpreter, of
+# Python 3.11 to 3.13, and VENV another place for what is installed.
 PYTHON ?= python3
-RUN := .venv/bin/python
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+OLDEST := $(shell sed -n 's/^requires-python = ">=\(.*\)"$$/\1/p' pyproject.toml)
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# What reads files, flags and formats and needs no long run: some two minutes on one core
+FAST := $(wildcard $(patsubst %,tests/test_%.py,card checkpoint config data docs docstrings download links plan rope ruler tasks tokenizer))
 
-.PHONY: demo figures test test-gpu test-clients lint bench clean
+.PHONY: demo figures test test-fast test-pythons test-gpu test-clients lint bench clean
 
-demo: .venv/runtime  ## both students of the embedded teacher, about 5 minutes on two CPU cores; out/demo
+demo: $(VENV)/runtime  ## both students of the embedded teacher, about 5 minutes on two CPU cores; out/demo
 	$(RUN) demo/demo.py
 
-figures: .venv/runtime  ## the figures in demo/figures, from the last `make demo`
+figures: $(VENV)/runtime  ## the figures in demo/figures, from the last `make demo`
 	$(RUN) demo/figures.py
 
-test: .venv/dev  ## everything that needs no GPU
+test: $(VENV)/dev  ## everything that needs no GPU
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu"
 
-test-gpu: .venv/dev  ## the kernel against its reference on the GPU at hand
-	$(RUN) -m pytest -m gpu
+test-fast: $(VENV)/dev  ## the part of it that depends most on the Python
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu" $(FAST)
 
-test-clients: .venv/clients/done  ## exports in llama.cpp, which is built from source once: some ten minutes
+test-pythons:  ## `make test` on every Python that pyproject.toml names and is installed; a line each
+	tests/pythons.sh
+
+test-gpu: $(VENV)/dev  ## the kernel against its reference on the GPU at hand
+	$(RUN) -m pytest -n 6 -m gpu
+
+test-clients: $(VENV)/clients/done  ## exports in llama.cpp, which is built from source once: some ten minutes
 	$(RUN) -m pytest tests/test_clients.py
 
-lint: .venv/dev
+lint: $(VENV)/dev
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-bench: .venv/runtime  ## speed and memory of the loss, side by side with what one would use instead
+bench: $(VENV)/runtime  ## speed and memory of the loss, side by side with what one would use instead
 	$(RUN) -m bench kernel
 	$(RUN) -m bench memory
 
 clean:
-	rm -rf .venv out .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* out .pytest_cache .ruff_cache
 
-.venv/runtime: requirements.txt
-	$(PYTHON) -m venv .venv
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+$(VENV)/runtime: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST)".split("."))))' || { echo "make: $(PYTHON) is missing or older than $(OLDEST); install Python $(OLDEST) or later (Debian: apt install python3-venv), or name one: make PYTHON=python$(OLDEST)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/dev: .venv/runtime requirements-dev.txt tests/requirements-v4.txt tests/requirements-vocabularies.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/transformers4 -r tests/requirements-v4.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/vocabularies -r tests/requirements-vocabularies.txt
+$(VENV)/dev: $(VENV)/runtime requirements-dev.txt tests/requirements-v4.txt tests/requirements-vocabularies.txt
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/transformers4 -r tests/requirements-v4.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/vocabularies -r tests/requirements-vocabularies.txt
 	touch $@
 
-.venv/clients/done: .venv/dev tests/requirements-clients.txt
-	rm -rf .venv/clients
-	$(RUN) -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python -r tests/requirements-clients.txt --dest .venv/clients
-	mkdir .venv/clients/llama.cpp
-	tar xzf .venv/clients/llama_cpp_python-*.tar.gz --strip-components 1 -C .venv/clients/llama.cpp
-	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" $(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/clients/site .venv/clients/llama.cpp .venv/clients/diskcache-*
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/clients/others .venv/clients/mlx*.whl .venv/clients/exllamav2-*.whl
+$(VENV)/clients/done: $(VENV)/dev tests/requirements-clients.txt
+	rm -rf $(VENV)/clients
+	$(RUN) -m pip download --quiet --disable-pip-version-check --no-deps --no-binary llama-cpp-python -r tests/requirements-clients.txt --dest $(VENV)/clients
+	mkdir $(VENV)/clients/llama.cpp
+	tar xzf $(VENV)/clients/llama_cpp_python-*.tar.gz --strip-components 1 -C $(VENV)/clients/llama.cpp
+	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF" $(PIP) --no-deps --target $(VENV)/clients/site $(VENV)/clients/llama.cpp $(VENV)/clients/diskcache-*
+	$(PIP) --no-deps --target $(VENV)/clients/others $(VENV)/clients/mlx*.whl $(VENV)/clients/exllamav2-*.whl
 	touch $@

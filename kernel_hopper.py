@@ -27,10 +27,11 @@ product reads shared memory on its own too: the group waits for it before it fre
 Forward: pivots that stay.  (1) asks for exponentials relative to a pivot, for S and for U. A running
 maximum, as in kernel_triton.py, costs a maximum over the tile, an exchange among the four threads
 of a row and a rescaling of three sums for every tile: 480 instructions a warp and tile at D = 128,
-where 341 do without. Any number near the row's largest score will do as a pivot. It is taken with a
-running maximum from the tiles where large scores are (those across the program's diagonal: the
-nearest tokens; and tile 0: the first token, which many models look at from everywhere), and stays.
-Each thread then adds up its own columns, and a row's four threads meet once, at the end.
+where some 350 do without; and with fewer numbers to keep, exponentials of S begin under U. Any
+number near the row's largest score will do as a pivot. It is taken with a running maximum from the
+tiles where large scores are (those across the program's diagonal: the nearest tokens; and tile 0:
+the first token, which many models look at from everywhere), and stays. Each thread then adds up its
+own columns, and a row's four threads meet once, at the end.
 
 That is exact while no score lies far above the pivot; float32 holds 2^127. Where a row's sum passes
 FAR = 2^40 (28 nats above all tokens named), the whole program takes its tiles a second time, with a
@@ -113,8 +114,8 @@ ADDERS = gl.constexpr(3)
 FORWARD = {64: (4, 4, (112,)), 128: (4, 3, (112,))}
 BACKWARD = {64: (3, 4, (128, 72)), 128: (2, 3, (192, 104))}
 # x, y and `sums` of the heads that begin together fill at most this much of the second-level cache
-# (50 MB). Twice as much: 54 ms instead of 34 at 32 x 32768 x 128 (H100).
-IN_FLIGHT_BYTES = 36 * 2**20
+# (50 MB), one head aside. D -> bytes: what was fastest from 4096 to 32768 tokens (LOG.md).
+IN_FLIGHT_BYTES = {64: 36 * 2**20, 128: 18 * 2**20}
 
 
 @gluon.jit
@@ -295,38 +296,46 @@ def _rows_forward(
     b_xi = b_xi.index(g)
     b_yi = b_yi.index(g)
     mbarrier.wait(ready.index(STAGES), 0)
-    # pivots: from the tiles across the diagonal and tile 0
-    pivots = gl.minimum(WORKERS + 1, end)
-    s_max, t_max, s_sum, t_sum, b_kl = _online(
-        g, 0, pivots, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
-    )  # fmt: skip
-    s_own = _of_one(s_sum, LAYOUT)
-    t_own = _of_one(t_sum, LAYOUT)
-    kl_own = _of_one(b_kl, LAYOUT)
-    for n in range(pivots, end):
-        s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
-        b_s = warpgroup_mma_wait(1, deps=(s,)) * s_scale - s_max[:, None]
-        s_own += _by_thread(gl.exp2(b_s))  # U may still be under way
-        b_u = warpgroup_mma_wait(0, deps=(u,))
-        _release(free, n, STAGES)
-        b_u = b_u * t_scale - t_max[:, None]
-        b_r = gl.exp2(b_u)
-        t_own += _by_thread(b_r)
-        kl_own += _by_thread(b_r * (b_u - b_s))
-    s_sum = gl.convert_layout(gl.sum(s_own, 1), ROW)
-    t_sum = gl.convert_layout(gl.sum(t_own, 1), ROW)
-    b_kl = gl.convert_layout(gl.sum(kl_own, 1), ROW)
-    _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl)
-    # also where a number is not finite
-    good = (s_sum < FAR) & (t_sum < FAR) & (gl.abs(b_kl) < FAR)
-    b_far.index(g).store(gl.where(good | (o_i >= T), 0, 1))
-    barrier()
-    mbarrier.arrive(decided, count=1)
-    if _any(b_far, decided, WORKERS, ROW) > 0:
+    # Tiles start .. stop with pivots that move: those across the diagonal and tile 0. stop .. last
+    # with pivots that stay.
+    start = 0
+    stop = gl.minimum(WORKERS + 1, end)
+    last = end
+    while start < last:
         s_max, t_max, s_sum, t_sum, b_kl = _online(
-            g, end, 2 * end, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
+            g, start, stop, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
         )  # fmt: skip
+        s_own = _of_one(s_sum, LAYOUT)
+        t_own = _of_one(t_sum, LAYOUT)
+        kl_own = _of_one(b_kl, LAYOUT)
+        for n in range(stop, last):
+            s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
+            b_s = warpgroup_mma_wait(1, deps=(s,)) * s_scale - s_max[:, None]
+            s_own += _by_thread(gl.exp2(b_s))  # U may still be under way
+            b_u = warpgroup_mma_wait(0, deps=(u,))
+            _release(free, n, STAGES)
+            b_u = b_u * t_scale - t_max[:, None]
+            b_r = gl.exp2(b_u)
+            t_own += _by_thread(b_r)
+            kl_own += _by_thread(b_r * (b_u - b_s))
+        s_sum = gl.convert_layout(gl.sum(s_own, 1), ROW)
+        t_sum = gl.convert_layout(gl.sum(t_own, 1), ROW)
+        b_kl = gl.convert_layout(gl.sum(kl_own, 1), ROW)
         _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl)
+        # A second time, all with pivots that move? One loop, not two: with a second one's registers
+        # to keep, ptxas put the exponentials of S behind U.
+        more = 0
+        if start == 0:
+            # also where a number is not finite
+            good = (s_sum < FAR) & (t_sum < FAR) & (gl.abs(b_kl) < FAR)
+            b_far.index(g).store(gl.where(good | (o_i >= T), 0, 1))
+            barrier()
+            mbarrier.arrive(decided, count=1)
+            if _any(b_far, decided, WORKERS, ROW) > 0:
+                more = end
+        start = last
+        last += more
+        stop = last
 
 
 @gluon.jit
@@ -747,18 +756,18 @@ def unsupported(
     return None
 
 
-def _matrix(x: Tensor) -> tuple[Tensor, bool] | None:
-    """x as rows and columns for the copy engine, and whether its heads are side by side; None where
-    it is no matrix.
+def _matrix(x: Tensor) -> tuple[tuple, tuple, bool] | None:
+    """Shape and strides of x as rows and columns for the copy engine, and whether its heads are side
+    by side; None where it is no matrix.
     """
     B, H, T, D = x.shape
     b, h, n, d = x.stride()
     if d != 1 or n % 8 or x.data_ptr() % 16:
         return None
     if (h == T * n or H == 1) and (b == H * T * n or B == 1) and n >= D:
-        return x.as_strided((B * H * T, D), (n, 1)), False
+        return (B * H * T, D), (n, 1), False
     if (h == D or H == 1) and (b == T * n or B == 1) and n >= H * D:
-        return x.as_strided((B * T, H * D), (n, 1)), True
+        return (B * T, H * D), (n, 1), True
     return None
 
 
@@ -767,25 +776,35 @@ def _layout(D: int, dtype=gl.bfloat16) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for([BS.value, D], dtype)
 
 
-def _described(m: Tensor, D: int, dtype=gl.bfloat16) -> TensorDescriptor:
-    """Matrix m for the copy engine, which moves [64, D] of it."""
-    return TensorDescriptor(m, m.shape, m.stride(), [BS.value, D], _layout(D, dtype))
+def _described(x: Tensor, shape: tuple, strides: tuple, layout, D: int) -> TensorDescriptor:
+    """A matrix in x's memory for the copy engine, which moves [64, D] of it.
+
+    TensorDescriptor's own __init__ checks what _matrix has, in as much time as a launch takes.
+    """
+    described = object.__new__(TensorDescriptor)
+    described.__dict__.update(
+        base=x, shape=shape, strides=strides, block_shape=[BS.value, D], layout=layout
+    )
+    return described
 
 
 def _launch(kernel, table: dict, x: Tensor, y: Tensor, sums: tuple, pointers: tuple, numbers: tuple, heads: int) -> None:  # fmt: skip
     """One program for the rows of the groups of each head.
 
-    x, y: of one layout, a matrix for the copy engine.
+    x, y: as _laid_out leaves them; sums: its descriptor, or nothing.
     """
     B, H, T, D = x.shape
     groups, stages, registers = table[D]
-    (mx, bthd), (my, _) = _matrix(x), _matrix(y)
+    *matrix, bthd = _matrix(x)
+    # y's strides differ where a copy of it had to be made
+    y_matrix = matrix if y.stride() == x.stride() else _matrix(y)[:2]
+    layout = _layout(D)
     grid = -(-T // (BS.value * groups)) * B * H, 1, 1
     shape = (T, H, B * H, heads) if sums else (T, H, heads)
     constants = (D, bthd, groups, stages, *registers, 4)
     arguments = (
-        _described(mx, D),
-        _described(my, D),
+        _described(x, *matrix, layout, D),
+        _described(y, *y_matrix, layout, D),
         *sums,
         *pointers,
         *numbers,
@@ -801,7 +820,7 @@ def _heads(BH: int, T: int, D: int) -> int:
     """How many heads begin together in the backward: a divisor of BH, and no more than
     IN_FLIGHT_BYTES of x, y (2 bytes) and `sums` (4).
     """
-    most = max(1, min(BH, IN_FLIGHT_BYTES // (8 * T * D)))
+    most = max(1, min(BH, IN_FLIGHT_BYTES[D] // (8 * T * D)))
     return next(n for n in range(most, 0, -1) if BH % n == 0)
 
 
@@ -820,8 +839,8 @@ def workspace_bytes(B: int, H: int, T: int, D: int) -> int:
 def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one layout that the copy engine can read: as they are, where they can stay."""
     if _matrix(x) is None:
-        x = x.contiguous()
-    if y.stride() != x.stride() or _matrix(y) is None:
+        x = x.clone(memory_format=torch.contiguous_format)
+    if y.stride() != x.stride() or y.data_ptr() % 16:
         y = torch.empty_like(x).copy_(y)
     return x, y
 
@@ -852,7 +871,7 @@ def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
     turns = x.new_zeros(1 + rows // BS.value, dtype=torch.int32)
     pointers = sums, turns, s_lse, t_lse, w.contiguous(), dx
     scales = s_scale * LOG2E, t_scale * LOG2E, float(s_scale)
-    described = (_described(sums, D, gl.float32),)
+    described = (_described(sums, (rows, D), (D, 1), _layout(D, gl.float32), D),)
     _launch(_backward_kernel, BACKWARD, x, y, described, pointers, scales + dx.stride()[:3], _heads(B * H, T, D))  # fmt: skip
     return dx
 

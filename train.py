@@ -60,6 +60,7 @@ from engine import exits  # first: from here on, a Ctrl-C ends in one line  # is
 
 import dataclasses
 import math
+import shlex
 
 import torch
 import torch.nn.functional as F
@@ -303,9 +304,10 @@ def _export(run: Run, student: Llama) -> None:
     if plan.tokenizer.note:
         print(f"note: {plan.tokenizer.note}")
     print(f"exported to {at} ({plan.longer.rope.length:,} tokens of context); next:")
-    text = " ".join(["", "--data", *map(str, args.data)]) if args.data else ""
-    text += f" --text-field {args.text_field}" if args.text_field else ""
-    print(f"  python eval.py --model {at} --against {args.teacher}{text}")
+    text = ["--data", *args.data] if args.data else []
+    text += ["--text-field", args.text_field] if args.text_field else []
+    command = ["python", "eval.py", "--model", at, "--against", args.teacher, *text]
+    print(f"  {shlex.join(map(str, command))}")
 
 
 if __name__ == "__main__":

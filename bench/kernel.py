@@ -1,6 +1,7 @@
 """Speed and memory of the relation KL, side by side with what one would use instead.
 
     python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times and memory, a table
+    python -m bench kernel --deterministic --only "flash attention"      what a fixed order costs
 
 PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from
 there, nothing is copied. Every row also goes to out/kernel.jsonl with the device, the versions and
@@ -9,11 +10,12 @@ float32 and small, dense and tiled only.
 
 How it measures.  Time: each call between two CUDA events, or by the wall clock on a CPU; two calls
 to warm up; the second-level cache is overwritten before each call; median and 20 and 80 %
-quantiles. What Python does before a launch is inside: at short T it shows, and the row "triton
-graph" (the same work replayed as one CUDA graph) says what share. TFLOP/s: 12 D H T^2 / 2 flops for
+quantiles. What Python does before a launch is inside: at short T it shows, and the rows "graph"
+(forward and backward replayed as one CUDA graph) say what share. TFLOP/s: 12 D H T^2 / 2 flops for
 forward and backward, a third of it for the forward, whatever an implementation really does
 (relation_kl.py: 6 products over a triangle). Attention is another computation, here for scale only:
-by its own count, 14 D H T^2 / 2, of which two sevenths forward. Share: of the rate of one large
+x attends to y, three gradients; by its own count, 14 D H T^2 / 2, of which two sevenths forward,
+and its bits vary from run to run. Share: of the rate of one large
 product in the same run, 8192^3 in bfloat16 on a GPU, 1024^3 in float32 on a CPU (OMP_NUM_THREADS=1
 where other processes share the machine). Memory: peak of torch's allocator above what the inputs
 hold; on a CPU, growth of a fresh process's resident peak (ru_maxrss), since torch counts no CPU
@@ -40,19 +42,12 @@ from torch import Tensor
 
 import kernel_hopper
 from engine import cost
+from engine.machine import fix_order
 from relation_kl import choose, relation_kl
 
-# H, T, D at batch 1; t: transposed, as the model passes them. The first is short on purpose: it
-# shows the cost of a launch. The third and last are the goals'.
-GPU_SHAPES = (
-    "32x512x128",
-    "9x8192x64",
-    "32x4096x128",
-    "32x4096x128t",
-    "32x8192x128",
-    "8x32768x128",
-    "32x32768x128",
-)
+# H, T, D at batch 1; t (as in 32x4096x128t): transposed, as the model passes them. The first three
+# are LLaMA's and SmolLM2's at length; the last two are short: they show the cost of a launch.
+GPU_SHAPES = ("32x32768x128", "32x4096x128", "9x8192x64", "9x2048x64", "32x512x128")
 CPU_SHAPES = ("12x64x64", "3x128x64", "3x512x64", "9x2048x64")
 
 
@@ -73,11 +68,11 @@ def ours(impl: str):
 
 
 def attention(backend: str):
-    """torch's own attention of x with itself: three gradients, and two sums to make them one."""
+    """torch's own attention of x to y. Its backward computes three gradients, asked for or not."""
 
     def run(x, y):
         with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
-            return torch.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+            return torch.nn.functional.scaled_dot_product_attention(x, y, y, is_causal=True)
 
     return run
 
@@ -162,9 +157,12 @@ def milliseconds(f, device: str, seconds: float = 1.0) -> tuple[float, float, fl
 
 
 def both(f, x: Tensor, y: Tensor) -> Tensor:
-    """Forward and backward: the gradient in x, [B, H, T, D] as x and y are."""
+    """Forward and backward: a gradient in x, [B, H, T, D] as x and y are.
+
+    Rows weigh what they are, which takes no time to make.
+    """
     out = f(x, y)
-    return torch.autograd.grad(out, x, torch.ones_like(out))[0]
+    return torch.autograd.grad(out, x, out.detach())[0]
 
 
 def graphed(f, x: Tensor, y: Tensor):
@@ -221,14 +219,6 @@ def peak_in_fresh_process(impl: str, shape: tuple[int, int, int]) -> tuple[int, 
 
 def conditions(device: str) -> dict:
     """What a figure means nothing without."""
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here)]
-    commit = subprocess.run(
-        [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run(
-        [*git, "status", "--porcelain"], capture_output=True, text=True, check=False
-    )
     versions = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "device": torch.cuda.get_device_name()
@@ -236,9 +226,22 @@ def conditions(device: str) -> dict:
         else f"CPU, threads: {torch.get_num_threads()}",
         "torch": torch.__version__,
         "triton": versions.get("triton"),
-        "commit": (commit.stdout.strip() or "none")
-        + ("+changes" if changed.stdout.strip() else ""),
+        "cudnn": torch.backends.cudnn.version(),
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """This tree's, as git says it; "none" where there is no git or no clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except FileNotFoundError:
+        return "none"
+    return (head.strip() or "none") + ("+changes" if changed.strip() else "")
 
 
 def matmul_rate(device: str) -> tuple[float, str]:
@@ -281,7 +284,7 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
         for mode, call in modes.items():
             timed = {"mode": mode, **row(name, mode, call, shape, device), "peak_bytes": peak}
             yield timed
-        if name in ("triton", "hopper"):
+        if device == "cuda" and name != "authors":
             graph = {
                 "mode": "graph",
                 # a new leaf: x's own gradient node belongs to another stream by now
@@ -296,7 +299,9 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
 def bench_kernel(arguments) -> None:
     """Times, TFLOP/s and peak memory at a list of shapes: a table, and JSON lines in --out."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fixed = conditions(device)
+    if arguments.deterministic:
+        fix_order()
+    fixed = conditions(device) | {"deterministic": arguments.deterministic}
     table = implementations(device, arguments.authors)
     rate, product = matmul_rate(device)
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))

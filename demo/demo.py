@@ -3,9 +3,10 @@
     python demo/demo.py [--out out/demo] [more flags of train.py]        what `make demo` runs
 
 What.  Two runs of train.py on the embedded teacher, `--rope linear` (position interpolation, the
-paper's) and `--rope yarn`, each through both stages, in OUT/linear and OUT/yarn; then OUT/demo.md
-and OUT/demo.png put their reports side by side. An earlier demo's two folders, cache and these two
-files are replaced, and nothing else. Ctrl-C stops it; a new demo begins anew.
+paper's) and `--rope yarn`, each through both stages, in OUT/linear and OUT/yarn; then OUT/demo.md,
+OUT/demo.json (with command, commit, versions and hardware) and OUT/demo.png put their reports side
+by side. An earlier demo's two folders, cache and these three files are replaced, and nothing else.
+Ctrl-C stops it; a new demo begins anew.
 
 How it is read.  Recovered is (untrained linear - student) / (untrained linear - teacher) at 1x for
 all columns: the share of what position interpolation loses. (In the runs' own reports each kind's
@@ -17,6 +18,8 @@ the shape of the curves, not their height.
 
 import argparse
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -61,12 +64,23 @@ def main() -> None:
             raise
         if run.returncode:
             sys.exit(run.returncode)
-    table = side_by_side(out)
+    table, seconds = side_by_side(out), round(time.time() - began)
     (out / "demo.md").write_text(table + "\n")
-    picture(columns(out)).savefig(out / "demo.png", dpi=110)
-    print(
-        f"\n{table}\n\n{time.time() - began:.0f} seconds in all; the picture is {out / 'demo.png'}"
-    )
+    command = ["python", "demo/demo.py", *sys.argv[1:]]
+    found = {"models": columns(out), "about": about(out, command) | {"seconds": seconds}}
+    (out / "demo.json").write_text(json.dumps(found) + "\n")
+    picture(found["models"]).savefig(out / "demo.png", dpi=110)
+    print(f"\n{table}\n\n{seconds} seconds in all; the picture is {out / 'demo.png'}")
+
+
+def about(out: Path, command: list[str]) -> dict:
+    """What the figures mean nothing without."""
+    from bench.kernel import commit
+
+    versions = json.loads((out / KINDS[0] / "report.json").read_text())["about"]["versions"]
+    named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    processor = {"processor": named[1]} if named else {}
+    return {"command": shlex.join(command), "commit": commit(), **versions, **processor}
 
 
 def columns(out: Path) -> dict[str, dict[str, float]]:

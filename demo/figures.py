@@ -8,7 +8,7 @@ What.  Each figure in demo/figures/ stands beside the numbers it is drawn from:
     rope         what stretching does to each rotary pair: the angle it turns by per token, linear
                  and yarn beside the teacher's, and how far apart near tokens look
     relations    the map R of one head's Q/Q relation on a few lines: teacher, untrained, restored
-    positions    loss by position over eight native lengths, before and after
+    positions    loss by position over eight native lengths: teacher, interpolated, restored
     tiles        which tiles the kernels visit, and whose statistics they use there
     memory       peak memory of the loss against T: the rows of `python -m bench memory` that are
                  kept in memory.jsonl; a GPU's are added by hand
@@ -16,15 +16,17 @@ What.  Each figure in demo/figures/ stands beside the numbers it is drawn from:
                  rows of runs/smollm2-135m.json with the default loss, however its tokens are split
 
 How.  demo, relations and positions need a demo run; without one they are drawn again from their
-JSON. The head shown is the one that interpolation moved most.
+JSON, which says in "about" by which commands, commit, versions and hardware its numbers came. The
+head shown is the one that interpolation moved most.
 
-Limits.  A sentence, a head and four blocks: pictures to read with, not measurements to quote.
+Limits.  A sentence, a head and twelve blocks: pictures to read with, not measurements to quote.
 """
 
 import argparse
 import json
 import math
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import demo  # noqa: E402 - demo.py, beside this file
 from bench import memory  # noqa: E402
+from bench.kernel import commit  # noqa: E402
 from engine import data, exits  # noqa: E402
 from evals.next_token import block_scores  # noqa: E402
 from hub import files  # noqa: E402
@@ -50,6 +53,14 @@ TEACHER = ROOT / "demo" / "teacher"
 SCORES = ROOT / "runs" / "smollm2-135m.json"
 COLOURS = demo.COLOURS
 SENTENCE = "def read_json(path):\n    with open(path) as file:\n        return json.load(file)\n"
+# What the picture of the loss by position shows, and how it is called there
+POSITIONS = {
+    "teacher": "teacher",
+    "linear untrained": "interpolated,\nuntrained",
+    "linear restored": "linear, restored",
+    "yarn restored": "yarn, restored",
+}
+BLOCKS, WIDTH = 12, 128  # held-out blocks; tokens of the running mean
 SHOWN = {
     "lambada_openai, accuracy": "LAMBADA",
     "average accuracy": "mean of LAMBADA, PIQA, ARC-easy, OpenBookQA",
@@ -162,29 +173,43 @@ def draw_relations(values: dict) -> Figure:
 
 
 def position_values(models: dict[str, Llama], run: Path) -> dict:
-    """Nats per token: a running mean over 128 tokens, at every 32nd."""
+    """Nats per token of BLOCKS held-out blocks: a running mean over WIDTH tokens, at every 32nd."""
     corpus = data.load_corpus([], load_tokenizer(TEACHER), run / "cache", quiet=True)
     native = models["teacher"].config.rope.length
-    blocks = corpus.held_out_blocks(8 * native, 4)
-    curves = {}
+    blocks = corpus.held_out_blocks(8 * native, BLOCKS)
+    mean, curves = np.ones(WIDTH) / WIDTH, {}
     for name, model in models.items():
         losses = block_scores(model, blocks)[0].mean(0)
-        curves[name] = np.convolve(losses, np.ones(128) / 128, "valid")[::32].round(4).tolist()
-    return {"native": native, "curves": curves}
+        curves[name] = np.convolve(losses, mean, "valid")[::32].round(4).tolist()
+    return {"native": native, "blocks": BLOCKS, "width": WIDTH, "curves": curves}
 
 
 def draw_positions(values: dict) -> Figure:
     figure, (axis,) = canvas(11, 4.8)
-    for name, curve in values["curves"].items():
-        style = ":" if "untrained" in name else "-"
-        at = (np.arange(len(curve)) * 32 + 64) / values["native"]
-        axis.plot(at, curve, style, color=COLOURS[name.split()[0]], lw=2.2, label=name)
-    axis.axvline(1, color="0.7", lw=1)
-    axis.set_ylim(1)
-    x = f"position, in native lengths of {values['native']} tokens"
-    tidy(axis, "loss by position", x, "nats per token")
-    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    native, curves = values["native"], values["curves"]
+    for name in POSITIONS:
+        at = np.arange(len(curves[name])) * 32 + values["width"] / 2
+        style = (0, (1, 1.2)) if "untrained" in name else "-"
+        axis.plot(at, curves[name], ls=style, color=COLOURS[name.split()[0]], lw=3)
+    heights = _apart([np.mean(curves[name][-8:]) for name in POSITIONS], 0.06 * axis.get_ylim()[1])
+    for (name, label), y in zip(POSITIONS.items(), heights, strict=True):
+        colour = COLOURS[name.split()[0]]
+        axis.text(8.06 * native, y, label, color=colour, fontsize=13, va="center", weight="bold")
+    axis.axvspan(0, native, color="0.93", zorder=0)
+    axis.set(xlim=(0, 8 * native), ylim=0, xticks=[native * n for n in range(1, 9)])
+    axis.set_xticklabels([f"{n}x\n{native * n:,}" for n in range(1, 9)])
+    axis.text(native / 2, 0.15, "native\nlength", ha="center", color="0.35")
+    tidy(axis, "loss at each position (nats per token; lower is better)", "tokens read before", "")
     return figure
+
+
+def _apart(heights: list[float], least: float) -> list[float]:
+    """The heights of labels, none within `least` of another."""
+    moved = list(heights)
+    order = sorted(range(len(heights)), key=heights.__getitem__)
+    for below, above in pairwise(order):
+        moved[above] = max(moved[above], moved[below] + least)
+    return moved
 
 
 # ---- tiles
@@ -283,12 +308,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("out/demo"), help="a `make demo` run")
     run = parser.parse_args().run
+    drawn = {"command": "python demo/figures.py", "commit": commit(), "torch": torch.__version__}
     teacher = Llama.from_pretrained(TEACHER, dtype=torch.float32)
-    show("rope", draw_rope, rope_values(teacher))
+    show("rope", draw_rope, rope_values(teacher) | {"about": drawn})
     show("tiles", draw_tiles, tile_values())
     show("retention", draw_retention, retention_values())
     memory.draw([row for _, row in files.json_lines(HERE / "memory.jsonl")], HERE / "memory.png")
-    if not (run / "yarn" / "student").is_dir():
+    if not (run / "demo.json").is_file():
         print(f"{run} holds no demo run: the rest is drawn from the JSON of the last one")
         columns, maps, curves = None, None, None
     else:
@@ -297,10 +323,10 @@ def main() -> None:
             trained = Llama.from_pretrained(run / kind / "student", dtype=torch.float32)
             models[f"{kind} untrained"] = make_student(teacher, trained.config, trained=())
             models[f"{kind} restored"] = trained
-        about = json.loads((run / "yarn" / "report.json").read_text())["about"]
-        columns = {"models": demo.columns(run), "versions": about["versions"]}
-        curves = position_values(models, run)
-        maps = relation_values({k: v for k, v in models.items() if "yarn" not in k})
+        columns = json.loads((run / "demo.json").read_text())
+        about = {"about": drawn | {"of": columns["about"]}}
+        curves = position_values(models, run) | about
+        maps = relation_values({k: v for k, v in models.items() if "yarn" not in k}) | about
     show("demo", lambda values: demo.picture(values["models"]), columns)
     show("relations", draw_relations, maps)
     show("positions", draw_positions, curves)

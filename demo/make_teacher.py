@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="directory to write; it must not exist yet"
     )
-    parser.add_argument("--steps", type=int, default=3600, help=f"of {BATCH} x {T} tokens (3600)")
+    parser.add_argument("--steps", type=int, default=2400, help=f"of {BATCH} x {T} tokens (2400)")
     parser.add_argument("--tokenizer", type=Path, help="directory of an earlier run (made anew)")
     parser.add_argument(
         "--text", type=Path, help="the folder `sympy`, unpacked (the installed one)"

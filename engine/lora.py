@@ -127,4 +127,4 @@ def write_adapter(student: Llama, work: Path, base: str, trained: tuple[str, ...
     readme = adapter_card(name, rope_json.write(student.config.rope), repository)
     save_file(tensors, work / "adapter_model.safetensors", metadata={"format": "pt"})
     (work / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
-    (work / "README.md").write_text(readme)
+    (work / "README.md").write_text(readme, encoding="utf-8")

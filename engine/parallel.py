@@ -18,9 +18,11 @@ shared or not, is cut over the ranks once. A unit is gathered in the compute dty
 at work and dropped after it; gradients are reduced in float32, onto float32 weights. Embeddings,
 the last norm and the head are frozen and shared: each rank holds them whole.
 
-Limits.  A step has a block or more for each rank, whence the two flags. All ranks must see the same
-files. A block's tokens stay on one rank: the context is bounded by what one GPU's memory holds.
-Stage 2 gathers the teacher's q, k and v with each layer without using them.
+With more ranks than blocks in a step, each block is cut along its tokens over the ranks that share
+it (engine/sequence.py); ranks and blocks are multiples of each other.
+
+Limits.  All ranks must see the same files. Stage 2 gathers the teacher's q, k and v with each layer
+without using them.
 
 Source.  PyTorch's FSDP2, torch.distributed.fsdp.fully_shard.
 """

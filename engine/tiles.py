@@ -204,7 +204,9 @@ class Layer:
         if self.work.noise is None:
             yield
             return
-        with torch.random.fork_rng(), torch.enable_grad():
+        device = self.work.store.device
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.enable_grad():
             torch.manual_seed(self.work.noise + (self.work.cut.rank << 44) + (self.l << 20) + i)
             yield
 

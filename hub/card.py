@@ -119,7 +119,7 @@ def licence_of(path: Path) -> dict[str, str]:
     {} where there is no card, or none with a licence.
     """
     file = own(path, "README.md")
-    readme = file.read_text(errors="replace") if file.is_file() else ""
+    readme = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme, re.DOTALL)
     found = {}
     for line in front[1].splitlines() if front else ():

@@ -410,7 +410,7 @@ def write_pretrained(
     if tokenizer_from:
         _copy_tokenizer(Path(tokenizer_from), work, model.config.rope.length)
     if card:
-        (work / "README.md").write_text(card)
+        (work / "README.md").write_text(card, encoding="utf-8")
     _check_written(model, work, tensors)
 
 

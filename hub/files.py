@@ -306,10 +306,15 @@ def disk_sentences(folder: Path, promise: str = ""):
             raise
         raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder) + promise) from None
     except OSError as e:
-        elsewhere = isinstance(e.filename, str) and not Path(e.filename).is_relative_to(folder)
-        if e.errno not in _DISK or elsewhere:
+        if e.errno not in _DISK or not _within(e.filename, folder):
             raise
         raise ValueError(disk_sentence(e, folder) + promise) from None
+
+
+def _within(name, folder: Path) -> bool:
+    """Whether an error's file lies in `folder`, or is not named; tempfile's names are absolute."""
+    here = folder.absolute()
+    return not isinstance(name, str) or Path(name).absolute().is_relative_to(here)
 
 
 def disk_sentence(e: OSError, folder: Path) -> str:

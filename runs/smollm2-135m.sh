@@ -2,11 +2,13 @@
 # One row of runs/README.md's tables of SmolLM2-135M, from 8K to 64K tokens: trains it, then scores it.
 #
 #     TEACHER=path/to/teacher DATA=path/to/text TASKS=path/to/tasks [LONG=path/to/documents] \
-#         [SEED=0] [OUT=out/smollm2] runs/smollm2-135m.sh ROW [more flags of train.py]
+#         [SEED=0] [SCALE=8] [OUT=out/smollm2] runs/smollm2-135m.sh ROW [more flags of train.py]
 #
 # On a CPU, stage 1 with its defaults:  runs/smollm2-135m.sh yarn-1   and   ... linear-1 --tokens1 262144
 #
 # ROW      linear, yarn, ntk             both stages with the program's defaults
+#          control, control-yarn         the teacher trained like linear or yarn with nothing stretched, its blocks at most
+#                                        its own 8K: what the text and the 4-bit weights' repair are worth by themselves
 #          yarn-1                        stage 1 alone
 #          pretrain                      linear, stage 2 alone, with the tokens of both
 #          262144 ... 2097152            linear, this many tokens in each stage
@@ -17,16 +19,26 @@
 #          q k v qk qv kv qkv            linear, stage 1 alone on 1M tokens, these relations and no KL
 # Teacher  HuggingFaceTB/SmolLM2-135M-Instruct, a Hugging Face directory of safetensors.
 # Text     some six million tokens of ordinary English (.txt, .jsonl, .npy); LONG: documents of 64K tokens or more;
-#          without it no perplexity is measured, which takes a CPU hours.
-# Tasks    lambada_openai, piqa, arc_easy and openbook_qa as .jsonl(.gz): eval.py says where a missing one is had.
+#          without it neither perplexity nor loss by position is measured, which takes a CPU hours.
+# Tasks    lambada_openai, piqa, arc_easy, openbook_qa and boolq as .jsonl(.gz): eval.py says where a missing one
+#          is had. Every item's scores are
+#          written too, so that rows can be compared item by item, a student with its control say. BoolQ was asked as
+#          "Passage: ...\nQuestion: ...?": under the harness's prompt, which adds "\nAnswer:", the teacher says "no" to
+#          nearly everything, and nothing can be lost.
+# Scales   SCALE=16 and 32: to 131,072 and 262,144 tokens; loss by position is then also read to their end.
+# Columns  ALONE=1 leaves out those of the teacher and of the untrained student; CACHE: a folder of tokenised text to share.
 # Time     linear: 104 s, scores included, on an H200.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TEACHER:?the directory of the teacher}" "${DATA:?a file or folder of text}" "${TASKS:?a folder of tasks}"
 row=${1:?the row, see the head of this file}
 shift
+scale=${SCALE:-8} name=$row
+[[ $scale == 8 ]] || name=$row-x$scale
 case $row in
     linear | yarn | ntk) flags=(--rope "$row") ;;
+    control) flags=(--rope linear) scale=1.000001 ;;  # the smallest that is above 1
+    control-yarn) flags=(--rope yarn) scale=1.000001 ;;
     yarn-1) flags=(--rope yarn --stage 1) ;;
     linear-1) flags=(--rope linear --stage 1 --tokens1 2097152) ;;
     pretrain) flags=(--rope linear --stage 2 --tokens2 4194304) ;;
@@ -39,12 +51,16 @@ case $row in
     *) echo "smollm2-135m.sh: no row $row; the head of this file lists them" >&2 && exit 2 ;;
 esac
 python=${PYTHON:-.venv/bin/python} seed=${SEED:-0} out=${OUT:-out/smollm2}
-run=$out/$row-$seed
-$python train.py --teacher "$TEACHER" --data "$DATA" --scale 8 --seed "$seed" --eval-blocks 0 \
-    --cache "$out/cache" --out "$run" "${flags[@]}" "$@"
+cache=${CACHE:-$out/cache} run=$out/$name-$seed
+$python train.py --teacher "$TEACHER" --data "$DATA" --scale "$scale" --seed "$seed" --eval-blocks 0 \
+    --cache "$cache" --out "$run" "${flags[@]}" "$@"
 against=(--against "$TEACHER")  # with the teacher's and the untrained student's columns: once for each kind
-[[ $row-$seed =~ ^(linear|yarn|ntk)(-1)?-0$ ]] || against=()
-ppl=(--ppl --documents "${LONG:-}" --lengths 8192 65536 --blocks 2)
-[[ -n ${LONG:-} ]] || ppl=()
-$python eval.py --model "$run/student" "${against[@]}" --tasks all --task-dir "$TASKS" --no-text \
-    "${ppl[@]}" --out "$run-scores"
+[[ $row-$seed =~ ^(linear|yarn|ntk)(-1)?-0$ && -z ${ALONE:-} ]] || against=()
+text=(--data "$DATA" --cache "$cache" --native 8192 --no-text --positions --blocks 2)
+long=("${text[@]}" --ppl --documents "${LONG:-}" --lengths 8192 65536)
+[[ -n ${LONG:-} ]] || long=(--no-text)
+$python eval.py --model "$run/student" "${against[@]}" --tasks all --task-dir "$TASKS" --predictions \
+    "${long[@]}" --out "$run-scores"
+if [[ -n ${LONG:-} && ${scale%.*} -gt 8 ]]; then
+    $python eval.py --model "$run/student" "${text[@]}" --lengths $((8192 * scale)) --out "$run-long"
+fi

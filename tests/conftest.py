@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,14 @@ from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / "demo" / "teacher"
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What was skipped and why, above the last line, which has the counts and the time."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(each.longrepr[2].removeprefix("Skipped: ") for each in skipped)
+    for reason, times in reasons.most_common():
+        terminalreporter.write_line(f"{times} skipped: {reason}")
 
 
 def tiny_config(**changes) -> dict:

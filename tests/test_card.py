@@ -1,11 +1,14 @@
 """The card says what the directory is, gives commands that are right for it, and escapes names."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import yaml
-from conftest import random_model
+from conftest import ROOT, random_model
 
 from hub import rope_json
 from hub.card import adapter_card, licence_of, model_card
@@ -145,3 +148,29 @@ def test_the_adapters_readme_says_which_positions_to_set():
     assert "--max-model-len 512" in text and "--enable-lora" in text
     dynamic = random_model().config.rope.scaled("dynamic", 8)
     assert "vllm" not in adapter_card("tiny", rope_json.write(dynamic))
+
+
+def test_a_card_is_utf8_whatever_the_locale(tmp_path, tiny_dir):
+    """Python writes in the locale's encoding where none is named."""
+    script = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import locale
+from hub.card import licence_of
+from hub.checkpoint import save_pretrained
+from model import Llama
+from pathlib import Path
+assert locale.getpreferredencoding() != "UTF-8"
+save_pretrained(Llama.from_pretrained({str(tiny_dir)!r}), "out", card="---\\nlicense: caf\\xe9\\n---\\n")
+print(ascii(licence_of(Path("out"))))
+"""
+    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | ascii_only,
+        capture_output=True,
+        text=True,
+    )
+    assert run.stdout == "{'license': 'caf\\xe9'}\n", run.stderr
+    assert (tmp_path / "out" / "README.md").read_bytes() == "---\nlicense: café\n---\n".encode()

@@ -3,6 +3,7 @@ mutations.
 """
 
 import json
+import os
 import random
 import shutil
 import struct
@@ -354,7 +355,15 @@ def test_the_exported_length_is_the_new_one_and_transformers_cuts_there(tmp_path
     assert len(theirs("a b " * 1000, truncation=True)["input_ids"]) == 512
 
 
-def test_planted_names_are_not_followed_and_nothing_is_left_over(tmp_path):
+@pytest.fixture(params=[0o022, 0o077])
+def mask(request):
+    """The umask of a test."""
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_planted_names_are_not_followed_and_nothing_is_left_over(tmp_path, mask):
     victim = tmp_path / "victim"
     victim.write_text("untouched")
     out = tmp_path / "out"
@@ -371,7 +380,8 @@ def test_planted_names_are_not_followed_and_nothing_is_left_over(tmp_path):
         (work / "file").write_text("new")
     assert victim.read_text() == "untouched" and (real / "keep").read_text() == "mine"
     assert (out / "run.json").read_text() == (out / "student" / "file").read_text() == "new"
-    assert not (out / "student").is_symlink() and (out / "student").stat().st_mode & 0o777 == 0o755
+    assert not (out / "student").is_symlink()
+    assert (out / "student").stat().st_mode & 0o777 == 0o777 & ~mask
     assert len(list(out.iterdir())) == 6
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEACHER, random_model
+from conftest import TEACHER, random_model
 
 from hub import checkpoint
 from model import make_student
 
-CLIENTS = ROOT / ".venv" / "clients"
+CLIENTS = Path(sys.prefix) / "clients"
 SOURCE = CLIENTS / "llama.cpp" / "vendor" / "llama.cpp"
 # A vocabulary that the converter knows; it tells others apart by what they make of one text
-VOCABULARY = ROOT / ".venv" / "vocabularies" / "mistral_common" / "data" / "tokenizer.model.v1"
+VOCABULARY = Path(sys.prefix) / "vocabularies" / "mistral_common" / "data" / "tokenizer.model.v1"
 OTHERS = CLIENTS / "others"
 needs_others = pytest.mark.skipif(
     not OTHERS.is_dir(), reason="mlx-lm and ExLlamaV2 are not there; `make test-clients` gets them"

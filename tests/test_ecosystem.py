@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, TEACHER, random_model, tiny_config
+from conftest import TEACHER, random_model, tiny_config
 
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
 from model import Llama, make_student, trainable
 
-V4 = (
-    ROOT / ".venv" / "transformers4"
-)  # made by `make test`: transformers 4.57.6 beside the installed 5.x
-VOCABULARIES = ROOT / ".venv" / "vocabularies"
+# Made by `make test` in this Python's environment: transformers 4.57.6 beside the installed 5.x
+V4 = Path(sys.prefix) / "transformers4"
+VOCABULARIES = Path(sys.prefix) / "vocabularies"
 needs_v4 = pytest.mark.skipif(
     not V4.is_dir(), reason="transformers 4.57 is not there; `make test` installs it"
 )

@@ -565,8 +565,8 @@ def resources(cubin, path):
 
 
 def loops(cubin, path):
-    """The machine code's innermost loops that hold tensor-core instructions: {name of instruction:
-    how often} of each.
+    """The machine code's innermost loops that hold tensor-core instructions: each one's instructions'
+    names, in order.
     """
     path.write_bytes(cubin)
     names, labels, spans = [], {}, []
@@ -583,10 +583,10 @@ def loops(cubin, path):
         for s in spans
         if not any(o.start >= s.start and o.stop <= s.stop and o != s for o in spans)
     ]
-    counts = (
+    found = (
         [names[i].split(".")[0] if "DEPBAR" not in names[i] else names[i] for i in s] for s in inner
     )
-    return [Counter(c) for c in counts if "HGMMA" in c]
+    return [loop for loop in found if "HGMMA" in loop]
 
 
 def assert_runs_at_full_rate(kernel, waits, folder):
@@ -600,11 +600,12 @@ def assert_runs_at_full_rate(kernel, waits, folder):
     assert "C75" not in said, said
     found = loops(kernel.asm["cubin"], folder / "kernel.cubin")
     assert found
-    for loop in found:
+    for loop in map(Counter, found):
         assert not loop["LDL"] and not loop["STL"], f"spills in a loop: {loop}"
         assert loop["WARPGROUP.DEPBAR.LE"] <= waits, (
             f"{loop['WARPGROUP.DEPBAR.LE']} waits in a loop: {loop}"
         )
+    return found
 
 
 CHOICES = [

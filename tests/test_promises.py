@@ -24,6 +24,7 @@ from test_train import refused, same_result, shell
 
 import train
 from engine import cost, data, exits, folder, resume
+from hub import files
 from hub.tokenizer import load_tokenizer
 
 SIZES = [
@@ -347,6 +348,20 @@ def test_a_write_that_fails_anywhere_names_the_folder(tmp_path):
     ):
         raise OSError(errno.ENOSPC, "as a log's print says it, without a name")
     assert tree(tmp_path) == {}
+
+
+def test_a_file_that_fails_in_a_folder_named_from_here_is_of_that_folder(tmp_path, monkeypatch):
+    """tempfile names its files from the root, some since Python 3.12; a user names --out from here."""
+    monkeypatch.chdir(tmp_path)
+    full = (errno.ENOSPC, "full")
+    for name in (str(tmp_path / "out" / "x"), "out/x", None):
+        with (
+            pytest.raises(ValueError, match="cannot write to out: no space left"),
+            files.disk_sentences(Path("out")),
+        ):
+            raise OSError(*full, name)
+    with pytest.raises(OSError, match="full"), files.disk_sentences(Path("out")):
+        raise OSError(*full, str(tmp_path / "elsewhere"))
 
 
 def without_roots_rights() -> None:

@@ -64,7 +64,7 @@ def values_and_gradients(made: step.Step, objective: str, pieces: int = 1) -> li
     """The mean of the values, and the gradient of each weight, of IDS in that many pieces."""
     made.zero()
     values = [
-        made.backward(stage_of(objective), ids, 1 / pieces, i + 1 == pieces)
+        made.backward(stage_of(objective), ids.to(made.student.device), 1 / pieces, i + 1 == pieces)
         for i, ids in enumerate(IDS.chunk(pieces))
     ]
     norm = made.finish()
@@ -247,12 +247,17 @@ def test_blocks_and_processes_must_go_into_each_other():
         sequence.processes_per_block(3, 4)
 
 
+on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 @pytest.mark.parametrize("objective", PLAIN)
-def test_tiles_in_bfloat16_are_as_exact_as_the_whole(objective):
+def test_tiles_in_bfloat16_are_as_exact_as_the_whole(objective, device):
     """Against float64: the error of the loss and of all gradients, at most twice the untiled's."""
 
     def run(dtype, tiles):
         teacher, student = models("yarn", None, torch.float32)
+        teacher, student = teacher.to(device), student.to(device)
         teacher = teacher.to(torch.bfloat16).to(dtype)  # the same numbers in each
         masters = trainable(student)
         student = make_student(teacher, student.config)
@@ -265,7 +270,8 @@ def test_tiles_in_bfloat16_are_as_exact_as_the_whole(objective):
     exact = run(torch.float64, None)
     whole, tiled = run(torch.bfloat16, None), run(torch.bfloat16, Tiles(14, 1, 2))
     assert (tiled - exact).norm() <= 2 * (whole - exact).norm()
-    assert torch.equal(tiled, run(torch.bfloat16, Tiles(14, 1, 2))), "the same bits twice"
+    if device == "cpu":
+        assert torch.equal(tiled, run(torch.bfloat16, Tiles(14, 1, 2))), "the same bits twice"
 
 
 def test_the_noise_of_adapters_is_the_same_in_forward_and_backward():
