@@ -196,7 +196,7 @@ def configs(model: Path, against: Path | None) -> tuple[LlamaConfig, LlamaConfig
 
 def config_of(path: Path) -> LlamaConfig:
     """config.json, which the weights must fit: by their headers, in milliseconds."""
-    config = LlamaConfig.from_hf(files.read_json(files.own(path, "config.json")))
+    config = LlamaConfig.from_hf(checkpoint.read_config(path))
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), path)
     return config

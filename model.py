@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from hub import checkpoint, files, rope_json
+from hub import checkpoint, rope_json
 from hub import config as config_json
 from hub.checkpoint import set_parameter
 from precision import attention_dtype
@@ -302,7 +302,7 @@ class Llama(nn.Module):
         left over or of another shape than config.json says, before any allocation; and for weights
         that are not finite.
         """
-        config = LlamaConfig.from_hf(files.read_json(files.own(Path(path), "config.json")))
+        config = LlamaConfig.from_hf(checkpoint.read_config(Path(path)))
         with torch.device("meta"):
             model = Llama(config)
         checkpoint.load_weights(model, Path(path), dtype=dtype, device=device)

@@ -61,6 +61,7 @@ FlashAttention, arXiv 2205.14135; the one-pass softmax: arXiv 1805.02867.
 """
 
 import math
+import warnings
 
 import torch
 from torch import Tensor
@@ -69,6 +70,10 @@ from kernel_cpu import BT, relation_kl_cpu
 
 RELATIONS = ("Q/Q", "K/K", "V/V")
 IMPLEMENTATIONS = ("auto", "dense", "strips", "tiled", "triton", "hopper")
+_NO_GRADIENT = (
+    "the student of relation_kl requires no grad, so its loss trains nothing: use checkpointing "
+    "with use_reentrant=False, train q, k or v, or measure under torch.no_grad()"
+)
 
 
 def relation_kl(
@@ -84,17 +89,21 @@ def relation_kl(
 ) -> Tensor:
     """KL(teacher || student) of every row of the self-relation softmax, equation (1), in nats.
 
-    student, teacher: [B, H, T, D], one floating dtype and device; the teacher must not require
-    grad. scale: a in the formulas, D**-0.5 if None; teacher_scale: b, `scale` if None. causal: row
-    i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before padding (the range is
-    not checked, which would wait for a GPU). impl: "auto" or one of the five above. kept: for
-    activation checkpointing, an empty list. The call leaves its numbers per row there; the same
-    call, repeated in the backward, takes them from it. ("dense" and "strips" compute again.)
-    float32 products use tf32 only where torch's own switch allows it. Returns [B, H, T], float32
-    (float64 for float64 input), differentiable in `student`. Raises ValueError for anything else,
-    naming the value. Source: arXiv 2604.00004, section 3.
+    student, teacher: [B, H, T, D], floating, on one device; a teacher of another dtype is cast to
+    the student's, and must not require grad. Where gradients are on and the student requires none,
+    a warning says so once. scale: a in the formulas, D**-0.5 if None; teacher_scale: b, `scale` if
+    None. causal: row i sees j <= i, else all. lengths: [B] integers in 0..T, the tokens before
+    padding (the range is not checked, which would wait for a GPU). impl: "auto" or one of the five
+    above. kept: for activation checkpointing, an empty list. The call leaves its numbers per row
+    there; the same call, repeated in the backward, takes them from it. ("dense" and "strips"
+    compute again.) float32 products use tf32 only where torch's own switch allows it. Returns [B,
+    H, T], float32 (float64 for float64 input), differentiable in `student`. Raises ValueError for
+    anything else, naming the value. Source: arXiv 2604.00004, section 3.
     """
     _check(student, teacher, lengths, impl)
+    teacher = teacher.to(student.dtype)
+    if torch.is_grad_enabled() and not student.requires_grad:
+        warnings.warn(_NO_GRADIENT, stacklevel=2)
     scale = student.shape[-1] ** -0.5 if scale is None else float(scale)
     teacher_scale = scale if teacher_scale is None else float(teacher_scale)
     if not (0 < abs(scale) < math.inf and 0 < abs(teacher_scale) < math.inf):
@@ -225,10 +234,9 @@ def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) 
         raise ValueError(
             f"teacher {list(teacher.shape)} and student {list(student.shape)} must have one shape"
         )
-    if not student.is_floating_point() or teacher.dtype != student.dtype:
+    if not (student.is_floating_point() and teacher.is_floating_point()):
         raise ValueError(
-            f"student is {student.dtype}, teacher {teacher.dtype}: both must have one floating "
-            "dtype"
+            f"student is {student.dtype}, teacher {teacher.dtype}: both must be floating"
         )
     if teacher.device != student.device:
         raise ValueError(

@@ -96,11 +96,12 @@ class RopeConfig:
     def length(self) -> int:
         """The tokens that the model can be used at.
 
-        A dynamic file keeps the length before scaling in max_position_embeddings, and so does
-        Qwen2.5's documented yarn.
+        Where M0 is kept, max_position may be the length before scaling, or neither: Qwen3's
+        documented yarn has M0 32,768, factor 4 and max_position 40,960. Under dynamic it is M0.
         """
-        unscaled = self.kind == "yarn" and self.max_position == self.original
-        if self.kind == "dynamic" or unscaled:
+        if self.kind == "yarn" or (self.kind in NEED_M0 and self.max_position == self.original):
+            return round(self.original * self.factor)
+        if self.kind == "dynamic":
             return round(self.max_position * self.factor)
         return self.max_position
 

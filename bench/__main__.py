@@ -38,6 +38,9 @@ def main() -> None:
     kernel.add_argument(
         "--shapes", nargs="+", metavar="HxTxD[t]", help="instead of the default list"
     )
+    kernel.add_argument(
+        "--deterministic", action="store_true", help="attention in a fixed order, as in train.py"
+    )
     memory = commands.add_parser("memory", help="peak memory against T, as a figure")
     memory.add_argument(
         "--lengths", nargs="+", type=int, metavar="T", help="instead of the default list"

@@ -1,6 +1,7 @@
 """Speed and memory of the relation KL, side by side with what one would use instead.
 
     python -m bench kernel [--authors PATH] [--shapes 32x4096x128 ...]   times and memory, a table
+    python -m bench kernel --deterministic --only "flash attention"      what a fixed order costs
 
 PATH is a clone of gracefulning/LinearARD, the method's authors' own code: it is imported from
 there, nothing is copied. Every row also goes to out/kernel.jsonl with the device, the versions and
@@ -41,6 +42,7 @@ from torch import Tensor
 
 import kernel_hopper
 from engine import cost
+from engine.machine import fix_order
 from relation_kl import choose, relation_kl
 
 # H, T, D at batch 1; t (as in 32x4096x128t): transposed, as the model passes them. The first three
@@ -297,7 +299,9 @@ def rows(name: str, f, shape: tuple[int, int, int], device: str):
 def bench_kernel(arguments) -> None:
     """Times, TFLOP/s and peak memory at a list of shapes: a table, and JSON lines in --out."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    fixed = conditions(device)
+    if arguments.deterministic:
+        fix_order()
+    fixed = conditions(device) | {"deterministic": arguments.deterministic}
     table = implementations(device, arguments.authors)
     rate, product = matmul_rate(device)
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))

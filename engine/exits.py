@@ -34,7 +34,9 @@ class OutOfMemory(ValueError):
     """The memory of a device, or of the machine, ran out."""
 
 
-_FIRST = os.environ.get("RANK", "0") == "0"  # not so in torchrun's second process and later ones
+# Not so in torchrun's second process and later ones. A RANK that something else left behind, without
+# a WORLD_SIZE above 1, is none of its
+_FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

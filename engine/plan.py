@@ -22,7 +22,7 @@ from engine.exits import OutOfMemory
 from engine.fit import Fit, Machine, host_share, settle
 from engine.machine import fix_order
 from engine.parallel import World
-from hub import checkpoint, files
+from hub import checkpoint, files, rope_json
 from hub.tokenizer import Tokenizer, load_tokenizer
 from model import TRAINED, Llama, LlamaConfig
 from precision import choose_dtype
@@ -79,7 +79,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     if args.deterministic:
         fix_order()
     device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
-    native = LlamaConfig.from_hf(files.read_json(files.own(args.teacher, "config.json")))
+    native = LlamaConfig.from_hf(checkpoint.read_config(args.teacher))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
     stages = make_stages(args, native, longer, defaults)
@@ -181,8 +181,10 @@ def check(
         data.find_files(args.data, [args.cache, args.out])  # they exist and are of kinds read
     with torch.device("meta"):
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
-    for name in (*checkpoint.TOKENIZER_FILES, "README.md"):  # an export reads them, at the end
-        file = files.own(args.teacher, name)  # links that lead out are refused
+    # An export reads them, at the end; links that lead out are refused
+    exported = checkpoint.copied_files(args.teacher)
+    exported["README.md"] = files.own(args.teacher, "README.md")
+    for name, file in exported.items():
         with files.reading(file):
             if file.is_file():
                 files.read_json(file) if name.endswith(".json") else file.open("rb").close()
@@ -245,6 +247,8 @@ def describe(
     for name, config in (("teacher", c), ("student", student)):
         r = config.rope
         lines.append(f"{name:12}{r.kind:>10}{r.factor:>9g}{r.theta:>12g}{r.length:>10,}")
+    if doubt := rope_json.doubt(dict(c.source)):
+        lines.append(f"length      {doubt}")
     if student.rope.kind == "linear":
         lines.append(
             "positions   linear is the paper's kind; "

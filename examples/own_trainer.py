@@ -71,7 +71,6 @@ def relation_loss(teacher: nn.Module, student: nn.Module, lengths: Tensor | None
     for ours, theirs in zip(*layers, strict=True):
         for name, x, y in zip("qkv", ours, theirs, strict=True):
             a, b = [x.shape[-1] ** -0.5 / (1 if name == "v" else t * t) for t in tau]
-            y = y.to(x.dtype)
             kl = relation_kl(x, y, scale=a, teacher_scale=b, lengths=lengths)  # [B, heads, T]
             rows = kl.shape[0] * kl.shape[2] if lengths is None else lengths.sum()
             total = total + kl.sum() / (kl.shape[1] * rows)

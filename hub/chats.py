@@ -154,10 +154,8 @@ def _sources(path: Path) -> dict[str, str]:
     more = path / _MORE
     found = {"default": files.own(path, "chat_template.jinja")}
     if more.is_dir():
-        inside = more.resolve().parent == path.resolve()
-        if not inside:
-            raise ValueError(f"{more} is a link out of the model's directory; copy it there")
-        found |= {f.stem: _own_of(path, f) for f in sorted(more.glob("*.jinja"))}
+        names = sorted(f.name for f in more.glob("*.jinja"))
+        found |= {n.removesuffix(".jinja"): files.own(path, n, inside=_MORE) for n in names}
     out = {}
     for name, file in found.items():
         if file.is_file():
@@ -176,15 +174,6 @@ def _sources(path: Path) -> dict[str, str]:
             f"{path / 'tokenizer_config.json'} has a chat_template that is neither a text nor a "
             "list of named ones"
         ) from None
-
-
-def _own_of(path: Path, file: Path) -> Path:
-    """A file one folder below `path`, links resolved; refused where they lead out, as files.own."""
-    there, here = file.resolve(), path.resolve()
-    blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else None
-    if there.parent not in (here / file.parent.name, blobs):
-        raise ValueError(f"{file} is a link to {there}, outside the model's directory")
-    return there
 
 
 # ---- the sandbox

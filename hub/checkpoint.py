@@ -10,13 +10,16 @@ Reading.  The headers alone are read first and compared with the shapes that con
 that a wrong checkpoint is refused in milliseconds and before any allocation. Then each tensor is
 mapped, checked to be finite and put in its place. What is distrusted: shard names and links that
 leave the directory, index and shards that disagree, JSON that is huge or deep, and names that stand
-twice. That lengths, byte ranges, shapes and types fit each other, safetensors checks.
+twice. That lengths, byte ranges, shapes and types fit each other, safetensors checks. A directory
+that can be read as two models is refused, lest this program train one and a client serve the other:
+a whole file and shards that differ from it, a head of its own where config.json says it is the
+embedding, an adapter beside the weights.
 
 Writing.  Into a temporary neighbour, synced, then renamed: a kill at any moment leaves the old
 state or the new. Before `save_pretrained` reports success it reads its own output back, compares
 every byte, and the logits under the configuration read back with those under the one in memory. The
-tokenizer's files are the source's, byte for byte, but for the length in tokenizer_config.json, at
-which programs cut texts, and references to code.
+tokenizer's files and the licence are the source's, byte for byte, but for the lengths at which
+programs cut texts, and references to code.
 
 Limits.  safetensors only. A pytorch_model.bin or Meta's consolidated.*.pth is a pickle, which can
 run code: refused, with the remedy named.
@@ -35,8 +38,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hub.files import atomic_directory, own, parse_json, read_json, reading
+from hub.files import atomic_directory, own, parse_json, read_json, reading, refuse_pointer
 
+SINGLE = "model.safetensors"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -55,6 +59,73 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+TEMPLATES = "additional_chat_templates"  # a folder of more of them
+NOTICES = tuple(
+    name + end
+    for name in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "Notice", "USE_POLICY")
+    for end in ("", ".md", ".txt")
+)
+# Keys by which a tokenizer's or a generation's settings state a length
+_LENGTHS = ("model_max_length", "max_len", "max_length", "max_cache_len")
+# Parts of tensors' names, and dtypes, of quantised weights: GPTQ and AWQ, bitsandbytes,
+# compressed-tensors, fp8, MLX
+_PACKED = {"qweight", "qzeros", "g_idx", "absmax", "quant_map", "quant_state", "SCB", "scales"}
+_PACKED |= {"biases", "weight_packed", "weight_scale", "weight_scale_inv", "weight_shape"}
+_PACKED_DTYPES = ("F8_E4M3", "F8_E5M2", "I8", "U8", "I32", "U32", "F4")
+_WRAPPERS = {  # prefixes of tensors' names: who adds them
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+    "base_model.model.": "PEFT",
+}
+
+
+def read_config(path: Path) -> dict:
+    """config.json of a model's directory, with the length that its tokenizer states.
+
+    Raises ValueError that says what `path` is instead, and what to give.
+    """
+    if path.is_file():
+        whole = f"{path} is a file; give a Hugging Face directory: config.json, weights, tokenizer"
+        if path.suffix == ".gguf":
+            whole = f"{path} is llama.cpp's format; give the Hugging Face directory it was made of"
+        if path.name.endswith((".safetensors", ".json")):
+            whole += f", such as {path.absolute().parent}"
+        raise ValueError(whole)
+    file = own(path, "config.json")
+    if own(path, "adapter_config.json").is_file():
+        raise ValueError(_adapter(path, file.is_file()))
+    if not file.is_file() and path.is_dir():
+        inside = [p.parent.name for p in path.glob("*/config.json")]
+        if inside:  # checkpoint-1000 is after checkpoint-500
+            last = max(inside, key=lambda n: (len(n), n) if n.startswith("checkpoint-") else (0, n))
+            raise ValueError(
+                f"{path} holds no config.json, but {_some(sorted(inside))} in it "
+                f"do{'es' * (len(inside) == 1)}: give {path / last}"
+            )
+    config, settings = read_json(file), own(path, "tokenizer_config.json")
+    stated = read_json(settings).get("model_max_length") if settings.is_file() else None
+    if type(stated) is int and stated < 2**31:  # decides what a linear teacher's length is
+        config.setdefault("model_max_length", stated)
+    return config
+
+
+def _adapter(path: Path, whole: bool) -> str:
+    base = read_json(own(path, "adapter_config.json")).get("base_model_name_or_path")
+    if whole:
+        return (
+            f"{path} holds a model and an adapter (adapter_config.json, of {base}), of which "
+            "transformers would load the adapter; move one of them elsewhere"
+        )
+    merged = path.absolute().parent / "student"
+    if (merged / "config.json").is_file():
+        return f"{path} is an adapter, not a model; it is merged in {merged}: give that"
+    return (
+        f"{path} is an adapter of {base}, not a model; merge it first, with peft: "
+        f"AutoPeftModelForCausalLM.from_pretrained({str(path)!r}).merge_and_unload()"
+        '.save_pretrained("merged"), and copy the tokenizer there'
+    )
 
 
 @contextlib.contextmanager
@@ -63,6 +134,7 @@ def open_safetensors(file: Path):
 
     Raises ValueError in one sentence that names the file, for an error while it is open as well.
     """
+    refuse_pointer(file)
     try:
         with reading(file), safe_open(file, framework="pt", device="cpu") as f:
             yield f
@@ -90,7 +162,7 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
     Raises ValueError where files, index and headers do not agree.
     """
-    index, single = own(path, "model.safetensors.index.json"), "model.safetensors"
+    index, single = own(path, "model.safetensors.index.json"), SINGLE
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(
@@ -140,6 +212,11 @@ def _no_weights(path: Path) -> str:
             "download the model's safetensors, or convert it once with transformers' "
             "save_pretrained"
         )
+    if any(path.glob("*.gguf")):
+        return (
+            f"{path} has weights in llama.cpp's format (.gguf) only; give the directory of "
+            "safetensors they were made of"
+        )
     if any(path.glob("consolidated*")):
         return (
             f"{path} is in Meta's own format; use the repository's Hugging Face version (its name "
@@ -149,16 +226,19 @@ def _no_weights(path: Path) -> str:
 
 
 def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
-    """{parameter: its file}, from headers alone.
+    """{parameter: its file}, from headers alone, unless the directory may hold a second model.
 
     Raises ValueError naming every tensor that is missing, left over, or of another shape or dtype.
     """
     found = find_tensors(path)
+    _refuse_second_model(path, found)
     wanted = {
         name: tuple(p.shape) for name, p in model.named_parameters()
     }  # a tied head appears once
-    if model.config.tied:
-        found.pop("lm_head.weight", None)  # some writers store the tied copy too
+    _refuse_other_formats(path, found, wanted)
+    if model.config.tied and "lm_head.weight" in found:  # some writers store the tied copy too
+        _refuse_own_head(path, found)
+        del found["lm_head.weight"]
     # Old LLaMA files hold these buffers
     found = {k: v for k, v in found.items() if not k.endswith("rotary_emb.inv_freq")}
     wrong = [
@@ -171,9 +251,83 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
         f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES
     ]
     faults = {"missing": missing, "not in the model": extra, "of another shape or dtype": wrong}
+    if missing == ["lm_head.weight"] and not extra and not wrong:
+        raise ValueError(
+            f"the weights in {path} have no lm_head.weight; if the head is the embedding, set "
+            '"tie_word_embeddings": true in config.json'
+        )
     if wrong := [f"{what}: {_some(names)}" for what, names in faults.items() if names]:
         raise ValueError(f"the weights in {path} do not fit its config.json; {'; '.join(wrong)}")
     return {name: found[name][0] for name in wanted}
+
+
+def _refuse_second_model(path: Path, found: dict) -> None:
+    """A whole file beside an index of others: transformers reads the file, we read the shards."""
+    single = own(path, SINGLE)
+    shards = {file for file, _, _ in found.values()}
+    if not single.is_file() or shards == {single}:
+        return
+    held = read_header(single)
+    same = held == {name: (dtype, shape) for name, (_, dtype, shape) in found.items()}
+    for name in held if same else ():
+        if not _equal((single, name), (found[name][0], name)):
+            same = False
+            break
+    if not same:
+        raise ValueError(
+            f"{path} holds two models: {SINGLE}, and the shards that "
+            f"{SINGLE}.index.json names; move the one that is not meant elsewhere"
+        )
+
+
+def _refuse_own_head(path: Path, found: dict) -> None:
+    """A tied config.json beside a head that is not the embedding: transformers 5 uses the head."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if embedding not in found:
+        return  # missing, which is said later
+    if found[head][2] == found[embedding][2] and _equal(
+        (found[head][0], head), (found[embedding][0], embedding)
+    ):
+        return
+    raise ValueError(
+        f"config.json in {path} has tie_word_embeddings = true, but {head} differs from "
+        f'{embedding}: set "tie_word_embeddings": false, or remove {head} from the weights'
+    )
+
+
+def _equal(*places: tuple[Path, str], rows: int = 4096) -> bool:
+    """Whether two tensors of one shape, each (file, name), hold the same numbers; `rows` at a time,
+    so that a large one takes no memory."""
+    with contextlib.ExitStack() as stack:
+        a, b = (
+            stack.enter_context(open_safetensors(file)).get_slice(name) for file, name in places
+        )
+        if not a.get_shape():
+            return bool(a[...] == b[...])
+        starts = range(0, a.get_shape()[0], rows)
+        return all((a[i : i + rows] == b[i : i + rows]).all() for i in starts)
+
+
+def _refuse_other_formats(path: Path, found: dict, wanted: dict) -> None:
+    """Weights that are quantised, or named by a wrapper, in a sentence of their own."""
+    packed = [n for n in found if n not in wanted and _PACKED & set(n.split("."))]
+    packed += [n for n in found if found[n][1] in _PACKED_DTYPES]
+    if packed:
+        raise ValueError(
+            f"the weights in {path} are quantised ({_some(sorted(packed), 2)}), and what is "
+            "trained and exported here are full weights: give the original model"
+        )
+    for name in found:
+        held = [prefix for prefix in _WRAPPERS if prefix in name]
+        bare = name
+        for prefix in held:
+            bare = bare.replace(prefix, "")
+        if name not in wanted and bare in wanted:
+            authors = " and ".join(_WRAPPERS[prefix] for prefix in held)
+            raise ValueError(
+                f"the names of the tensors in {path} hold {' and '.join(map(repr, held))}, as in "
+                f"{name}, which {authors} adds; save the model inside it again"
+            )
 
 
 def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, device: str) -> None:
@@ -260,29 +414,66 @@ def write_pretrained(
     _check_written(model, work, tensors)
 
 
+def copied_files(source: Path) -> dict[str, Path]:
+    """{name in an export: the file of `source`}: tokenizer, chat templates, licence.
+
+    Raises ValueError where a link leads out of the directory.
+    """
+    more = sorted(p.name for p in (source / TEMPLATES).glob("*.jinja"))
+    found = {name: own(source, name) for name in (*TOKENIZER_FILES, *NOTICES)}
+    found |= {f"{TEMPLATES}/{name}": own(source, name, inside=TEMPLATES) for name in more}
+    return {name: file for name, file in found.items() if file.is_file()}
+
+
 def _copy_tokenizer(source: Path, work: Path, length: int) -> None:
-    for name in TOKENIZER_FILES:
-        file = own(source, name)
-        if file.is_file():
-            shutil.copyfile(file, work / name)
+    for name, file in copied_files(source).items():
+        (work / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, work / name)
     for name in ("tokenizer_config.json", "generation_config.json"):
         settings = work / name
         if settings.is_file():
             settings.write_bytes(_lengthened(settings.read_bytes(), length))
+    fast = work / "tokenizer.json"
+    if fast.is_file():
+        fast.write_bytes(_uncut(fast.read_bytes()))
 
 
 def _lengthened(data: bytes, length: int) -> bytes:
-    """Settings with model_max_length = `length` tokens, where they state one, and without auto_map,
-    which names code; every other byte stays."""
+    """Settings in which every length that is stated is `length` tokens, and without auto_map, which
+    names code; every other byte stays."""
     old = parse_json(data, "settings")
-    new = {k: v for k, v in old.items() if k != "auto_map"}
-    if isinstance(old.get("model_max_length"), int | float) and old["model_max_length"] < 1e18:
-        new["model_max_length"] = length
+    new = {k: v for k, v in _raised(old, length).items() if k != "auto_map"}
     if new == old:
         return data
-    key = rb'("model_max_length"\s*:\s*)[-+.\deE]+'
-    changed = re.sub(key, lambda m: m[1] + str(length).encode(), data)
+    number = rb'("(?:' + "|".join(_LENGTHS).encode() + rb')"\s*:\s*)([-+.\deE]+)'
+    changed = re.sub(
+        number, lambda m: m[1] + str(length).encode() if float(m[2]) < 1e18 else m[0], data
+    )
     if parse_json(changed, "settings") == new:
+        return changed
+    return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _raised(value, length: int):
+    """`value` with the lengths in it, at any depth; 10^18 or more means that there is none."""
+    if isinstance(value, list):
+        return [_raised(v, length) for v in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        k: length if k in _LENGTHS and type(v) in (int, float) and v < 1e18 else _raised(v, length)
+        for k, v in value.items()
+    }
+
+
+def _uncut(data: bytes) -> bytes:
+    """A tokenizer.json that does not cut texts, as some do that were saved while cutting."""
+    old = parse_json(data, "tokenizer.json")
+    if not old.get("truncation"):
+        return data
+    changed = re.sub(rb'"truncation"\s*:\s*\{[^{}]*\}', b'"truncation": null', data, count=1)
+    new = old | {"truncation": None}
+    if parse_json(changed, "tokenizer.json") == new:
         return changed
     return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
 

@@ -21,6 +21,8 @@ Source.  transformers 4.57 and 5: configuration_llama, _mistral, _qwen2, _qwen3.
 
 import json
 
+from hub.rope_json import LENGTHS
+
 FAMILIES = {  # model_type: the class that transformers has for it
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -39,8 +41,9 @@ _ONLY = {
     "hidden_act": ("silu",),
     "partial_rotary_factor": (None, 1.0),
     "no_rope_layers": (None, []),
-    "quantization_config": (None,),
 }
+# Keys of which any value but null, {} too, says that the weights are quantised; the last: MLX's
+_QUANTISED = ("quantization_config", "compression_config", "quantization")
 # Keys that change nothing here, with examples of what transformers 5 takes. It refuses another JSON
 # type or name, so that an export with one would load nowhere
 _EXAMPLES = (
@@ -59,6 +62,9 @@ _EXAMPLES = (
 # Keys of a source that an export does not keep: written anew, no longer true, or code by reference
 _STALE = (
     "original_max_position_embeddings",
+    *LENGTHS,
+    "max_length",  # of generated texts: it caps what transformers 4 writes
+    "task_specific_params",  # which its pipelines prefer, and may hold the same
     "layer_types",
     "dtype",
     "auto_map",
@@ -84,6 +90,17 @@ def read(config: dict) -> dict:
     config: filled. Raises ValueError naming the key, the value and what is supported.
     """
     family = config["model_type"]
+    for key in _QUANTISED:
+        if config.get(key) is not None:
+            raise ValueError(
+                f"{key} is {str(config[key])[:80]}: the checkpoint is quantised, and what is "
+                "trained and exported here are full weights; give the original model"
+            )
+    if other := config.get("transformers_weights"):
+        raise ValueError(
+            f"config.json has transformers_weights = {str(other)[:80]!r}, weights of another name; "
+            "remove the key, and call the weights model.safetensors"
+        )
     for key, allowed in _ONLY.items():
         if key in config and config[key] not in allowed:
             raise ValueError(

@@ -16,7 +16,7 @@ Source.  huggingface_hub's snapshot_download; the layout of its cache.
 import re
 from pathlib import Path
 
-from hub.checkpoint import TOKENIZER_FILES
+from hub.checkpoint import NOTICES, TEMPLATES, TOKENIZER_FILES
 
 _ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
 _FILES = (
@@ -26,6 +26,8 @@ _FILES = (
     "model.safetensors.index.json",
     "README.md",
     *TOKENIZER_FILES,
+    *NOTICES,
+    f"{TEMPLATES}/*.jinja",
 )
 
 
@@ -43,7 +45,10 @@ def resolve(name: str | Path) -> Path:
     command = f"hf download {repository}" + (f" --revision {revision}" if revision else "")
     try:
         found = snapshot_download(
-            repository, revision=revision, allow_patterns=list(_FILES), ignore_patterns=["*/*"]
+            repository,
+            revision=revision,
+            allow_patterns=list(_FILES),
+            ignore_patterns=["model-*/*"],
         )
     except errors.GatedRepoError:
         reason = f"{repository} is gated: accept its terms on its page, then: hf auth login && "

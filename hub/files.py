@@ -65,11 +65,12 @@ def read_json(path: Path) -> dict:
         size = path.stat().st_size
         if size > MAX_JSON:
             raise ValueError(f"{path} has {size:,} bytes; no {path.name} is that large")
+        refuse_pointer(path)
         return parse_json(path.read_bytes(), str(path))
 
 
-def own(path: Path, name: str) -> Path:
-    """The file `name` of the directory `path`, links resolved.
+def own(path: Path, name: str, inside: str = "") -> Path:
+    """The file `name` of the directory `path`, or of its folder `inside`, links resolved.
 
     Raises ValueError where they lead out of it, to nothing or in a circle. A directory of the Hub's
     cache links snapshots/<revision>/x to blobs/<hash>: those are its own. A file that does not
@@ -77,13 +78,14 @@ def own(path: Path, name: str) -> Path:
     """
     if Path(name).name != name or "\0" in name:
         raise ValueError(f"{name!r} does not name a file of {path}")
-    here, file = _end_of_links(path), _end_of_links(path / name)
-    allowed = [here]
+    here, file = _end_of_links(path), _end_of_links(path / inside / name)
+    allowed = [here / inside]
     if here.parent.name == "snapshots":
         allowed.append(here.parent.parent / "blobs")
     if file.parent not in allowed:
         raise ValueError(
-            f"{path / name} is a link to {file}, outside the model's directory; copy the file there"
+            f"{path / inside / name} is a link to {file}, outside the model's directory; copy the "
+            "file there"
         )
     return file
 

@@ -411,3 +411,230 @@ def test_the_weights_are_held_against_the_config_from_headers_alone(model_copy):
     rewrite(model_copy, lambda t: t.pop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"missing: model\.norm\.weight"):
         checkpoint.check_fits(model, model_copy)
+
+
+# ---- what is no directory of full weights, and what is two models
+
+
+def other(name: str, path: Path) -> Path:
+    """Turns the model in `path` into something else; what a user would then give."""
+    weights, norm = path / "model.safetensors", "model.norm.weight"
+    q = "model.layers.0.self_attn.q_proj"
+    match name:
+        case "a gguf file":
+            (path / "model.gguf").write_bytes(b"GGUF")
+            return path / "model.gguf"
+        case "a safetensors file":
+            return weights
+        case "gguf alone":
+            weights.rename(path / "model.gguf")
+        case "a trainer's folder":
+            for step in (500, 1000):
+                shutil.copytree(path, path.parent / "run" / f"checkpoint-{step}")
+            return path.parent / "run"
+        case "a run's folder":
+            shutil.copytree(path, path.parent / "run" / "student")
+            return path.parent / "run"
+        case "git-lfs weights" | "git-lfs config" | "git-lfs index":
+            files = {"weights": "model.safetensors", "config": "config.json"}
+            files["index"] = "model.safetensors.index.json"
+            pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+            (path / files[name.split()[1]]).write_text(pointer)
+        case "an adapter" | "our own adapter":
+            adapter = path.parent / "adapter"
+            adapter.mkdir()
+            (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+            save_file({"x": torch.ones(1)}, adapter / "adapter_model.safetensors")
+            if name == "our own adapter":
+                path.rename(path.parent / "student")
+            return adapter
+        case "an adapter in the model":
+            (path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+        case "compiled":
+            rewrite(path, lambda t: [t.update({f"_orig_mod.{n}": t.pop(n)}) for n in [*t]])
+        case "data parallel":
+            rewrite(path, lambda t: [t.update({f"module.{n}": t.pop(n)}) for n in [*t]])
+        case "both":
+            rewrite(path, lambda t: [t.update({f"module._orig_mod.{n}": t.pop(n)}) for n in [*t]])
+        case "layers compiled":
+            rename = "model.layers.0._orig_mod."
+            rewrite(path, lambda t: [t.update({n.replace("model.layers.0.", rename): t.pop(n)}) for n in [*t]])  # fmt: skip
+        case "gptq":
+            packed = {"qweight": torch.ones(4, 32, dtype=torch.int32), "g_idx": torch.ones(32)}
+            rewrite(path, lambda t: (t.pop(f"{q}.weight"), t.update({f"{q}.{k}": v for k, v in packed.items()})))  # fmt: skip
+        case "bitsandbytes":
+            more = {"absmax": torch.ones(8), "quant_state.bitsandbytes__nf4": torch.ones(8)}
+            rewrite(path, lambda t: t.update({f"{q}.weight.{k}": v for k, v in more.items()}))
+        case "fp8":
+            rewrite(path, lambda t: t.update({f"{q}.weight": t[f"{q}.weight"].to(torch.float8_e4m3fn)}))  # fmt: skip
+        case "compressed":
+            rewrite(path, lambda t: t.update({f"{q}.weight_scale": torch.ones(1)}))
+        case "mlx":
+            rewrite(path, lambda t: t.update({f"{q}.scales": torch.ones(1), f"{q}.biases": torch.ones(1)}))  # fmt: skip
+        case "config: awq":
+            edit_config(path, quantization_config={"quant_method": "awq", "bits": 4})
+        case "config: empty":
+            edit_config(path, quantization_config={})
+        case "config: mlx":
+            edit_config(path, quantization={"group_size": 64, "bits": 4})
+        case "config: older":
+            edit_config(path, compression_config={"format": "int-quantized"})
+        case "config: other weights":
+            edit_config(path, transformers_weights="other.safetensors")
+        case "a head of its own":
+            rewrite(path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))  # fmt: skip
+        case "a head of another shape":
+            rewrite(path, lambda t: t.update({"lm_head.weight": torch.ones(7, 32)}))
+        case "no head":
+            edit_config(path, tie_word_embeddings=False)
+        case "whole file and other shards":
+            shards(path)
+            rewrite(path, lambda t: t[norm].add_(1))
+        case "whole file of fewer tensors":
+            shards(path)
+            rewrite(path, lambda t: t.pop(norm))
+        case _:
+            raise AssertionError(name)
+    return path
+
+
+def shards(path: Path) -> None:
+    """Adds shards and index of the same tensors beside the whole file."""
+    model = Llama.from_pretrained(path)
+    checkpoint.save_pretrained(model, path.parent / "sharded", shard_bytes=200_000)
+    for file in (path.parent / "sharded").glob("model*"):
+        shutil.copy(file, path)
+
+
+OTHERS = {
+    "a gguf file": "llama.cpp's format; give the Hugging Face directory",
+    "a safetensors file": "is a file; give a Hugging Face directory.*such as .*model$",
+    "gguf alone": "llama.cpp's format .*give the directory of safetensors",
+    "a trainer's folder": "no config.json, but checkpoint-1000, checkpoint-500 in it do: give .*checkpoint-1000$",
+    "a run's folder": "no config.json, but student in it does: give .*run/student$",
+    "git-lfs weights": "model.safetensors is a pointer of git-lfs.*git lfs pull",
+    "git-lfs config": "config.json is a pointer of git-lfs",
+    "git-lfs index": "index.json is a pointer of git-lfs",
+    "an adapter": r"adapter of org/base, not a model; merge it first, with peft.*merge_and_unload\(\)",
+    "our own adapter": "an adapter, not a model; it is merged in .*student: give that",
+    "an adapter in the model": "holds a model and an adapter .*org/base.*move one",
+    "compiled": r"hold '_orig_mod\.'.*torch.compile adds",
+    "data parallel": r"hold 'module\.'.*DistributedDataParallel",
+    "both": r"hold '_orig_mod\.' and 'module\.'",
+    "layers compiled": r"hold '_orig_mod\.'",
+    "gptq": "quantised.*q_proj.g_idx, .*q_proj.qweight.*give the original model",
+    "bitsandbytes": "quantised.*absmax",
+    "fp8": r"quantised.*q_proj.weight\)",
+    "compressed": "quantised.*weight_scale",
+    "mlx": "quantised.*biases",
+    "config: awq": "quantization_config is .*awq.* quantised",
+    "config: empty": "quantization_config is {}: the checkpoint is quantised",
+    "config: mlx": "quantization is .* quantised",
+    "config: older": "compression_config is .* quantised",
+    "config: other weights": "transformers_weights = 'other.safetensors'",
+    "a head of its own": '"tie_word_embeddings": false, or remove lm_head.weight',
+    "a head of another shape": '"tie_word_embeddings": false, or remove lm_head.weight',
+    "no head": '"tie_word_embeddings": true in config.json',
+    "whole file and other shards": "holds two models",
+    "whole file of fewer tensors": "holds two models",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_is_no_model_or_two_is_refused_with_the_remedy(name, model_copy):
+    given = other(name, model_copy)
+    with pytest.raises(ValueError, match=OTHERS[name]) as e:
+        Llama.from_pretrained(given)
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600
+
+
+def test_a_second_copy_of_the_same_model_is_taken(model_copy):
+    """Shards and a whole file that are equal; Meta's or pickled weights beside safetensors; an
+    index whose shard is the whole file; shards that no index names."""
+    expected = Llama.from_pretrained(model_copy)(IDS)
+    shards(model_copy)
+    for name in ("pytorch_model.bin", "consolidated.safetensors", "model.gguf"):
+        (model_copy / name).write_bytes(b"x")
+    assert torch.equal(Llama.from_pretrained(model_copy)(IDS), expected)
+    index = model_copy / "model.safetensors.index.json"
+    index.unlink()
+    assert torch.equal(Llama.from_pretrained(model_copy)(IDS), expected)
+    names = load_file(model_copy / "model.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "model.safetensors")}))
+    assert torch.equal(Llama.from_pretrained(model_copy)(IDS), expected)
+
+
+# ---- lengths
+
+
+def lengths_of(value) -> set:
+    """Every number under a key that speaks of a length."""
+    if isinstance(value, list):
+        return set().union(*map(lengths_of, value))
+    if not isinstance(value, dict):
+        return set()
+    stated = ("max_length", "max_len", "model_max_length", "max_cache_len", "seq_len")
+    found = {v for k, v in value.items() if k in (*stated, *rope_json.LENGTHS) and v is not None}
+    return found.union(*map(lengths_of, value.values()))
+
+
+@pytest.mark.parametrize("kind", ["linear", "ntk", "yarn", "llama3", "dynamic"])
+def test_every_length_that_a_file_states_is_the_new_one_or_gone(kind, tmp_path):
+    teacher = write_model(tmp_path / "teacher")
+    edit_config(teacher, max_length=64, task_specific_params={"text-generation": {"max_length": 50}},
+                **dict.fromkeys(rope_json.LENGTHS, 64))  # fmt: skip
+    settings = {"max_length": 64, "max_new_tokens": 30, "cache_config": {"max_cache_len": 64}}
+    (teacher / "generation_config.json").write_text(json.dumps(settings))
+    fast = json.loads((teacher / "tokenizer.json").read_text())
+    fast["truncation"] = {"direction": "Right", "max_length": 64, "strategy": "LongestFirst"}
+    (teacher / "tokenizer.json").write_text(json.dumps(fast | {"truncation": fast["truncation"] | {"stride": 0}}))  # fmt: skip
+    stated = {"model_max_length": 64, "max_len": 64.0, "max_length": 64, "auto_map": {"A": "b.C"}}
+    settings = json.loads((teacher / "tokenizer_config.json").read_text()) | stated
+    (teacher / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = Llama.from_pretrained(teacher)
+    student = make_student(model, model.config.extended(kind, 8))
+    checkpoint.save_pretrained(student, tmp_path / "x", tokenizer_from=teacher)
+    for file in sorted((tmp_path / "x").glob("*.json")):
+        assert lengths_of(json.loads(file.read_text())) <= {512}, file.name
+    written = json.loads((tmp_path / "x" / "generation_config.json").read_text())
+    assert written["max_length"] == 512 and written["max_new_tokens"] == 30
+    assert json.loads((tmp_path / "x" / "tokenizer.json").read_text())["truncation"] is None
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    long = torch.arange(100)[None]
+    assert theirs.generate(long, do_sample=False, max_new_tokens=2).shape[1] > 100
+    assert theirs.generate(long, do_sample=False, min_new_tokens=9).shape[1] > 108
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "x")
+    pipe = transformers.pipeline("text-generation", model=theirs, tokenizer=tokenizer)
+    assert pipe("a b " * 100, max_new_tokens=2)
+
+
+def test_a_file_without_lengths_keeps_every_byte_and_one_without_a_limit_its_number(tmp_path):
+    plain = b'{"do_sample":true,  "temperature": 0.6}'
+    assert checkpoint._lengthened(plain, 512) == plain
+    endless = b'{"model_max_length": 1000000000000000019884624838656, "max_length": 7}'
+    assert checkpoint._lengthened(endless, 512) == endless.replace(b"7", b"512")
+    assert checkpoint._lengthened(b'{"max_length": null}', 512) == b'{"max_length": null}'
+
+
+def test_templates_and_licence_are_in_the_export(tmp_path):
+    teacher, more = write_model(tmp_path / "teacher"), checkpoint.TEMPLATES
+    copied = ["LICENSE", "LICENSE.txt", "USE_POLICY.md", "NOTICE", f"{more}/rag.jinja"]
+    (teacher / more).mkdir()
+    for name in [*copied, "modeling_evil.py", "notes.txt", f"{more}/evil.py"]:
+        (teacher / name).write_text(name)
+    checkpoint.save_pretrained(random_model(), tmp_path / "x", tokenizer_from=teacher)
+    for name in copied:
+        assert (tmp_path / "x" / name).read_text() == name
+    assert not [*(tmp_path / "x").rglob("*.py"), *(tmp_path / "x").glob("notes*")]
+    (teacher / more / "out.jinja").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("the password")
+    with pytest.raises(ValueError, match=r"out\.jinja is a link to .*secret, outside"):
+        checkpoint.save_pretrained(random_model(), tmp_path / "y", tokenizer_from=teacher)
+
+
+def test_a_linear_teachers_length_may_stand_with_its_tokenizer(model_copy):
+    edit_config(model_copy, rope_scaling={"type": "linear", "factor": 4.0}, rope_parameters=None)
+    assert Llama.from_pretrained(model_copy).config.rope.length == 64
+    settings = model_copy / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 256}))
+    assert Llama.from_pretrained(model_copy).config.rope.length == 256

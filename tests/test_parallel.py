@@ -241,8 +241,11 @@ def test_of_all_stopped_processes_the_first_speaks(tmp_path, when):
         stop = f"exits.run(lambda: ({stop}), 'train.py')"
     script = tmp_path / "train.py"  # the name by which exits knows its programs
     script.write_text(f"import os, signal\nfrom engine import exits\n{stop}\n")
-    for rank, code, lines in (("0", exits.STOPPED, 1), ("1", 0, 0)):
-        env = os.environ | {"RANK": rank, "PYTHONPATH": str(ROOT)}
+    left = {"RANK": "1"}  # by something else, as there is no WORLD_SIZE: one process, which speaks
+    first, second = ({"RANK": rank, "WORLD_SIZE": "2"} for rank in "01")
+    ends = ((first, exits.STOPPED, 1), (second, 0, 0), (left, exits.STOPPED, 1))
+    for given, code, lines in ends:
+        env = os.environ | given | {"PYTHONPATH": str(ROOT)}
         ended = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
         assert ended.returncode == code and ended.stderr.count("\n") == lines, ended.stderr
 

@@ -321,7 +321,8 @@ def test_auto_says_what_it_chose_and_why():
         ({"student": torch.zeros(2, 3, 4)}, "B, H, T, D"),
         ({"student": torch.zeros(1, 2, 0, 4)}, "non-empty"),
         ({"teacher": torch.zeros(2, 2, 15, 9)}, "one shape"),
-        ({"teacher": torch.zeros(2, 2, 15, 8, dtype=torch.bfloat16)}, "floating dtype"),
+        ({"teacher": torch.zeros(2, 2, 15, 8, dtype=torch.int64)}, "must be floating"),
+        ({"student": torch.zeros(2, 2, 15, 8, dtype=torch.int64)}, "must be floating"),
         ({"teacher": torch.zeros(2, 2, 15, 8, requires_grad=True)}, "detach"),
         ({"lengths": torch.tensor([3])}, "lengths must be"),
         ({"lengths": torch.tensor([True, False])}, "lengths must be"),
@@ -375,3 +376,30 @@ def test_memory_grows_linearly(impl):
     small, large = extra(2048), extra(8192)
     assert large <= 4 * small + 8 * 1024, f"{small} KiB at 2048, {large} KiB at 8192"
     assert large * 1024 < 8192 * 8192 * 4, "less than one dense float32 matrix of one head"
+
+
+@pytest.mark.parametrize("impl", ["auto", "dense", "strips", "tiled"])
+@pytest.mark.parametrize("theirs", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ours", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_teacher_of_another_dtype_is_cast_to_the_students(ours, theirs, impl):
+    x, y = inputs(T=33, D=16)
+    x, y = x.to(ours), y.to(theirs)
+    cast = value_and_grad(x, y.to(ours), impl=impl)
+    for a, b in zip(value_and_grad(x, y, impl=impl), cast, strict=True):
+        assert torch.equal(a, b) and a.dtype == b.dtype
+
+
+def test_a_student_that_requires_no_grad_is_warned_of_once(recwarn):
+    import warnings
+
+    x, y = inputs(T=9)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("default")
+        for _ in range(3):
+            relation_kl(x, y)
+    (only,) = said
+    assert only.filename == __file__ and "use_reentrant=False" in str(only.message)
+    with torch.no_grad():
+        relation_kl(x, y)
+    relation_kl(x.requires_grad_(), y)
+    assert not recwarn.list

@@ -12,6 +12,8 @@ from rope import RopeConfig, frequencies, rotate, rotation
 
 INDEX = [0, 1, 16, 20, 24, 32, 40, 45, 48, 63]
 LONG = [1.0 + 0.25 * i for i in range(64)]
+BASE_HEAD = {"head_dim": 128, "num_attention_heads": 1}
+_M0 = "original_max_position_embeddings"
 # (config keys, seq_len, values at INDEX, sum over 64, attention factor), from transformers 4.57.6
 # and 5.23.0 fmt: off
 GOLDEN = {
@@ -210,9 +212,91 @@ def test_the_linear_file_is_the_one_that_every_reader_understands():
     assert written == {
         "max_position_embeddings": 32768,
         "rope_theta": 10000.0,
-        "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 8.0},
+        "rope_scaling": {"type": "linear", "factor": 8.0},
         "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
     }
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3"])
+def test_a_table_names_its_kind_once_as_every_client_reads_it(kind):
+    """ExLlamaV2 refuses both names; Ollama reads `rope_type` for llama3 and `type` elsewhere."""
+    written = rope_json.write(RopeConfig(max_position=4096).scaled(kind, 8))
+    name, other = ("rope_type", "type") if kind == "llama3" else ("type", "rope_type")
+    assert written["rope_scaling"][name] == kind and other not in written["rope_scaling"]
+    assert written["rope_parameters"]["rope_type"] == kind
+    assert "rope_theta" not in written["rope_scaling"]  # of which transformers 4.57 warns
+
+
+@pytest.mark.parametrize(
+    "table, stated, length",
+    [
+        ({"type": "yarn", _M0: 32768}, 40960, 131072),  # Qwen3's page
+        ({"type": "yarn", _M0: 32768}, 32768, 131072),  # Qwen2.5's
+        ({"type": "yarn", _M0: 32768}, 131072, 131072),
+        ({"type": "yarn"}, 4096, 16384),  # M0 is then max_position_embeddings
+        ({"type": "llama3", _M0: 8192}, 8192, 32768),
+        ({"type": "llama3", _M0: 8192}, 131072, 131072),  # LLaMA 3.1: more than M0 x factor
+        ({"type": "longrope", _M0: 4096}, 4096, 16384),
+        ({"type": "longrope", _M0: 4096}, 131072, 131072),
+        ({"type": "dynamic"}, 4096, 16384),
+        ({"type": "linear"}, 16384, 16384),
+        ({"type": "linear", _M0: 4096}, 4096, 16384),
+        ({"type": "linear", _M0: 4096}, 16384, 16384),
+    ],
+)
+def test_the_length_of_a_scaled_teacher(table, stated, length):
+    tables = {"short_factor": [1.0] * 64, "long_factor": LONG}
+    ramp = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    table = table | {"factor": 4.0} | {"longrope": tables, "llama3": ramp}.get(table["type"], {})
+    config = BASE | {"max_position_embeddings": stated, "rope_scaling": table}
+    rope = rope_json.read(config)
+    assert rope.length == length
+    assert bool(rope_json.doubt(config)) is (table["type"] == "linear" and _M0 not in table)
+    if table["type"] in ("linear", "yarn", "llama3"):
+        longer = rope.scaled(table["type"], 2)
+        assert longer.length == rope_json.read(rope_json.write(longer) | BASE_HEAD).length
+        assert longer.length == 2 * length and longer.factor == 8
+
+
+@pytest.mark.parametrize("key", rope_json.LENGTHS)
+def test_another_length_decides_what_a_linear_teacher_means(key):
+    """vicuna-7b-v1.5-16k keeps 4,096 and says 16,384 elsewhere; others store the product."""
+    table = {"rope_scaling": {"type": "linear", "factor": 4.0}}
+    for stated, other, length in ((4096, 16384, 16384), (16384, 16384, 16384)):
+        config = BASE | table | {"max_position_embeddings": stated, key: other}
+        assert rope_json.read(config).length == length and not rope_json.doubt(config)
+    for other in (2048, "16384", None, True):
+        config = BASE | table | {key: other}
+        assert rope_json.read(config).length == 4096
+        assert '"max_sequence_length": 16384 to its config.json' in rope_json.doubt(config)
+
+
+@pytest.mark.parametrize(
+    "table, said",
+    [
+        ({"full_attention": {"rope_type": "yarn", "factor": 4.0}}, "full_attention, which default"),
+        ({"rope_type": "linear", "factor": 4.0, "beta_fast": 32.0}, "beta_fast, which linear"),
+        ({"rope_type": "yarn", "factor": 4.0, "long_factor": [1.0]}, "long_factor, which yarn"),
+        ({"rope_type": "dynamic", "factor": 4.0, "alpha": 1000.0}, "alpha, which dynamic"),
+        ({"rope_type": "llama3", "factor": 4.0, "mscale": 1.0}, "mscale, which llama3"),
+        ({"rope_type": "default", "mrope_section": [16, 24, 24]}, "mrope_section"),
+        ({"factor": 4.0}, "factor, which default"),
+        ({"kind": "linear", "factor": 4.0}, "kind, factor, which default"),
+        ({"type": "linear", "rope_type": "yarn", "factor": 4.0}, "type 'linear' and rope_type"),
+    ],
+)
+def test_a_key_of_a_table_that_its_kind_does_not_read_is_refused(table, said):
+    for dialect in ("rope_scaling", "rope_parameters"):
+        with pytest.raises(ValueError, match=said) as e:
+            rope_json.read(BASE | {dialect: table})
+        assert "\n" not in str(e.value) and len(str(e.value)) < 300
+
+
+def test_keys_of_a_table_that_change_nothing_are_taken():
+    yarn = {"type": "yarn", "factor": 16.0, _M0: 4096, "finetuned": True, "mscale": None}
+    assert rope_json.read(BASE | {"rope_scaling": yarn}).length == 65536  # YaRN's own files
+    plain = {"rope_type": "default", "rope_theta": 5e5, "factor": 1.0, _M0: 4096}
+    assert rope_json.read(BASE | {"rope_parameters": plain}).theta == 5e5
 
 
 @pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic", "yarn", "llama3"])
