@@ -1,7 +1,9 @@
 """Small real inputs: a random LLaMA on disk with the demo's tokenizer, and a folder of text."""
 
 import json
+import os
 import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from model import Llama, LlamaConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TEACHER = ROOT / "demo" / "teacher"
+if not os.access(Path.home(), os.W_OK):  # where Triton keeps what it compiles
+    os.environ.setdefault("TRITON_HOME", f"{tempfile.gettempdir()}/triton-{os.getuid()}")
 
 
 def pytest_terminal_summary(terminalreporter) -> None:

@@ -45,7 +45,7 @@ for version in $named; do
     elif make VENV=$venv PYTHON="$python" $verb >"$log" 2>&1; then
         echo "$found: $(tail -n 1 "$log")"
     else
-        echo "$found: FAILED: $(tail -n 1 "$log"); all of it is in $log"
+        echo "$found: FAILED: $(grep -v ^make "$log" | tail -n 1); all of it is in $log"
         failed=1
     fi
 done

@@ -152,21 +152,24 @@ def test_the_adapters_readme_says_which_positions_to_set():
 
 def test_a_card_is_utf8_whatever_the_locale(tmp_path, tiny_dir):
     """Python writes in the locale's encoding where none is named."""
-    script = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import locale
+    script = """
+import locale, sys
 from hub.card import licence_of
 from hub.checkpoint import save_pretrained
 from model import Llama
 from pathlib import Path
 assert locale.getpreferredencoding() != "UTF-8"
-save_pretrained(Llama.from_pretrained({str(tiny_dir)!r}), "out", card="---\\nlicense: caf\\xe9\\n---\\n")
+save_pretrained(Llama.from_pretrained(sys.argv[1]), "out", card="---\\nlicense: caf\\xe9\\n---\\n")
 print(ascii(licence_of(Path("out"))))
 """
-    ascii_only = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    ascii_only = {
+        "PYTHONPATH": str(ROOT),
+        "LC_ALL": "C",
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONUTF8": "0",
+    }
     run = subprocess.run(
-        [sys.executable, "-c", script],
+        [sys.executable, "-c", script, str(tiny_dir)],
         cwd=tmp_path,
         env=os.environ | ascii_only,
         capture_output=True,
