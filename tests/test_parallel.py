@@ -25,7 +25,7 @@ ADAPTERS = ("--lora-rank", "4", "--lora-dropout", "0.3", "--micro", "1", "--logi
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
     return write_model(
-        tmp_path_factory.mktemp("models") / "small", num_hidden_layers=3, hidden_size=48
+        tmp_path_factory.mktemp("models") / "small", seed=1, num_hidden_layers=3, hidden_size=48
     )
 
 
