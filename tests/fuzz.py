@@ -36,7 +36,7 @@ from conftest import write_model  # noqa: E402
 
 import rope  # noqa: E402
 import train  # noqa: E402
-from engine import data, flags, folder, parallel, plan, resume  # noqa: E402
+from engine import data, fit, flags, folder, parallel, plan, resume  # noqa: E402
 from hub import checkpoint, rope_json  # noqa: E402
 from hub.chats import Chats  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
@@ -173,16 +173,23 @@ def length_case(rng: random.Random, work: Path, base: Path) -> None:
             if name != "config.json" and rng.random() < 0.3:
                 given["inner"] = {key: rng.choice(values)}
         file.write_text(json.dumps(given, indent=rng.choice([None, 2])))
+    if rng.random() < 0.1:
+        given = json.loads((path / "config.json").read_text())
+        given["max_position_embeddings"] = rng.choice(HOSTILE)
+        (path / "config.json").write_text(json.dumps(given))
     model = Llama.from_pretrained(path)
     kind = rng.choice(["linear", "ntk", "yarn", "llama3", "dynamic"])
     student = make_student(model, model.config.extended(kind, 2))
     checkpoint.save_pretrained(student, work / "x", tokenizer_from=path)
+    length = student.config.rope.length
     for name, keys in places.items():
         written = json.loads((work / "x" / name).read_text())
         for given in (written, written.get("inner", {})):
             found = {k: given[k] for k in keys if k in given}
             wrong = {
-                k: v for k, v in found.items() if type(v) in (int, float) and v not in (128, 1e30)
+                k: v
+                for k, v in found.items()
+                if type(v) in (int, float) and v not in (length, 1e30)
             }
             if wrong and not all(v >= 1e18 for v in wrong.values()):
                 raise Wrong(f"{name} of an export states {wrong}")
@@ -470,12 +477,11 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
     student = config.extended(args.rope or plan.rope_kind(config), args.scale)
     stages = plan.make_stages(args, config, student, train.defaults)
     plan.check(args, config, student, stages, 1)
+    cpu, rank = torch.device("cpu"), args.lora_rank
+    machine = fit.Machine(config, torch.float32, cpu, rank, False, 1, free=1 << 34, host=0)
     for stage in stages:
-        cpu, own = torch.device("cpu"), stage.batch
-        needs = plan.settle(
-            config, stage, torch.float32, cpu, args.micro, args.lora_rank, 1, own, 1 << 34
-        )
-        plan.describe(config, student, [stage], [needs[2]], args.lora_rank)
+        need = fit.settle(machine, stage, args.micro).need
+        plan.describe(config, student, [stage], [need], rank)
 
 
 KINDS = {
