@@ -104,6 +104,6 @@ def _layers(figure, axis, rows: list[dict]) -> None:
 def _next_token(axis, rows: list[dict]) -> None:
     _line(axis, rows, lambda r: r["loss"], "next token, long blocks", "C0")
     if "relation_loss" in rows[0]:
-        said = "as the teacher, native blocks"
-        _line(axis, rows, lambda r: r["relation_loss"], said, "C1", apart=False)
+        label = "as the teacher, native blocks"
+        _line(axis, rows, lambda r: r["relation_loss"], label, "C1", apart=False)
     _finish(axis, "stage 2", "nats per token")

@@ -84,12 +84,15 @@ if PROGRAM in ("train.py", "eval.py"):
 
 def ran_out(e: BaseException) -> bool:
     """Is this torch's, or Python's, way of saying that memory ran out?"""
-    said = ("DefaultCPUAllocator", "Cannot allocate memory")  # the second: a file cannot be mapped
-    said += ("failed to map segment",)  # nor a library
+    phrases = ("DefaultCPUAllocator",)
+    phrases += ("Cannot allocate memory", "failed to map segment")  # of a file, of a library
     return (
         isinstance(e, MemoryError)
         or type(e).__name__ == "OutOfMemoryError"
-        or (isinstance(e, RuntimeError | ImportError) and any(words in str(e) for words in said))
+        or (
+            isinstance(e, RuntimeError | ImportError)
+            and any(phrase in str(e) for phrase in phrases)
+        )
     )
 
 
@@ -99,7 +102,7 @@ def _out_of_memory(e: BaseException) -> str:
 
 
 def run(main, program: str) -> None:
-    """main(), and the end that it deserves."""
+    """main(), and the exit code and sentence of how it ended."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
     stopped = f"stopped; {_GOES_ON if program == 'train.py' else 'start again'}"
     try:
@@ -136,8 +139,8 @@ def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
     sentence = f"{program}: {' '.join(sentence.split())}"
     print(sentence, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        said = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
+        entry = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
         with contextlib.suppress(OSError), open(file, "w") as f:
-            json.dump({"message": said}, f)
+            json.dump({"message": entry}, f)
     sys.stdout.flush()
     os._exit(code)  # not sys.exit, which would wait for ranks that are still at work

@@ -79,7 +79,7 @@ class Recorded:
         for w in self.weights:
             if w.grad is None:
                 w.grad = torch.zeros_like(w)
-        kept = [w.grad.clone() for w in self.weights]
+        before = [w.grad.clone() for w in self.weights]
         held = ids.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -90,6 +90,6 @@ class Recorded:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             out = self._run(stage, held, share)
-        for w, grad in zip(self.weights, kept, strict=True):
+        for w, grad in zip(self.weights, before, strict=True):
             w.grad.copy_(grad)  # what the warming up added goes
         return graph, held, out

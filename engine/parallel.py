@@ -119,16 +119,16 @@ class World:
         """
         if self.size == 1:
             return f(*args)
-        said = [None, None]
+        answer = [None, None]
         if self.main:
             try:
-                said[0] = f(*args)
+                answer[0] = f(*args)
             except ValueError as e:
-                said[1] = str(e)
-        dist.broadcast_object_list(said, src=0, device=self.device)
-        if said[1] is not None:
-            raise ValueError(said[1])
-        return said[0]
+                answer[1] = str(e)
+        dist.broadcast_object_list(answer, src=0, device=self.device)
+        if answer[1] is not None:
+            raise ValueError(answer[1])
+        return answer[0]
 
     def main_first(self, f, *args, **more):
         """f(...) of every rank, rank 0's before the others', who find on disk what it left there.
@@ -265,12 +265,12 @@ def whole(p: Tensor) -> Tensor:
     return p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
 
 
-def own(p: Tensor) -> Tensor:
+def local(p: Tensor) -> Tensor:
     """The part that this rank holds of a tensor, any shape: all of it where nothing is sharded."""
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
 
 
-def part(full: Tensor, like: Tensor) -> Tensor:
+def local_part(full: Tensor, like: Tensor) -> Tensor:
     """The part of `full`, any shape, that this rank holds of `like`, in its device and dtype."""
     full = full.to(like.device, like.dtype)
     if not hasattr(like, "device_mesh"):

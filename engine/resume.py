@@ -114,7 +114,7 @@ def gather(
     """
     tensors = {}
     for name, p in weights.items():
-        if not torch.isfinite(parallel.own(p)).all():
+        if not torch.isfinite(parallel.local(p)).all():
             raise ValueError(
                 f"the update made {name} NaN or infinite; start anew, in another --out, with a "
                 "lower learning rate"
@@ -143,8 +143,8 @@ def write(out: Folder, tensors: dict[str, Tensor], at: Progress, depends: dict) 
 
 def _info_checksum(info: dict) -> int:
     """Of all that state.json says but this number itself."""
-    said = {k: v for k, v in info.items() if k != "own checksum"}
-    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+    facts = {k: v for k, v in info.items() if k != "own checksum"}
+    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
 def _checksum(file: Path) -> int:
@@ -205,10 +205,10 @@ def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) ->
             raise ValueError(
                 f"{state} holds no {name} of shape {list(p.shape)}; it is another run's"
             )
-        p.data.copy_(parallel.part(tensors[name], p))
+        p.data.copy_(parallel.local_part(tensors[name], p))
         if optimiser is not None and step:
             moments = {
-                k: parallel.part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
+                k: parallel.local_part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
             }
             # Each kind of Adam counts its steps elsewhere
             place = p.device if optimiser.defaults["fused"] else "cpu"
@@ -265,8 +265,10 @@ def same_run(saved: dict, now: dict) -> None:
     """Raises ValueError naming what has changed since the state was saved, of what matters."""
     changed = [k for k in now if k not in _PLACES and saved.get(k) != now[k]]
     if changed:
-        said = "; ".join(f"{_flag(k)} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
-        raise ValueError(f"--resume: {said}; give the old values, or start anew with another --out")
+        changes = "; ".join(f"{_flag(k)} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
+        raise ValueError(
+            f"--resume: {changes}; give the old values, or start anew with another --out"
+        )
 
 
 def _flag(key: str) -> str:
@@ -291,8 +293,8 @@ def cut_log(out: Folder, total: int) -> None:
     """Drops what an interrupted run logged after the state that is resumed."""
     file = out.path / "metrics.jsonl"
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
-    kept = [line for line in lines if (n := _number(line)) is not None and n < total]
-    out.write("metrics.jsonl", "".join(f"{line}\n" for line in kept))
+    known = [line for line in lines if (n := _number(line)) is not None and n < total]
+    out.write("metrics.jsonl", "".join(f"{line}\n" for line in known))
 
 
 def _number(line: str) -> int | None:

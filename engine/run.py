@@ -164,7 +164,7 @@ class Run:
 
         Processes that share a block (engine/sequence.py) get all of it.
 
-        Yields (stage or its auxiliary, ids [few, T + 1], their share of this process's blocks of
+        Yields (stage or its auxiliary, ids [n, T + 1], their share of this process's blocks of
         that kind, whether they are the step's last).
         """
         args, world = self.args, self.world

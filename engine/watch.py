@@ -171,26 +171,27 @@ class Watch:
 
     def _say(self, row: dict, stage) -> None:
         """The bar, or a line; what does not fit the terminal is left out from the end."""
-        said = [f"loss {row['loss']:.4f}", f"ETA {cost.clock(row['eta_seconds'])}"]
-        said += [f"{row['tokens_per_second']:,} tokens/s", f"MFU {row['mfu']:.0%}"]
-        said += [f"{name} {value:.3g}" for name, value in row.get("relations", {}).items()]
+        shown = [f"loss {row['loss']:.4f}", f"ETA {cost.clock(row['eta_seconds'])}"]
+        shown += [f"{row['tokens_per_second']:,} tokens/s", f"MFU {row['mfu']:.0%}"]
+        shown += [f"{name} {value:.3g}" for name, value in row.get("relations", {}).items()]
         times = "" if self.weight == 1 else f"{self.weight:g} x "
-        said += [f"{times}KL {row['next_token_kl']:.3g}"] if row.get("next_token_kl") else []
-        said += [
+        shown += [f"{times}KL {row['next_token_kl']:.3g}"] if row.get("next_token_kl") else []
+        shown += [
             f"norm {row['grad_norm']:.2f}",
             f"lr {row['lr']:.2g}",
             f"{row['tflops']:.3g} TFLOP/s",
         ]
-        said += [f"{row['gib']:.1f} GiB"]
+        shown += [f"{row['gib']:.1f} GiB"]
         last = row["step"] + 1 == stage.steps
         if self.bar.disable and (last or row["step"] % max(1, stage.steps // 20) == 0):
             print(
-                f"{stage.name} step {row['step'] + 1}/{stage.steps}: {', '.join(said)}", flush=True
+                f"{stage.name} step {row['step'] + 1}/{stage.steps}: {', '.join(shown)}",
+                flush=True,
             )
         room = shutil.get_terminal_size().columns - 60  # tqdm's own part
-        while len(said) > 2 and len(", ".join(said)) > room:
-            said.pop()
-        self.bar.set_postfix_str(", ".join(said), refresh=False)
+        while len(shown) > 2 and len(", ".join(shown)) > room:
+            shown.pop()
+        self.bar.set_postfix_str(", ".join(shown), refresh=False)
         self.bar.update()
 
     def _warn(self, loss: float, stage) -> None:
@@ -244,7 +245,7 @@ def refuse_non_finite(
         bad = [
             i
             for i, p in enumerate(weights.values())
-            if p.grad is not None and not torch.isfinite(parallel.own(p.grad)).all()
+            if p.grad is not None and not torch.isfinite(parallel.local(p.grad)).all()
         ]
         last = -int(world.min(-max(bad, default=-1)))
         where = f", in the gradient of {names[last]}" if last >= 0 else ""
