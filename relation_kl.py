@@ -51,8 +51,8 @@ How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in fl
     hopper   those two passes for one chip (kernel_hopper.py): products and exponentials at once.
 
 What it costs.  The triangle has T^2 / 2 pairs, and a product over it 2 D T^2 / 2 flops per head. It
-takes two forward (S, U) and four backward (S and U anew, G x, G^T x): 12 D T^2 / 2. The kernels'
-backward walks the whole square with three products, which makes 2 + 6 = 8 instead of 6.
+takes two forward (S, U) and four backward (S and U anew, G x, G^T x): 12 D T^2 / 2. The backward of
+kernel_triton.py walks the whole square with three products, which makes 2 + 6 = 8 instead of 6.
 
 Limits.  The teacher takes no gradient. First derivatives only. Padded rows give 0.
 

@@ -30,6 +30,7 @@ Limits.  Parts that are timed alone do not overlap as they might inside a step. 
 no state written.
 """
 
+import gc
 import json
 import time
 from pathlib import Path
@@ -287,6 +288,9 @@ def bench_step(arguments, fixed: dict, log) -> None:
         f"{peak / 1e12:.3g} TFLOP/s"
     )
     for stage in stages(arguments, config):
+        gc.collect()  # a recorded step refers to itself: what it held is free only then
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
             row = measure(Timed(arguments, config, stage, device), arguments.repeat, peak)
         except torch.OutOfMemoryError:

@@ -72,6 +72,7 @@ WALK = (
     "row i's statistics",
     "the diagonal: masked",
     "column j's statistics",
+    "row i's statistics; the sum for column j is handed on",
 )
 
 
@@ -217,19 +218,24 @@ def _apart(heights: list[float], least: float) -> list[float]:
 
 
 def tile_values() -> dict:
-    """The forward's and the backward's walk, 8 x 8 tiles, as numbers in WALK."""
+    """The forward's walk and both kernels' backward, 8 x 8 tiles, as numbers in WALK."""
     n = 8
     forward = [[2 if j == i else int(j < i) for j in range(n)] for i in range(n)]
     backward = [[2 if j == i else 1 if j < i else 3 for j in range(n)] for i in range(n)]
-    return {"forward": forward, "backward": backward, "meaning": WALK}
+    triangle = [[2 if j == i else 4 * (j < i) for j in range(n)] for i in range(n)]
+    return {"forward": forward, "backward": backward, "triangle": triangle, "meaning": WALK}
 
 
 def draw_tiles(values: dict) -> Figure:
-    figure, axes = canvas(9.5, 5, 2)
-    colours = ["0.9", "#4c72b0", "#dd8452", "#55a868"]
-    titles = ("forward: up to the diagonal", "backward: all, dL/dx written once")
-    for axis, name, title in zip(axes, ("forward", "backward"), titles, strict=True):
-        axis.imshow(values[name], cmap=ListedColormap(colours), vmin=0, vmax=3)
+    figure, axes = canvas(13.5, 5.8, 3)
+    colours = ["0.9", "#4c72b0", "#dd8452", "#55a868", "#8172b3"]
+    titles = {
+        "forward": "forward: up to the diagonal",
+        "backward": "kernel_triton.py, backward: all",
+        "triangle": "kernel_hopper.py, backward: the triangle",
+    }
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        axis.imshow(values[name], cmap=ListedColormap(colours), vmin=0, vmax=4)
         axis.set_xticks(np.arange(len(values[name]) + 1) - 0.5, [])
         axis.set_yticks(np.arange(len(values[name]) + 1) - 0.5, [])
         axis.grid(color="white", lw=2)
@@ -237,7 +243,7 @@ def draw_tiles(values: dict) -> Figure:
         axis.set_title(title, loc="left", fontsize=13)
         axis.set(xlabel="columns j, BS at a time", ylabel="rows i, BT per program")
     patches = [Patch(color=c, label=m) for c, m in zip(colours, values["meaning"], strict=True)]
-    figure.legend(handles=patches, loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
