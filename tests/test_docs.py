@@ -329,6 +329,26 @@ def test_what_is_kept_of_teacher_and_control_is_what_the_runs_measured():
     assert checked == 18
 
 
+def test_the_losses_by_position_are_what_the_runs_measured():
+    runs, columns, checked = {run["row"]: run for run in RUNS}, [], 0
+    for line in (ROOT / "runs" / "README.md").read_text().splitlines():
+        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if "to 256K" in cells:
+            columns = ["0-1x", "1-2x", "2-4x", "4-8x", "8-16x", "16-32x"]
+        elif columns and line.startswith("| `"):
+            name = label.split("`")[1]
+            figures = runs[name.removesuffix(", untrained")]["figures"]
+            losses = figures["untrained" if name.endswith("untrained") else "student"]
+            if label.endswith("one block"):
+                losses = runs[name]["losses to its end"]
+            known = [losses.get(f"loss in {column}") for column in columns]
+            assert cells == ["" if x is None else f"{x:.2f}" for x in known], label
+            checked += 1
+        elif not line.startswith("|"):
+            columns = []
+    assert checked == 4
+
+
 def test_the_readme_says_what_the_papers_loss_alone_gives():
     """Beside the sum of both and the KL alone, at equal tokens."""
     text = " ".join(README.split())
