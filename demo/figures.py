@@ -13,7 +13,8 @@ What.  Each figure in demo/figures/ stands beside the numbers it is drawn from:
     memory       peak memory of the loss against T: the rows of `python -m bench memory` that are
                  kept in memory.jsonl; a GPU's are added by hand
     retention    the teacher's scores that SmolLM2 keeps, against the tokens of its training: the
-                 rows of runs/smollm2-135m.json with the default loss, however its tokens are split
+                 rows of runs/smollm2-135m.json at scale 8 with the default loss and rates, however
+                 their tokens are split; and the control, trained alike with nothing stretched
 
 How.  demo, relations and positions need a demo run; without one they are drawn again from their
 JSON, which says in "about" by which commands, commit, versions and hardware its numbers came. The
@@ -250,15 +251,15 @@ def draw_tiles(values: dict) -> Figure:
 
 
 def retention_values() -> dict:
-    """{score: {kind: {"untrained": share, WHICH: [[tokens, share], ...]}}}, each row by its tokens.
+    """{score: {kind: {"untrained": share, WHICH: [[tokens, share], ...], "control": likewise}}}.
 
-    share: of the teacher's score. Rows: those of SCORES with the default loss.
+    share: of the teacher's score. Rows: those of SCORES at scale 8 with the default loss and rates.
     """
-    rows = [r for r in json.loads(SCORES.read_text())["rows"] if _default(r["arguments"])]
+    rows = [r for r in json.loads(SCORES.read_text())["rows"] if _default(r)]
     out = {}
     for score, title in SHOWN.items():
         teacher = next(r["figures"]["teacher"][score] for r in rows if "teacher" in r["figures"])
-        kinds = {k: {which: [] for which in WHICH.values()} for k in demo.KINDS}
+        kinds = {k: {which: [] for which in (*WHICH.values(), "control")} for k in demo.KINDS}
         for row in rows:
             known, kind = row["figures"], kinds.get(row["arguments"]["rope"])
             if kind is None:
@@ -266,14 +267,18 @@ def retention_values() -> dict:
             if "untrained" in known:
                 kind["untrained"] = round(known["untrained"][score] / teacher, 4)
             model = known.get("student") or known["model"]
-            which = WHICH[row["arguments"]["stage"]]
+            control = row["row"].startswith("control")
+            which = "control" if control else WHICH[row["arguments"]["stage"]]
             kind[which].append([_tokens(row["arguments"]), round(model[score] / teacher, 4)])
         out[title] = kinds
     return out
 
 
-def _default(arguments: dict) -> bool:
+def _default(row: dict) -> bool:
+    arguments = row["arguments"]
     changed = arguments["lora_rank"] or arguments["logit_weight"] != 1
+    changed = changed or arguments.get("stage2 native blocks") or arguments["scale"] > 8
+    changed = changed or "--lr" in row["row"]
     return not changed and arguments["relations"] == "qkv" and arguments["stage"] in WHICH
 
 
@@ -301,6 +306,8 @@ def draw_retention(values: dict) -> Figure:
                 points = [(tokens, y) for tokens, shares in each.items() for y in shares]
                 label = f"{kind}, {which}"
                 axis.plot(*zip(*points, strict=True), "o", mfc=fill, **look, label=label)
+            points = [(tokens, 100 * share) for tokens, share in found["control"]]
+            axis.plot(*zip(*points, strict=True), "x", mew=2.5, **look, label=f"{kind}, control")
         axis.axhline(100, color=COLOURS["teacher"], lw=1.5, ls="--", label="teacher")
         axis.set_xticks([zero, *powers], ["0", *(f"{t / 1e6:.2g}M" for t in powers)])
         axis.set_ylim(0, 130)

@@ -256,6 +256,7 @@ RUNS = json.loads((ROOT / "runs" / "smollm2-135m.json").read_text())["rows"]
 SCORES = {
     "LAMBADA": "lambada_openai, accuracy",
     "mean of 4": "average accuracy",
+    "BoolQ": "boolq, accuracy",
     "ppl 8K": "sliding perplexity at 8192",
     "ppl 64K": "sliding perplexity at 65536",
 }
@@ -269,10 +270,11 @@ def measured(label: str, score: str) -> list[float]:
         if label == "teacher":
             column = figures.get("teacher")
         elif label.endswith(", untrained"):
-            column = figures.get("untrained") if label.startswith(f"{kind},") else None
+            of = kind if run["arguments"]["scale"] == 8 else run["row"]
+            column = figures.get("untrained") if label == f"{of}, untrained" else None
         else:
             column = figures.get("student", figures.get("model")) if run["row"] == label else None
-        if column:
+        if column and SCORES[score] in column:
             found.append(column[SCORES[score]] * (100 if "accuracy" in SCORES[score] else 1))
     assert found, f"no run of {label}"
     return found
@@ -288,7 +290,7 @@ def median(label: str, score: str) -> str:
     return shown(statistics.median_low(measured(label, score)))
 
 
-@pytest.mark.parametrize("page, rows", [("README.md", 5), ("runs/README.md", 25)])
+@pytest.mark.parametrize("page, rows", [("README.md", 5), ("runs/README.md", 36)])
 def test_the_tables_are_what_the_runs_measured(page, rows):
     """A cell is all runs' figures, or their median."""
     columns, checked = [], 0
@@ -306,6 +308,45 @@ def test_the_tables_are_what_the_runs_measured(page, rows):
                     assert cell in (", ".join(each), median(label, score)), (label, score)
             checked += 1
     assert checked == rows
+
+
+def test_what_is_kept_of_teacher_and_control_is_what_the_runs_measured():
+    runs, checked = {run["row"]: run for run in RUNS}, 0
+    average = "average accuracy of five"
+    for line in (ROOT / "runs" / "README.md").read_text().splitlines():
+        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        if not re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", cells[-2] if len(cells) == 8 else ""):
+            continue
+        run = runs[cells[0]]
+        of_teacher = run["retention"][average]["kept"]
+        of_control = run["retention against the control"].get(average)
+        for kept, cell in zip((of_teacher, of_control), cells[-2:], strict=True):
+            value, low, high = (
+                (100 * kept["student"][k] for k in ("value", "low", "high")) if kept else (0, 0, 0)
+            )
+            assert cell == (f"{value:.1f} [{low:.1f}, {high:.1f}]" if kept else ""), cells
+            checked += 1
+    assert checked == 18
+
+
+def test_the_losses_by_position_are_what_the_runs_measured():
+    runs, columns, checked = {run["row"]: run for run in RUNS}, [], 0
+    for line in (ROOT / "runs" / "README.md").read_text().splitlines():
+        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if "to 256K" in cells:
+            columns = ["0-1x", "1-2x", "2-4x", "4-8x", "8-16x", "16-32x"]
+        elif columns and line.startswith("| `"):
+            name = label.split("`")[1]
+            figures = runs[name.removesuffix(", untrained")]["figures"]
+            losses = figures["untrained" if name.endswith("untrained") else "student"]
+            if label.endswith("one block"):
+                losses = runs[name]["losses to its end"]
+            known = [losses.get(f"loss in {column}") for column in columns]
+            assert cells == ["" if x is None else f"{x:.2f}" for x in known], label
+            checked += 1
+        elif not line.startswith("|"):
+            columns = []
+    assert checked == 4
 
 
 def test_the_readme_says_what_the_papers_loss_alone_gives():
