@@ -325,7 +325,7 @@ def test_padding_and_the_next_token(models, tmp_path):
 
 
 SCRIPT = """
-import sys
+import os, sys
 import torch
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
@@ -340,6 +340,8 @@ trainer = t.own_trainer.RelationTrainer(
 loss, grads = t.step_of(trainer, 10.0)
 if args.process_index == 0:
     torch.save((loss, grads), Path(sys.argv[4]) / "step.pt")
+torch.distributed.barrier()  # then without the interpreter's end, in which gloo's thread may abort
+os._exit(0)
 """
 
 
