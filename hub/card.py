@@ -229,6 +229,9 @@ lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} \\
     --tasks lambada_openai,piqa,arc_easy,openbookqa
 ```
 
+Which program reads which kind of positions, and how that was found: docs/clients.md of LinearARD,
+the program that made this directory.
+
 To the Hub:
 
 ```bash
