@@ -32,7 +32,6 @@ import multiprocessing
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,7 +41,7 @@ from torch import Tensor
 
 import kernel_hopper
 from engine import cost
-from engine.machine import fix_order
+from engine.machine import commit, fix_order
 from relation_kl import choose, relation_kl
 
 # H, T, D at batch 1; t (as in 32x4096x128t): transposed, as the model passes them. The first three
@@ -229,19 +228,6 @@ def conditions(device: str) -> dict:
         "cudnn": torch.backends.cudnn.version(),
         "commit": commit(),
     }
-
-
-def commit() -> str:
-    """This tree's, as git says it; "none" where there is no git or no clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        head, changed = (
-            subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
-        )
-    except FileNotFoundError:
-        return "none"
-    return (head.strip() or "none") + ("+changes" if changed.strip() else "")
 
 
 def matmul_rate(device: str) -> tuple[float, str]:

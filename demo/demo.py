@@ -75,7 +75,7 @@ def main() -> None:
 
 def about(out: Path, command: list[str]) -> dict:
     """What the figures mean nothing without."""
-    from bench.kernel import commit
+    from engine.machine import commit
 
     versions = json.loads((out / KINDS[0] / "report.json").read_text())["about"]["versions"]
     named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

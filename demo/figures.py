@@ -41,8 +41,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import demo  # noqa: E402 - demo.py, beside this file
 from bench import memory  # noqa: E402
-from bench.kernel import commit  # noqa: E402
 from engine import data, exits  # noqa: E402
+from engine.machine import commit  # noqa: E402
 from evals.next_token import block_scores  # noqa: E402
 from hub import files  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402

@@ -13,6 +13,8 @@ Limits.  A CPU is named by what the operating system calls it, which may be no m
 
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -37,3 +39,16 @@ def versions(device: torch.device) -> dict:
         "device": name,
         "threads": torch.get_num_threads(),
     }
+
+
+def commit() -> str:
+    """This tree's, as git says it; "none" where there is no git or no clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head, changed = (
+            subprocess.run([*git, *words], capture_output=True, text=True, check=False).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except FileNotFoundError:
+        return "none"
+    return (head.strip() or "none") + ("+changes" if changed.strip() else "")
