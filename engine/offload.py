@@ -17,6 +17,7 @@ and nothing is gained; it is there to be tested.
 Source.  Activations on the host while the next layer computes: ZeRO-Offload, arXiv 2101.06840.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -84,10 +85,7 @@ class Store:
         """Begins to bring it back; `get` waits for it."""
         if held.tensor is not None:
             return
-        count = 1
-        for n in held.size:
-            count *= n
-        flat = torch.empty(count, dtype=held.dtype, device=self.device)
+        flat = torch.empty(math.prod(held.size), dtype=held.dtype, device=self.device)
         with self._aside():
             for part, piece in self._pieces(flat.view(torch.uint8), held.at):
                 piece.copy_(part, non_blocking=True)

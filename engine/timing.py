@@ -2,7 +2,7 @@
 
     times = Times("start")              the clock runs, for "start"
     with times("saving"): ...           what this takes is "saving", and not what it stands in
-    print(times)                        start 12s (10 %), steps 1m40s (83 %), saving 8s (7 %)
+    print(times)                        2m00s: start 12s (10%), steps 1m40s (83%), saving 8s (7%)
 
 A stage's first step compiles kernels and records graphs: `first_step` moves what it took beyond an
 ordinary one to "start".
