@@ -30,7 +30,7 @@ import torch
 
 from engine.sequence import repeats
 from engine.tiles import Tiles, calls_of_attention
-from kernel_cpu import BT
+from kernel_cpu import numbers_kept
 from model import LlamaConfig
 
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # n of the n^3 product that a machine's rate is taken from
@@ -114,6 +114,7 @@ def activation_bytes(
     checkpointing: bool,
     rank: int | None = None,
     attention: torch.dtype | None = None,
+    gpu: bool = False,
 ) -> dict[str, int]:
     """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or
     logits. dtype: of the activations; attention: what it computes in, `dtype` if None.
@@ -136,9 +137,10 @@ def activation_bytes(
     beside = {}
     if stage1:  # the teacher's q, k and v, the only ones kept beside the student's
         beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
-        # and the loss's numbers, per row and head: the tiled one's, which are the most
-        short = stage.T if stage.T <= BT and not checkpointing else 0
-        beside["relations"] += c.n_layer * tokens * heads * 4 * (short + 4 + checkpointing)
+        # and the loss's numbers per head: per row four, or five, and the tiled one's G
+        rows = 4 * stage.T + stage.T * checkpointing
+        numbers = rows if gpu or checkpointing else numbers_kept(stage.T)
+        beside["relations"] += c.n_layer * micro * heads * 4 * numbers
     # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
     if not cut:
         each = (0 if b == 4 else b) + 12 + 8 * stage1
@@ -162,6 +164,7 @@ def memory(
     per_rank: int | None = None,
     tiles: Tiles | None = None,
     P: int = 1,
+    gpu: bool = False,
 ) -> dict[str, int]:
     """Bytes by part for one process working on `micro` of its `per_rank` blocks at a time.
 
@@ -185,7 +188,7 @@ def memory(
     if tiles:
         kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
     else:
-        kept = activation_bytes(c, stage, dtype, micro, checkpointing, rank, attention)
+        kept = activation_bytes(c, stage, dtype, micro, checkpointing, rank, attention, gpu)
         if shards > 1 and b == 2:  # its copies are what is gathered
             layers = 1 if checkpointing else c.n_layer
             kept["activations"] -= layers * b * trained // c.n_layer
@@ -205,7 +208,7 @@ def memory(
     if stage.auxiliary:  # one after the other: the larger of the two counts
         own = stage.auxiliary.batch
         few = at_a_time(stage.auxiliary, None, own)
-        more = rank, shards, attention, own, tiles, P
+        more = rank, shards, attention, own, tiles, P, gpu
         other = memory(c, stage.auxiliary, dtype, few, checkpointing, *more)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
