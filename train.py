@@ -268,36 +268,14 @@ def export(run: Run, student: Llama) -> None:
 
 
 def _export(run: Run, student: Llama) -> None:
-    plan, args, out, columns = run.plan, run.args, run.out, run.at.columns
+    plan, args, columns = run.plan, run.args, run.at.columns
     with files.disk_sentences(args.out, GOES_ON):
-        text = report.write(out, columns, run.about) if columns else ""
-        if args.lora_rank:
-            with out.directory("adapter") as work:
-                lora.write_adapter(student, work, str(args.teacher), TRAINED)
-        card = model_card(
-            download.model_name(args.teacher),
-            before=str(plan.native.rope),
-            after=str(plan.longer.rope),
-            kind=plan.longer.rope.kind,
-            length=plan.longer.rope.length,
-            stages=[dataclasses.asdict(stage) for stage in plan.stages],
-            scores=text,
-            arguments=run.about["arguments"],
-            base_model=download.repository_of(args.teacher),
-            licence=licence_of(args.teacher),
-        )
-        with out.directory("student") as work:
-            checkpoint.write_pretrained(
-                lora.merge(student),
-                work,
-                tokenizer_from=args.teacher,
-                card=card,
-                dtype=checkpoint.stored_dtype(args.teacher),
-                frozen_from=args.teacher,
-                trained=TRAINED,
-            )
-        if columns:  # once more, now that it is known how long the export took
-            report.write(out, columns, run.about, {"seconds": run.times.rows()})
+        text = report.render(report.Scores(columns), run.about) if columns else ""
+        try:
+            _write_models(run, student, text)
+        finally:  # what was measured stays, even where the export fails
+            if columns:
+                report.write(run.out, columns, run.about, {"seconds": run.times.rows()})
     at = args.out / "student"
     print(f"\n{text}\n" if text else "")
     print(f"time: {run.times}")
@@ -308,6 +286,36 @@ def _export(run: Run, student: Llama) -> None:
     text += ["--text-field", args.text_field] if args.text_field else []
     command = ["python", "eval.py", "--model", at, "--against", args.teacher, *text]
     print(f"  {shlex.join(map(str, command))}")
+
+
+def _write_models(run: Run, student: Llama, scores: str) -> None:
+    """The adapter, and the student with its card."""
+    plan, args, out = run.plan, run.args, run.out
+    if args.lora_rank:
+        with out.directory("adapter") as work:
+            lora.write_adapter(student, work, str(args.teacher), TRAINED)
+    card = model_card(
+        download.model_name(args.teacher),
+        before=str(plan.native.rope),
+        after=str(plan.longer.rope),
+        kind=plan.longer.rope.kind,
+        length=plan.longer.rope.length,
+        stages=[dataclasses.asdict(stage) for stage in plan.stages],
+        scores=scores,
+        arguments=run.about["arguments"],
+        base_model=download.repository_of(args.teacher),
+        licence=licence_of(args.teacher),
+    )
+    with out.directory("student") as work:
+        checkpoint.write_pretrained(
+            lora.merge(student),
+            work,
+            tokenizer_from=args.teacher,
+            card=card,
+            dtype=checkpoint.stored_dtype(args.teacher),
+            frozen_from=args.teacher,
+            trained=TRAINED,
+        )
 
 
 if __name__ == "__main__":
