@@ -227,6 +227,21 @@ def test_what_is_at_work_is_not_cleared(tmp_path):
     assert tree(tmp_path) == {}
 
 
+def test_what_was_measured_is_reported_also_where_the_export_fails(
+    teacher, text_dir, tmp_path, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr(train.checkpoint, "write_pretrained", full)
+    more = ("--stage", "1", "--tokens1", "512", "--eval-blocks", "1")
+    with pytest.raises(OSError, match="No space left"):
+        train.main(arguments(teacher, text_dir, tmp_path / "out", *more))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["columns"] == ["teacher", "untrained", "stage1"] and report["seconds"]["all"] > 0
+    assert (tmp_path / "out" / "report.png").exists() and (tmp_path / "out" / "report.md").exists()
+
+
 def test_a_dry_run_on_a_used_folder_prints_the_plan(finished, teacher, text_dir, capsys):
     before = tree(finished)
     train.main(arguments(teacher, text_dir, finished, "--dry-run"))
