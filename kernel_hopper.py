@@ -444,7 +444,7 @@ def _await(p, count):
 def _after_others():
     """What this warp has the copy engine do from here on comes after what _await saw."""
     gl.inline_asm_elementwise(
-        "fence.proxy.async; mov.b32 $0, 0;", "=r,r", [gl.program_id(0)],
+        "fence.proxy.async.global; mov.b32 $0, 0;", "=r,r", [gl.program_id(0)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -788,30 +788,37 @@ def _described(x: Tensor, shape: tuple, strides: tuple, layout, D: int) -> Tenso
     return described
 
 
-def _launch(kernel, table: dict, x: Tensor, y: Tensor, sums: tuple, pointers: tuple, numbers: tuple, heads: int) -> None:  # fmt: skip
+def _launch(
+    kernel,
+    table: dict,
+    x: Tensor,
+    y: Tensor,
+    matrix: tuple,
+    sums: tuple,
+    pointers: tuple,
+    scales: tuple,
+    strides: tuple,
+    heads: int,
+) -> None:
     """One program for the rows of the groups of each head.
 
-    x, y: as _laid_out leaves them; sums: its descriptor, or nothing.
+    x, y, matrix: as _laid_out leaves them; sums: its descriptor, or nothing; strides: dx's, or
+    nothing.
     """
     B, H, T, D = x.shape
     groups, stages, registers = table[D]
-    *matrix, bthd = _matrix(x)
+    shape, x_strides, bthd = matrix
     # y's strides differ where a copy of it had to be made
-    y_matrix = matrix if y.stride() == x.stride() else _matrix(y)[:2]
+    y_shape, y_strides, _ = matrix if y.stride() == x.stride() else _matrix(y)
     layout = _layout(D)
-    grid = -(-T // (BS.value * groups)) * B * H, 1, 1
-    shape = (T, H, B * H, heads) if sums else (T, H, heads)
-    constants = (D, bthd, groups, stages, *registers, 4)
-    arguments = (
-        _described(x, *matrix, layout, D),
-        _described(y, *y_matrix, layout, D),
-        *sums,
-        *pointers,
-        *numbers,
-        *shape,
-        *constants,
+    described = (
+        _described(x, shape, x_strides, layout, D),
+        _described(y, y_shape, y_strides, layout, D),
     )
-    strides = tuple(n for n in numbers if isinstance(n, int))
+    sizes = (T, H, B * H, heads) if sums else (T, H, heads)
+    constants = (D, bthd, groups, stages, *registers, 4)
+    arguments = (*described, *sums, *pointers, *scales, *strides, *sizes, *constants)
+    grid = -(-T // (BS.value * groups)) * B * H, 1, 1
     launch(kernel, x.device, grid, arguments, pointers, (D, bthd, strides))
 
 
@@ -836,13 +843,17 @@ def workspace_bytes(B: int, H: int, T: int, D: int) -> int:
     return 4 * rows * D + 4 * (1 + rows // BS.value)
 
 
-def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one layout that the copy engine can read: as they are, where they can stay."""
-    if _matrix(x) is None:
+def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """Both in one layout that the copy engine can read: as they are, where they can stay. And x's
+    _matrix.
+    """
+    matrix = _matrix(x)
+    if matrix is None:
         x = x.clone(memory_format=torch.contiguous_format)
+        matrix = _matrix(x)
     if y.stride() != x.stride() or y.data_ptr() % 16:
         y = torch.empty_like(x).copy_(y)
-    return x, y
+    return x, y, matrix
 
 
 def forward(x, y, s_scale, t_scale, causal, lengths):
@@ -851,11 +862,11 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
     Nothing here waits for the GPU.
     """
     numbers = row_numbers(x)
-    x, y = _laid_out(x, y)
+    x, y, matrix = _laid_out(x, y)
     B, H, T, D = x.shape
     scales = s_scale * LOG2E, t_scale * LOG2E
     heads = max(1, min(B * H, GROUP_BYTES // (4 * T * D)))
-    _launch(_forward_kernel, FORWARD, x, y, (), numbers, scales, heads)
+    _launch(_forward_kernel, FORWARD, x, y, matrix, (), numbers, scales, (), heads)
     return numbers
 
 
@@ -864,15 +875,16 @@ def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
     calls share nothing: any streams, any devices, any CUDA graph.
     """
     dx = torch.empty_like(x)
-    x, y = _laid_out(x, y)
+    x, y, matrix = _laid_out(x, y)
     B, H, T, D = x.shape
     rows = _rows_of_sums(B, H, T, D)
     sums = x.new_empty((rows, D), dtype=torch.float32)
     turns = x.new_zeros(1 + rows // BS.value, dtype=torch.int32)
+    described = (_described(sums, (rows, D), (D, 1), _layout(D, gl.float32), D),)
     pointers = sums, turns, s_lse, t_lse, w.contiguous(), dx
     scales = s_scale * LOG2E, t_scale * LOG2E, float(s_scale)
-    described = (_described(sums, (rows, D), (D, 1), _layout(D, gl.float32), D),)
-    _launch(_backward_kernel, BACKWARD, x, y, described, pointers, scales + dx.stride()[:3], _heads(B * H, T, D))  # fmt: skip
+    heads = _heads(B * H, T, D)
+    _launch(_backward_kernel, BACKWARD, x, y, matrix, described, pointers, scales, dx.stride()[:3], heads)  # fmt: skip
     return dx
 
 

@@ -225,6 +225,17 @@ def choose(
     return "hopper", "this chip has kernels of its own, which are faster (README.md)"
 
 
+def workspace_bytes(B: int, H: int, T: int, D: int) -> int:
+    """Bytes that a GPU's backward of x [B, H, T, D] holds for its own time beyond dL/dx, at most:
+    kernel_hopper.py's partial sums. 0 where there is no Triton, or no such kernel for D.
+    """
+    try:
+        import kernel_hopper
+    except ImportError:
+        return 0
+    return kernel_hopper.workspace_bytes(B, H, T, D) if D in kernel_hopper.BACKWARD else 0
+
+
 def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; choose one of {', '.join(IMPLEMENTATIONS)}")

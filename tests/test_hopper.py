@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 import kernel_hopper  # noqa: E402
 import kernel_host  # noqa: E402
-from relation_kl import choose, relation_kl  # noqa: E402
+from relation_kl import choose, relation_kl, workspace_bytes  # noqa: E402
 
 SOURCE = Path(kernel_hopper.__file__)
 LOG2E = math.log2(math.e)
@@ -367,3 +367,19 @@ def test_says_what_it_does_not_take(monkeypatch):
     assert "causal" in kernel_hopper.unsupported(x, False, None, (1.0, 1.0))
     assert "lengths" in kernel_hopper.unsupported(x, True, torch.tensor([4]), (1.0, 1.0))
     assert "positive" in kernel_hopper.unsupported(x, True, None, (1.0, -1.0))
+
+
+def test_the_plan_counts_what_the_backward_allocates(nowhere, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(kernel_hopper, "_launch", lambda *_: None)
+    seen = []
+    for name in ("new_empty", "new_zeros"):
+        make = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, make=make, **k: seen.append(make(*a, **k)) or seen[-1]
+        )
+    for B, H, T, D in ((1, 1, 1, 64), (2, 3, 1000, 128), (1, 9, 500, 64)):
+        seen.clear()
+        x, w = torch.zeros(B, H, T, D, dtype=bf16), torch.zeros(B, H, T)
+        kernel_hopper.backward(w, w, w, x, x, 0.1, 0.1, True, None)
+        assert sum(z.nbytes for z in seen) == workspace_bytes(B, H, T, D)
+    assert workspace_bytes(1, 1, 1000, 80) == 0
