@@ -22,6 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 import kernel_hopper  # noqa: E402
 import kernel_host  # noqa: E402
+from bench.marked import twice  # noqa: E402
 from relation_kl import choose, relation_kl, workspace_bytes  # noqa: E402
 
 SOURCE = Path(kernel_hopper.__file__)
@@ -169,6 +170,25 @@ def test_rows_far_above_their_pivots_are_computed_again(bthd):
     for fault in (NEVER_AGAIN, NEVER_FETCHED, early):
         with pytest.raises(AssertionError):
             emulate(*case, [fault], loud=100, **unkind)
+
+
+def test_rows_computed_again_are_counted_by_the_kernels_rule():
+    """marked.py against the rule row by row, in float64."""
+    g = torch.Generator().manual_seed(0)
+    x, a = torch.randn(2, 600, 64, generator=g), 0.125
+    x[0, 100] *= 40  # in head 1, token 0 is loud: pivots know it
+    x[1, 0] *= 40
+    rows = []
+    for head in x.double():
+        S = a * LOG2E * head @ head.mT
+        for i in range(600):
+            named = [j for j in range(i + 1) if j < 64 or j >= i // 256 * 256]
+            pivot = S[i, named].max()
+            rows.append((S[i, : i + 1] - pivot).exp2().sum() > 2.0**40)
+    marked = torch.stack(rows).view(2, 600)
+    assert marked[0].any() and not marked[1].any()
+    again = sum(int(part.any()) for part in marked[0].split(256))
+    assert twice(x, a) == (int(marked.sum()), again, 2 * 3)
 
 
 @compiled
