@@ -8,6 +8,7 @@ kernels themselves.
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import gluon_emulator
 import pytest
@@ -22,6 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 import kernel_hopper  # noqa: E402
 import kernel_host  # noqa: E402
+import kernel_triton  # noqa: E402
 from bench.marked import twice  # noqa: E402
 from relation_kl import choose, relation_kl, workspace_bytes  # noqa: E402
 
@@ -144,8 +146,8 @@ def test_same_bits_in_any_order_of_programs(case, resident):
 
 
 # Where a group asks whether a row's sum has passed FAR
-AGAIN = "_any(b_far, decided, WORKERS, ROW) > 0"
-NEVER_AGAIN = (AGAIN, "_any(b_far, decided, WORKERS, ROW) > 1")
+AGAIN = "_any_far(b_far, decided, WORKERS, ROW) > 0"
+NEVER_AGAIN = (AGAIN, "_any_far(b_far, decided, WORKERS, ROW) > 1")
 NEVER_FETCHED = (
     "BlockedLayout([2], [32], [1], [0])) > 0",
     "BlockedLayout([2], [32], [1], [0])) > 1",
@@ -236,14 +238,14 @@ FAULTS = {
     "a partial sum overwritten": ("    mbarrier.wait(emptied, (k & 1) ^ 1)\n", ""),
     "its place given back before it is read": ("        tma.store_wait(0)\n", ""),
     "a partial sum not waited for": ("        mbarrier.wait(staged.index(a), (k // ADDERS) & 1)\n", ""),
-    "out of turn": ("        _await(turns + k, mine)\n", ""),
-    "no fence behind another's turn": ("        _after_others()\n", ""),
+    "out of turn": ("        _await(turns + k, turn)\n", ""),
+    "no fence behind another's turn": ("        _fence_global()\n", ""),
     "the next told before it is in memory": ("        _written()\n", ""),
     "sums read before all is added": ("    mbarrier.wait(done, 0)", "    pass"),
     "done when one warp is": ("mbarrier.init(done, count=ADDERS)", "mbarrier.init(done, count=1)"),
-    "the first adds to nothing": ("if mine == 0:", "if mine < 0:"),
+    "the first adds to nothing": ("if turn == 0:", "if turn < 0:"),
     "work by number, not by ticket": ('gl.atomic_add(turns, 1, sem="relaxed")', "gl.program_id(0)"),
-    "first rows first": ("i_0 = (NB - 1 - mine) * BS", "i_0 = mine * BS"),
+    "first rows first": ("i_0 = (NB - 1 - turn) * BS", "i_0 = turn * BS"),
 }  # fmt: skip
 
 
@@ -403,3 +405,13 @@ def test_the_plan_counts_what_the_backward_allocates(nowhere, monkeypatch):  # n
         kernel_hopper.backward(w, w, w, x, x, 0.1, 0.1, True, None)
         assert sum(z.nbytes for z in seen) == workspace_bytes(B, H, T, D)
     assert workspace_bytes(1, 1, 1000, 80) == 0
+
+
+def test_auto_takes_the_plain_kernel_where_tokens_are_few(monkeypatch):
+    monkeypatch.setattr(kernel_hopper, "_chip_reason", lambda device: None)
+    monkeypatch.setattr(kernel_triton, "unsupported", lambda x: None)
+    for D, tokens in kernel_hopper.SHORT.items():
+        for T, chosen in ((1, "triton"), (tokens - 1, "triton"), (tokens, "hopper")):
+            x = SimpleNamespace(is_cuda=True, device="cuda", dtype=bf16, shape=(1, 9, T, D))
+            assert choose(x)[0] == chosen
+            assert choose(x, causal=False)[0] == "triton"
