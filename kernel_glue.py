@@ -177,7 +177,7 @@ def norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> Tensor:
 
 
 def gate_forward(a: Tensor, b: Tensor) -> Tensor:
-    """a and b contiguous, any shape -> silu(a) b."""
+    """a and b [..., width] contiguous -> silu(a) b."""
     y = torch.empty_like(a)
     with on(a.device):
         grid = (triton.cdiv(a.numel(), TILE // 2),)
@@ -186,7 +186,7 @@ def gate_forward(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gate_backward(a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    """a, b, dy contiguous -> dL/da, dL/db."""
+    """a, b and dy [..., width] contiguous -> dL/da, dL/db."""
     da, db = torch.empty_like(a), torch.empty_like(b)
     with on(a.device):
         grid = (triton.cdiv(a.numel(), TILE // 2),)
@@ -203,8 +203,8 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     assert cos.shape == sin.shape and cos.shape[-2:] == (T, D), (x.shape, cos.shape, sin.shape)
     if x.stride(-1) != 1:
         x = x.contiguous()
-    y, tile = x.new_empty(B, T, H, D), _tile(D)
-    tile["BT"] = max(1, tile["BT"] // 2)
+    y, tile = x.new_empty(B, T, H, D), _tile(D // 2)
+    tile["BT"] = max(1, tile["BT"] // 2)  # two halves
     with on(x.device):
         grid = (triton.cdiv(B * T * H, tile["BT"]),)
         strides = x.stride(0), x.stride(1), x.stride(2), T * D if cos.dim() == 4 else 0
@@ -263,7 +263,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(a: Tensor, b: Tensor) -> Tensor:
-    """silu(a) * b of two tensors of one shape."""
+    """silu(a) * b, of [..., width] each."""
     return _Gate.apply(a, b)
 
 

@@ -304,9 +304,7 @@ class Llama(nn.Module):
                 h, qkv = layer(h, cos_sin)
             yield h, qkv
 
-    def hidden(
-        self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0) -> Tensor:
         """ids [B, T] -> [B, T, C] after the last norm."""
         for h, _ in self.walk(ids, dtype, recomputed):  # noqa: B007 - the last one is wanted
             pass

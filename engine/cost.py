@@ -211,7 +211,7 @@ def memory(
             inputs = recomputed * b * c.width * micro * stage.T
             inputs *= 2 if stage.objective == "relation" else 1
             layers, again = kept.pop("activations"), kept.pop("a layer again")
-            # of one micro-batch gradients, which count with the weights, come as layers' memory goes
+            # of one micro-batch gradients, which count with the weights, come as layers go
             gradients = 4 * trained // shards if micro == (per_rank or 0) else 0
             most = max(
                 layers + max(work, kept.pop("logits", 0)),  # where the backward begins,

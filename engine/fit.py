@@ -62,8 +62,9 @@ class Fit:
         if not self.tiles:
             if not self.recomputed:
                 return f"{blocks}, nothing twice"
-            which = "every layer" if self.recomputed == layers else f"{self.recomputed} of {layers}"
-            return f"{blocks}, {which}{' layers' * (self.recomputed < layers)} again in the backward"
+            some = f"{self.recomputed} of {layers} layers"
+            which = "every layer" if self.recomputed == layers else some
+            return f"{blocks}, {which} again in its backward"
         outputs, on_gpu = self.tiles.outputs, self.tiles.on_gpu
         where = "all inputs on the device"
         if on_gpu < layers:

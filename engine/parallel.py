@@ -172,8 +172,8 @@ class Reducer:
     """Sums gradients over ranks, in buckets: while the backward in which `last` is set makes them,
     or, with `inside` False, after it.
 
-    A gradient of BUCKET bytes goes at once, as it is; smaller ones wait for each other and go in one
-    copy. A mean is what comes out if each rank's loss is multiplied by `share` beforehand.
+    A gradient of BUCKET bytes goes at once, as it is; smaller ones wait for each other and go as
+    one copy. A mean is what comes out if each rank's loss is multiplied by `share` beforehand.
     """
 
     BUCKET = 2**26  # bytes: q_proj's of 7B. NVLink is near its rate from some 10 MB on
