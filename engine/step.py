@@ -76,9 +76,9 @@ class Step:
         self.processes = world.size if world else 1
         self.tiles, self.noisy, self.store = tiles, dropout > 0, Store(student.device)
         self.store.reserve(tiles.host if tiles else 0)
-        again = bool(recomputed) or tiles is not None
+        recomputes = bool(recomputed) or tiles is not None
         reduced = sum(w.nbytes for w in self.weights) if self.processes > 1 else 0
-        record, why = graph.wanted(student.device, reduced, bool(units), again, dropout)
+        record, why = graph.wanted(student.device, reduced, bool(units), recomputes, dropout)
         self.recorded = record and graphs
         self.reducer = None
         if world:
@@ -86,11 +86,11 @@ class Step:
         self.gradients = graph.Recorded(self.losses, self.weights, self.recorded)
         self.why = f"CUDA graph {'on' if record else 'off'}, because {why}"
 
-    def losses(self, part: Stage, ids: Tensor) -> tuple[Tensor, ...]:
+    def losses(self, stage: Stage, ids: Tensor) -> tuple[Tensor, ...]:
         """The loss of ids [n, T + 1], and what else is logged: plain where that is enough."""
-        relation, plain = part.objective == "relation", self.plain.get(part.objective)
+        relation, plain = stage.objective == "relation", self.plain.get(stage.objective)
         how = {"dtype": self.dtype, **(self.options if relation else {})}
-        P = processes_per_block(part.batch, self.processes)
+        P = processes_per_block(stage.batch, self.processes)
         if self.tiles or P > 1:
             every = len(self.student.model.layers)
             tiles = self.tiles or Tiles(on_gpu=every, outputs=every)
@@ -98,7 +98,7 @@ class Step:
             if not relation:
                 return long_next_token_loss(self.student, ids, **how)
             return long_relation_loss(self.teacher, self.student, ids, self.kl_weight, **how)
-        enough = not (self.recomputed or self.units) and len(ids) * part.T <= HEAD_CHUNK
+        enough = not (self.recomputed or self.units) and len(ids) * stage.T <= HEAD_CHUNK
         how["recomputed"] = self.recomputed
         if not relation:
             if plain and enough:
@@ -114,7 +114,7 @@ class Step:
         """Gradients are 0 after this."""
         self.gradients.zero()
 
-    def backward(self, part: Stage, ids: Tensor, share: float, last: bool) -> tuple[Tensor, ...]:
+    def backward(self, stage: Stage, ids: Tensor, share: float, last: bool) -> tuple[Tensor, ...]:
         """Adds share * the gradient of the loss of ids [n, T + 1]; the detached values of `losses`.
 
         last: this step's last micro-batch, in whose backward processes exchange gradients.
@@ -122,8 +122,8 @@ class Step:
         if self.reducer:
             self.reducer.last = last and self.reducer.inside
             share *= self.reducer.share
-        alone = processes_per_block(part.batch, self.processes) == 1
-        return self.gradients(part, ids, share, alone)
+        alone = processes_per_block(stage.batch, self.processes) == 1
+        return self.gradients(stage, ids, share, alone)
 
     def finish(self) -> Tensor:
         """Gradients, any shape, averaged over processes; the norm of all before clipping."""
@@ -170,8 +170,7 @@ def relation_loss(
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
     turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
-    # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
-    scales = teacher.score_scale(T), student.score_scale(T)
+    relate = _mean_kl(teacher, student, T, impl)
 
     def advance(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
         """Layer l of both: (teacher's h, student's h, mean KL [3]). kept: see relation_kl."""
@@ -179,11 +178,8 @@ def relation_loss(
         with torch.no_grad():
             h_teacher, theirs = _layer(teacher.model.layers[l], h_teacher, turns[0], last)
         h_student, ours = _layer(student.model.layers[l], h_student, turns[1], last)
-        parts = []
-        for r, (x, y, k) in enumerate(zip(ours, theirs, kept, strict=True)):  # Q/Q, K/K, V/V
-            b, a = scales if r < 2 else (x.shape[-1] ** -0.5,) * 2
-            parts.append(relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=k).mean())
-        return h_teacher, h_student, torch.stack(parts)
+        parts = map(relate, ours, theirs, range(3), kept)
+        return h_teacher, h_student, torch.stack(list(parts))
 
     table = []
     for l in range(L):
@@ -201,6 +197,20 @@ def relation_loss(
         return loss, table.detach(), torch.zeros_like(loss.detach())
     kl = logit_kl(teacher, student, h_teacher, h_student, HEAD_CHUNK).mean()
     return loss + logit_weight * kl, table.detach(), kl.detach()
+
+
+def _mean_kl(teacher: Llama, student: Llama, T: int, impl: str):
+    """f(student's x, teacher's y [B, H, T, D], r, kept) -> mean KL of Q/Q, K/K or V/V by r.
+
+    YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it.
+    """
+    qk, v = (student.score_scale(T), teacher.score_scale(T)), (student.config.head_dim**-0.5,) * 2
+
+    def mean_kl(x: Tensor, y: Tensor, r: int, kept: list | None) -> Tensor:
+        a, b = v if r == 2 else qk
+        return relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=kept).mean()
+
+    return mean_kl
 
 
 def _weighted(table: Tensor, model: Llama, relations: str, authors_heads: bool) -> Tensor:
@@ -264,13 +274,7 @@ def long_relation_loss(
     """relation_loss of ids [B, T + 1], of which P processes do a share each."""
     B, T = ids.shape[0], ids.shape[1] - 1
     work, h = _begin(student, ids, dtype, tiles, store, P, noisy, teacher)
-    qk, v = (student.score_scale(T), teacher.score_scale(T)), (student.config.head_dim**-0.5,) * 2
-
-    def relate(x: Tensor, y: Tensor, r: int, kept: list | None) -> Tensor:
-        a, b = qk if r < 2 else v
-        return relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=kept).mean()
-
-    work.relate = relate
+    work.relate = _mean_kl(teacher, student, T, impl)
     h_student, h_teacher, table = walk(work, h, student, teacher, not logit_weight)
     loss = _weighted(table, teacher, relations, authors_heads)
     if not logit_weight:
