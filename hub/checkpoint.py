@@ -41,12 +41,7 @@ from torch import Tensor, nn
 from hub.files import atomic_directory, own, parse_json, read_json, reading, refuse_pointer
 
 SINGLE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -162,33 +157,28 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
     Raises ValueError where files, index and headers do not agree.
     """
-    index, single = own(path, "model.safetensors.index.json"), SINGLE
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(v, str) for v in weight_map.values()
-        ):
-            raise ValueError(f"{index} has no weight_map from tensor names to file names")
-        files = sorted(set(weight_map.values()))
-    elif own(path, single).is_file():
-        weight_map, files = None, [single]
-    else:
-        raise ValueError(_no_weights(path))
+    index, single = own(path, f"{SINGLE}.index.json"), own(path, SINGLE)
+    if not index.is_file():
+        if not single.is_file():
+            raise ValueError(_no_weights(path))
+        return {name: (single, *held) for name, held in read_header(single).items()}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names")
     found = {}
-    for name in files:
+    for name in sorted(set(weight_map.values())):
         file = _shard(path, name)
-        for tensor, (dtype, shape) in read_header(file).items():
+        for tensor, held in read_header(file).items():
             if tensor in found:
                 raise ValueError(
                     f"tensor {tensor!r} stands in both {found[tensor][0].name} and {name}"
                 )
-            if weight_map is not None and weight_map.get(tensor) != name:
+            if weight_map.get(tensor) != name:
                 raise ValueError(
                     f"tensor {tensor!r} is in {name}, but the index says {weight_map.get(tensor)!r}"
                 )
-            found[tensor] = (file, dtype, shape)
-    absent = sorted(set(weight_map or ()) - set(found))
-    if absent:
+            found[tensor] = (file, *held)
+    if absent := sorted(set(weight_map) - set(found)):
         raise ValueError(f"the index names {_some(absent)}, which the shards do not hold")
     return found
 
@@ -199,8 +189,7 @@ def _shard(path: Path, name: str) -> Path:
         raise ValueError(
             f"the index names the shard {name!r}; shards must be .safetensors files in {path}"
         )
-    file = own(path, name)
-    if not file.is_file():
+    if not (file := own(path, name)).is_file():
         raise ValueError(f"{path / name} is missing; download the directory again")
     return file
 
@@ -232,9 +221,8 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
     """
     found = find_tensors(path)
     _refuse_second_model(path, found)
-    wanted = {
-        name: tuple(p.shape) for name, p in model.named_parameters()
-    }  # a tied head appears once
+    # A tied head appears once
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _refuse_other_formats(path, found, wanted)
     if model.config.tied and "lm_head.weight" in found:  # some writers store the tied copy too
         _refuse_own_head(path, found)
@@ -269,11 +257,7 @@ def _refuse_second_model(path: Path, found: dict) -> None:
         return
     held = read_header(single)
     same = held == {name: (dtype, shape) for name, (_, dtype, shape) in found.items()}
-    for name in held if same else ():
-        if not _equal((single, name), (found[name][0], name)):
-            same = False
-            break
-    if not same:
+    if not same or not all(_equal((single, name), (found[name][0], name)) for name in held):
         raise ValueError(
             f"{path} holds two models: {SINGLE}, and the shards that "
             f"{SINGLE}.index.json names; move the one that is not meant elsewhere"
@@ -295,17 +279,10 @@ def _refuse_own_head(path: Path, found: dict) -> None:
     )
 
 
-def _equal(*places: tuple[Path, str], rows: int = 4096) -> bool:
-    """Whether two tensors of one shape, each (file, name), hold the same numbers; `rows` at a time,
-    so that a large one takes no memory."""
-    with contextlib.ExitStack() as stack:
-        a, b = (
-            stack.enter_context(open_safetensors(file)).get_slice(name) for file, name in places
-        )
-        if not a.get_shape():
-            return bool(a[...] == b[...])
-        starts = range(0, a.get_shape()[0], rows)
-        return all((a[i : i + rows] == b[i : i + rows]).all() for i in starts)
+def _equal(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
+    """Whether two tensors, each (file, name), hold the same numbers; they are mapped, not read."""
+    with open_safetensors(first[0]) as f, open_safetensors(second[0]) as g:
+        return torch.equal(f.get_tensor(first[1]), g.get_tensor(second[1]))
 
 
 def _refuse_other_formats(path: Path, found: dict, wanted: dict) -> None:
@@ -429,29 +406,23 @@ def _copy_tokenizer(source: Path, work: Path, length: int) -> None:
     for name, file in copied_files(source).items():
         (work / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, work / name)
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        settings = work / name
-        if settings.is_file():
-            settings.write_bytes(_lengthened(settings.read_bytes(), length))
-    fast = work / "tokenizer.json"
-    if fast.is_file():
-        fast.write_bytes(_uncut(fast.read_bytes()))
+    changes = {"tokenizer_config.json": _lengthened, "generation_config.json": _lengthened}
+    for name, change in (changes | {"tokenizer.json": _uncut}).items():
+        if (file := work / name).is_file():
+            file.write_bytes(change(file.read_bytes(), length))
 
 
 def _lengthened(data: bytes, length: int) -> bytes:
     """Settings in which every length that is stated is `length` tokens, and without auto_map, which
-    names code; every other byte stays."""
+    names code."""
+
+    def number(m: re.Match) -> bytes:
+        return m[1] + str(length).encode() if float(m[2]) < 1e18 else m[0]
+
     old = parse_json(data, "settings")
     new = {k: v for k, v in _raised(old, length).items() if k != "auto_map"}
-    if new == old:
-        return data
-    number = rb'("(?:' + "|".join(_LENGTHS).encode() + rb')"\s*:\s*)([-+.\deE]+)'
-    changed = re.sub(
-        number, lambda m: m[1] + str(length).encode() if float(m[2]) < 1e18 else m[0], data
-    )
-    if parse_json(changed, "settings") == new:
-        return changed
-    return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
+    stated = rb'("(?:' + "|".join(_LENGTHS).encode() + rb')"\s*:\s*)([-+.\deE]+)'
+    return _rewritten(data, old, new, re.sub(stated, number, data))
 
 
 def _raised(value, length: int):
@@ -466,39 +437,32 @@ def _raised(value, length: int):
     }
 
 
-def _uncut(data: bytes) -> bytes:
+def _uncut(data: bytes, length: int) -> bytes:
     """A tokenizer.json that does not cut texts, as some do that were saved while cutting."""
     old = parse_json(data, "tokenizer.json")
-    if not old.get("truncation"):
+    new = old | {"truncation": None} if old.get("truncation") else old
+    short = re.sub(rb'"truncation"\s*:\s*\{[^{}]*\}', b'"truncation": null', data, count=1)
+    return _rewritten(data, old, new, short)
+
+
+def _rewritten(data: bytes, old: dict, new: dict, edited: bytes) -> bytes:
+    """The bytes of `new`: as few as can be differ from `data`, which holds `old`."""
+    if new == old:
         return data
-    changed = re.sub(rb'"truncation"\s*:\s*\{[^{}]*\}', b'"truncation": null', data, count=1)
-    new = old | {"truncation": None}
-    if parse_json(changed, "tokenizer.json") == new:
-        return changed
+    if parse_json(edited, "settings") == new:
+        return edited
     return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> None:
-    shards, room = [{}], shard_bytes
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, work / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": weight_map,
-    }
-    (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({n: tensors[n] for n in names}, work / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (work / f"{SINGLE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
