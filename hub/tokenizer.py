@@ -20,11 +20,11 @@ Refused when it is loaded, in a sentence: a vocabulary with holes or one that is
 file must end where the special tokens begin, and agree with a tokenizer.json beside it), an id of
 text outside the model's vocabulary, a splitting rule that does not work, text that cannot be
 encoded. A special token beyond the vocabulary, such as a <pad> that was added without a row in the
-embeddings, is taken, as no text produces it, and `note` says so.
+embeddings, is taken, as no text produces it; `note` says so.
 
 Limits.  Special tokens inside a text are read as ordinary characters ("<|end|>" is seven of them),
 so that no document can inject one; only what a chat template wrote (encode_chat) is read with them.
- Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. An id that
+Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. An id that
 the vocabulary lacks, as models with padded embeddings can generate, decodes to nothing. tiktoken's
 time grows with the square of a run without spaces, so runs are cut at 25 000 characters, as in
 LLaMA-3's own code.
@@ -40,7 +40,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from hub import files
@@ -165,35 +165,33 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     for name in ("add_bos_token", "add_prefix_space"):
         if settings.get(name) not in (None, True, False):
             raise ValueError(f"{extra} has {name} {settings[name]!r}; true or false")
-    tokenizer = _load(path, config, settings)
+    tokenizer, file = _load(path, config, settings)
+    _check(tokenizer, file, config, settings)
     tokenizer.path, tokenizer.stop_ids = path, _stops(path, config, tokenizer.eos_id)
     return tokenizer
 
 
-def _load(path: Path, config: dict, settings: dict) -> Tokenizer:
-    """By the first of the three formats that is there."""
-    fast = files.own(path, "tokenizer.json")
-    for name in ("tokenizer.tiktoken", "tokenizer.model", "tokenizer.json"):
-        if (file := files.own(path, name)).is_file():
-            files.refuse_pointer(file)
-    for name in ("tokenizer.tiktoken", "tokenizer.model"):
-        file = files.own(path, name)
-        if file.is_file() and (ranks := _ranks(file)) is not None:
-            beside = _read_fast(fast) if fast.is_file() else None
-            return _probed(_tiktoken(file, ranks, beside, config, settings), file, config, settings)
-    if fast.is_file():
-        return _probed(_fast(fast, config), fast, config, settings)
-    file = files.own(path, "tokenizer.model")
-    if file.is_file():
-        return _probed(_sentencepiece(file, config, settings), file, config, settings)
+def _load(path: Path, config: dict, settings: dict) -> tuple[Tokenizer, Path]:
+    """By the first of the three formats that is there, and the file that it is in."""
+    names = ("tokenizer.tiktoken", "tokenizer.model", "tokenizer.json")
+    found = {name: file for name in names if (file := files.own(path, name)).is_file()}
+    for file in found.values():
+        files.refuse_pointer(file)
+    fast = found.pop("tokenizer.json", None)
+    for file in found.values():
+        if (ranks := _ranks(file)) is not None:
+            return _tiktoken(file, ranks, fast, config, settings), file
+    if fast:
+        return _fast(fast, config), fast
+    for file in found.values():
+        return _sentencepiece(file, config, settings), file
     raise ValueError(
         f"{path} has no tokenizer.json, tokenizer.model or tokenizer.tiktoken; copy the model's "
-        "own "
-        "there"
+        "own there"
     )
 
 
-def _probed(tokenizer: Tokenizer, file: Path, config: dict, settings: dict) -> Tokenizer:
+def _check(tokenizer: Tokenizer, file: Path, config: dict, settings: dict) -> None:
     """Refuses what would end in a traceback or in nonsense later."""
     size = config.get("vocab_size")
     bos = tokenizer.bos_id
@@ -216,7 +214,6 @@ def _probed(tokenizer: Tokenizer, file: Path, config: dict, settings: dict) -> T
         ids = tokenizer.encode(_PROBE)
         if not ids or not tokenizer.decode(ids):
             raise ValueError("it makes nothing of a plain text")
-    return tokenizer
 
 
 def _is_id(value, size) -> bool:
@@ -310,9 +307,7 @@ def _fast(file: Path, config: dict) -> Tokenizer:
     return Tokenizer(
         encode=lambda text: fast.encode(text, add_special_tokens=False).ids,
         decode=lambda ids: fast.decode(ids, skip_special_tokens=False),
-        batch=lambda texts: [
-            e.ids for e in fast.encode_batch_fast(texts, add_special_tokens=False)
-        ],
+        batch=lambda ts: [e.ids for e in fast.encode_batch_fast(ts, add_special_tokens=False)],
         known=known,
         bos_id=bos,
         eos_id=_eos(config),
@@ -370,7 +365,10 @@ def _specials(file: Path, ranks: dict[bytes, int], config: dict, settings: dict)
     return special
 
 
-def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> Tokenizer:
+def _tiktoken(
+    file: Path, ranks: dict[bytes, int], fast: Path | None, config: dict, settings: dict
+) -> Tokenizer:
+    """fast: the tokenizer.json of the same directory, which must be the same vocabulary."""
     import regex  # of tiktoken's own needs
     import tiktoken
 
@@ -386,24 +384,20 @@ def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> 
             digest.hexdigest(), pat_str=words, mergeable_ranks=ranks, special_tokens=special
         )
 
-    def encode(text: str) -> list[int]:
-        out, start = [], 0
-        for run in _LONG_RUN.finditer(text):
-            out += enc.encode_ordinary(text[start : run.end()])
-            start = run.end()
-        return out + enc.encode_ordinary(text[start:])
+    def encode(text: str, run=enc.encode_ordinary) -> list[int]:
+        ends = [0, *(m.end() for m in _LONG_RUN.finditer(text)), len(text)]
+        return [i for a, b in pairwise(ends) for i in run(text[a:b])]
 
-    def chat(text: str) -> list[int]:
-        out, start = [], 0
-        for run in _LONG_RUN.finditer(text):
-            out += enc.encode(text[start : run.end()], allowed_special="all")
-            start = run.end()
-        return out + enc.encode(text[start:], allowed_special="all")
-
-    if beside is not None:
-        _agree(file, encode, beside)
-        bos, chat = _bos_of_fast(beside), _chat_of_fast(file.parent / "tokenizer.json")
+    if fast:
+        other = _read_fast(fast)
+        with _in_a_sentence(f"{file} and the tokenizer.json beside it"):
+            if encode(_PROBE) != other.encode(_PROBE, add_special_tokens=False).ids:
+                raise ValueError(
+                    "they give a text other ids; remove the one that is not the model's"
+                )
+        bos, chat = _bos_of_fast(other), _chat_of_fast(fast)
     else:
+        chat = functools.partial(encode, run=functools.partial(enc.encode, allowed_special="all"))
         bos = None if settings.get("add_bos_token") is False else config.get("bos_token_id")
     return Tokenizer(
         encode=encode,
@@ -419,13 +413,6 @@ def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> 
     )
 
 
-def _agree(file: Path, encode, beside) -> None:
-    """Two files in one directory must be one vocabulary."""
-    with _in_a_sentence(f"{file} and the tokenizer.json beside it"):
-        if encode(_PROBE) != beside.encode(_PROBE, add_special_tokens=False).ids:
-            raise ValueError("they give a text other ids; remove the one that is not the model's")
-
-
 def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
     try:
         from sentencepiece import SentencePieceProcessor
@@ -439,9 +426,9 @@ def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
         if settings.get("add_prefix_space") is False:
             sp.override_normalizer_spec(add_dummy_prefix=False)
     return Tokenizer(
-        encode=lambda text: sp.encode(text),
-        decode=lambda ids: sp.decode(ids),
-        batch=lambda texts: sp.encode(texts),
+        encode=sp.encode,
+        decode=sp.decode,
+        batch=sp.encode,  # of a list it gives a list
         known=set(range(sp.vocab_size())),
         bos_id=sp.bos_id() if settings.get("add_bos_token", True) and sp.bos_id() >= 0 else None,
         eos_id=_eos(config),
