@@ -41,8 +41,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import default_text, text_readers, token_cache
-from engine.text_readers import KINDS, ROWS, Chat, Notes, kind_of
+from engine import default_text, token_cache
+from engine.text_readers import KINDS, ROWS, Notes, documents, kind_of
 from hub import files
 from hub.chats import Chats
 from hub.tokenizer import PIECE, Tokenizer
@@ -51,9 +51,9 @@ HELD_OUT_ONE_IN = 20
 _CHARACTERS = 1 << 21  # tokenised at a time: some 100 MB where each token is an object of its own
 
 
-def seed_of(seed: int, stage: int, beside: bool = False) -> int:
-    """What the order of a stage's blocks, and of those beside them, is drawn with."""
-    return seed + 7919 * stage + 104729 * beside
+def seed_of(seed: int, stage: int, auxiliary: bool = False) -> int:
+    """What the order of a stage's blocks, and of its auxiliary ones, is drawn with."""
+    return seed + 7919 * stage + 104729 * auxiliary
 
 
 @functools.lru_cache(maxsize=4)
@@ -109,12 +109,9 @@ class Corpus:
                 "add --data"
             )
         there = range(1, n, 2) if n // 2 >= most else range(n)
-        picks = sorted(
-            {there[int(i)] for i in np.linspace(0, len(there) - 1, min(most, len(there)))}
-        )
-        return torch.from_numpy(
-            np.stack([self.held_out[i * T : (i + 1) * T + 1].astype(np.int64) for i in picks])
-        )
+        evenly = np.linspace(0, len(there) - 1, min(most, len(there))).astype(int)
+        blocks = [self.held_out[there[i] * T :][: T + 1] for i in sorted(set(evenly.tolist()))]
+        return torch.from_numpy(np.stack(blocks).astype(np.int64))
 
 
 def load_corpus(
@@ -146,19 +143,19 @@ def load_corpus(
         key.update(os.fsencode(f"{name}\0{files.digest(file)}\n"))
     digest = key.hexdigest()[:20]
     what = ", ".join(map(str, paths)) if paths else default_text.NAME
-    parts = token_cache.read(cache / digest)
-    if parts:
-        *streams, said = parts
+    cached = token_cache.read(cache / digest)
+    if cached:
+        *streams, notes = cached
     else:
         streams = _tokenise(found, tokenizer, quiet, field, chats, read)
-        said = read.lines()
-    corpus = Corpus(*streams, what, digest, (*scanned.lines(), *said))
+        notes = read.lines()
+    corpus = Corpus(*streams, what, digest, (*scanned.lines(), *notes))
     check(corpus)
-    if not parts:
-        token_cache.write(cache / digest, *streams, said)
-        parts = token_cache.read(cache / digest)
-        assert parts, "a cache that was just written reads back"
-        corpus = dataclasses.replace(corpus, train=parts[0], held_out=parts[1])
+    if not cached:
+        token_cache.write(cache / digest, *streams, notes)
+        cached = token_cache.read(cache / digest)
+        assert cached, "a cache that was just written reads back"
+        corpus = dataclasses.replace(corpus, train=cached[0], held_out=cached[1])
     return corpus
 
 
@@ -201,11 +198,11 @@ def _below(path: Path, without: list[Path], notes: Notes) -> Iterator[Path]:
     def refuse(e: OSError) -> None:
         raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
 
-    own = [os.path.realpath(folder) for folder in without]
+    skipped = [os.path.realpath(folder) for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
         entered = []
         for name in sorted(folders):
-            if os.path.realpath(Path(here) / name) in own:
+            if os.path.realpath(Path(here) / name) in skipped:
                 continue
             if name.startswith("."):
                 notes.leave_out("hidden files and folders", str(Path(here) / name))
@@ -224,20 +221,6 @@ def _below(path: Path, without: list[Path], notes: Notes) -> Iterator[Path]:
                     yield file
 
 
-def documents(
-    found: list[tuple[str, Path]],
-    field: str | None = None,
-    chat: Chat | None = None,
-    notes: Notes | None = None,
-) -> Iterator[tuple[str, str | np.ndarray]]:
-    """(name, text) of every document, or (name, ids [tokens], any integers) of a .npy or a chat.
-
-    As text_readers.documents, of many files.
-    """
-    for name, file in found:
-        yield from text_readers.documents(name, file, field, chat, notes or Notes())
-
-
 def _tokenise(
     found: list[tuple[str, Path]],
     tokenizer: Tokenizer,
@@ -247,7 +230,7 @@ def _tokenise(
     notes: Notes,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, held out)."""
-    kept: list[tuple[str, np.ndarray]] = []
+    encoded: list[tuple[str, np.ndarray]] = []
     waiting: list[tuple[str, str]] = []
     characters = 0  # of those that wait
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
@@ -255,7 +238,7 @@ def _tokenise(
     def flush() -> None:
         each = tokenizer.encode_documents([text for _, text in waiting])
         for (name, _), ids in zip(waiting, each, strict=True):
-            kept.append((name, np.asarray(ids, dtype=dtype)))
+            encoded.append((name, np.asarray(ids, dtype=dtype)))
         waiting.clear()
 
     each = documents(found, field, chats, notes)
@@ -266,11 +249,11 @@ def _tokenise(
                 bad = low if low < 0 else high
                 raise ValueError(f"{name} holds the id {bad}; the vocabulary has {tokenizer.size}")
             flush()
-            kept.append((name, text.astype(dtype)))
+            encoded.append((name, text.astype(dtype)))
         elif len(text) > PIECE:
             flush()
             pieces = [np.asarray(ids, dtype=dtype) for ids in tokenizer.encode_long(text)]
-            kept.append((name, np.concatenate(pieces)))
+            encoded.append((name, np.concatenate(pieces)))
         elif text.strip():
             waiting.append((name, text))
             characters += len(text)
@@ -278,15 +261,15 @@ def _tokenise(
                 flush()
                 characters = 0
     flush()
-    if not kept:
+    if not encoded:
         why = "; ".join(notes.lines())
         raise ValueError(
             f"{', '.join(str(f) for _, f in found[:3])}: the text is empty{f' ({why})' * bool(why)}"
         )
-    return split(kept)
+    return split(encoded)
 
 
-def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def split(named: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """(training ids [tokens], held-out ids [tokens]) of (name, ids [tokens]) documents.
 
     One document in HELD_OUT_ONE_IN is held out, by its name alone, or that of the first document
@@ -294,16 +277,15 @@ def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     last part of the stream instead, of which copies are left out.
     """
     first: dict[bytes, tuple[bool, np.ndarray]] = {}  # by contents: is it held out, the ids
-    out = []
-    for name, ids in kept:
+    train, held_out = [], []
+    for name, ids in named:
         same = hashlib.sha256(np.ascontiguousarray(ids)).digest()
-        held = zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0
-        out.append(first.setdefault(same, (held, ids))[0])
-    whole = sum(len(ids) for _, ids in kept)
-    held = sum(len(ids) for (_, ids), o in zip(kept, out, strict=True) if o)
+        by_name = zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0
+        is_held_out, _ = first.setdefault(same, (by_name, ids))
+        (held_out if is_held_out else train).append(ids)
+    whole, held = sum(len(ids) for _, ids in named), sum(map(len, held_out))
     if max(1, whole // 100) <= held < whole // 2:
-        pick = lambda want: [ids for (_, ids), o in zip(kept, out, strict=True) if o == want]  # noqa: E731
-        return np.concatenate(pick(False)), np.concatenate(pick(True))
+        return np.concatenate(train), np.concatenate(held_out)
     stream = np.concatenate([ids for _, ids in first.values()])
     cut = len(stream) - max(1, len(stream) // HELD_OUT_ONE_IN)
     return stream[:cut], stream[cut:]
