@@ -40,6 +40,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
@@ -58,41 +59,35 @@ _PROBE = "The quick brown fox's\n\n\tdef f(x):\n    return x + 12345  # na"
 _PROBE += "\u00efve \u2603 \u6771\u4eac\r\n"
 
 
+@dataclass(eq=False)
 class Tokenizer:
-    """encode(text) -> ids, decode(ids) -> text.
+    """encode(text) -> ids, decode(ids) -> text. What is called raw is the library's own.
 
-    size: the largest id plus 1; bos_id (None: the family uses none); eos_id, which ends a document,
-    and stop_ids, any of which ends a generated text; digest: of the files that decide what a text
-    becomes; kind: the library; path: the model's directory; note: what its export should say.
+    size: the largest id plus 1. note: what an export with this tokenizer should say.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[str], list[int]],
-        decode: Callable[[list[int]], str],
-        batch: Callable[[list[str]], list[list[int]]],
-        known: set[int],
-        bos_id: int | None,
-        eos_id: int,
-        digest: str,
-        kind: str,
-        of_text: int | None = None,
-        chat: Callable[[str], list[int]] | None = None,
-    ):
-        """of_text: the ids of texts are below it, where special tokens stand beyond.
+    raw_encode: Callable[[str], list[int]]  # special tokens are ordinary characters
+    raw_decode: Callable[[list[int]], str]
+    raw_batch: Callable[[list[str]], list[list[int]]]
+    known: set[int]  # every id
+    bos_id: int | None  # None: the family uses none
+    eos_id: int  # ends a document
+    digest: str  # of the files that decide what a text becomes
+    kind: str  # the library
+    of_text: int  # the ids of texts are below it; special tokens may stand beyond
+    raw_chat: Callable[[str], list[int]] | None = None  # reads special tokens; None: it cannot
+    stop_ids: frozenset[int] = frozenset()  # any of them ends a generated text
+    path: Path = Path()  # the model's directory
+    note: str = ""
 
-        chat: encodes with special tokens; None: it cannot.
-        """
-        self._encode, self._decode, self._batch, self._known = encode, decode, batch, known
-        self._chat, self.size, self.bos_id, self.eos_id = chat, max(known) + 1, bos_id, eos_id
-        self.of_text, self.digest, self.kind = of_text or self.size, digest, kind
-        self.path, self.note, self.stop_ids = Path(), "", frozenset[int]()
+    def __post_init__(self):
+        self.size = max(self.known) + 1
 
     def drop_from(self, size: int, file: Path) -> None:
         """Forgets the special tokens that a model of `size` embeddings has none for."""
-        beyond = sorted(i for i in self._known if i >= size)
-        self._known = {i for i in self._known if i < size}
-        self.size = max(self._known) + 1
+        beyond = sorted(i for i in self.known if i >= size)
+        self.known = {i for i in self.known if i < size}
+        self.size = max(self.known) + 1
         self.note = (
             f"{file.name} names {len(beyond)} special token{'s' * (len(beyond) > 1)} from id "
             f"{beyond[0]} on, beyond the model's vocab_size {size}: no text produces them, and no "
@@ -102,30 +97,32 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         first = [self.bos_id] if bos and self.bos_id is not None else []
         with _in_a_sentence("the tokenizer cannot encode a text"):
-            return first + self._encode(_whole(text))
+            return first + self.raw_encode(_whole(text))
 
     def encode_chat(self, text: str) -> list[int]:
         """The ids of what a chat template wrote: special tokens are read, and nothing is added.
 
         Raises ValueError where only a sentencepiece model is there, which cannot.
         """
-        if self._chat is None:
+        if self.raw_chat is None:
             raise ValueError(
                 f"chats need the tokenizer.json of {self.path}; put the one of its Hugging Face "
                 "version there"
             )
         with _in_a_sentence("the tokenizer cannot encode a chat"):
-            return self._chat(_whole(text))
+            return self.raw_chat(_whole(text))
 
     def decode(self, ids: list[int]) -> str:
-        return self._decode([i for i in ids if i in self._known])
+        return self.raw_decode([i for i in ids if i in self.known])
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Each text as a whole document: the family's BOS, the ids, the end token. In parallel
         where possible."""
         first = [] if self.bos_id is None else [self.bos_id]
         with _in_a_sentence("the tokenizer cannot encode a text"):
-            return [[*first, *ids, self.eos_id] for ids in self._batch([_whole(t) for t in texts])]
+            return [
+                [*first, *ids, self.eos_id] for ids in self.raw_batch([_whole(t) for t in texts])
+            ]
 
     def encode_long(self, text: str, size: int = PIECE) -> Iterator[list[int]]:
         """The ids of encode_documents([text])[0], a piece of about `size` characters at a time."""
@@ -135,8 +132,8 @@ class Tokenizer:
             while start < len(text):
                 end = self._cut(text, start + size, size)
                 lead = text[max(0, start - _AROUND) : start]  # read again, and its ids dropped
-                before = self._encode(lead) if lead else []
-                ids = self._encode(lead + text[start:end])
+                before = self.raw_encode(lead) if lead else []
+                ids = self.raw_encode(lead + text[start:end])
                 assert ids[: len(before)] == before, "a cut is where the ids part"
                 yield ids[len(before) :]
                 start = end
@@ -148,8 +145,8 @@ class Tokenizer:
             for found in islice(_CUT.finditer(text, start), 64):
                 cut = found.end() if found[0] == "\n" else found.start()
                 begin = max(0, cut - _AROUND)
-                left = self._encode(text[begin:cut])
-                around = self._encode(text[begin : cut + _AROUND])
+                left = self.raw_encode(text[begin:cut])
+                around = self.raw_encode(text[begin : cut + _AROUND])
                 if left and around[: len(left)] == left:
                     return cut
             start += size
@@ -305,16 +302,16 @@ def _fast(file: Path, config: dict) -> Tokenizer:
             raise ValueError("its vocabulary is empty")
         special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
     return Tokenizer(
-        encode=lambda text: fast.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: fast.decode(ids, skip_special_tokens=False),
-        batch=lambda ts: [e.ids for e in fast.encode_batch_fast(ts, add_special_tokens=False)],
+        raw_encode=lambda text: fast.encode(text, add_special_tokens=False).ids,
+        raw_decode=lambda ids: fast.decode(ids, skip_special_tokens=False),
+        raw_batch=lambda ts: [e.ids for e in fast.encode_batch_fast(ts, add_special_tokens=False)],
         known=known,
         bos_id=bos,
         eos_id=_eos(config),
         digest=hashlib.sha256(file.read_bytes()).hexdigest(),
         kind="tokenizers",
         of_text=max(known - special, default=-1) + 1,
-        chat=_chat_of_fast(file),
+        raw_chat=_chat_of_fast(file),
     )
 
 
@@ -400,16 +397,16 @@ def _tiktoken(
         chat = functools.partial(encode, run=functools.partial(enc.encode, allowed_special="all"))
         bos = None if settings.get("add_bos_token") is False else config.get("bos_token_id")
     return Tokenizer(
-        encode=encode,
-        decode=enc.decode,
-        batch=lambda texts: [encode(t) for t in texts],
+        raw_encode=encode,
+        raw_decode=enc.decode,
+        raw_batch=lambda texts: [encode(t) for t in texts],
         known={*ranks.values(), *special.values()},
         bos_id=bos,
         eos_id=_eos(config),
         digest=digest.hexdigest(),
         kind="tiktoken",
         of_text=len(ranks),
-        chat=chat,
+        raw_chat=chat,
     )
 
 
@@ -426,10 +423,11 @@ def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
         if settings.get("add_prefix_space") is False:
             sp.override_normalizer_spec(add_dummy_prefix=False)
     return Tokenizer(
-        encode=sp.encode,
-        decode=sp.decode,
-        batch=sp.encode,  # of a list it gives a list
+        raw_encode=sp.encode,
+        raw_decode=sp.decode,
+        raw_batch=sp.encode,  # of a list it gives a list
         known=set(range(sp.vocab_size())),
+        of_text=sp.vocab_size(),
         bos_id=sp.bos_id() if settings.get("add_bos_token", True) and sp.bos_id() >= 0 else None,
         eos_id=_eos(config),
         digest=hashlib.sha256(
