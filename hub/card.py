@@ -24,7 +24,7 @@ import json
 import re
 from pathlib import Path
 
-from hub.files import own
+from hub.files import file_of
 
 # What a stage of engine/plan.py does, by its objective
 _OBJECTIVES = {
@@ -117,7 +117,7 @@ def licence_of(path: Path) -> dict[str, str]:
 
     {} where there is no card, or none with a licence.
     """
-    file = own(path, "README.md")
+    file = file_of(path, "README.md")
     readme = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme, re.DOTALL)
     found = {}

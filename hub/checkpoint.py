@@ -38,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hub.files import atomic_directory, own, parse_json, read_json, reading, refuse_pointer
+from hub import files
 
 SINGLE = "model.safetensors"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -88,8 +88,8 @@ def read_config(path: Path) -> dict:
         if path.name.endswith((".safetensors", ".json")):
             whole += f", such as {path.absolute().parent}"
         raise ValueError(whole)
-    file = own(path, "config.json")
-    if own(path, "adapter_config.json").is_file():
+    file = files.file_of(path, "config.json")
+    if files.file_of(path, "adapter_config.json").is_file():
         raise ValueError(_adapter(path, file.is_file()))
     if not file.is_file() and path.is_dir():
         inside = [p.parent.name for p in path.glob("*/config.json")]
@@ -99,15 +99,19 @@ def read_config(path: Path) -> dict:
                 f"{path} holds no config.json, but {_some(sorted(inside))} in it "
                 f"do{'es' * (len(inside) == 1)}: give {path / last}"
             )
-    config, settings = read_json(file), own(path, "tokenizer_config.json")
-    stated = read_json(settings).get("model_max_length") if settings.is_file() else None
+    config, stated = (
+        files.read_json(file),
+        files.json_of(path, "tokenizer_config.json").get("model_max_length"),
+    )
     if type(stated) is int and stated < 2**31:  # decides what a linear teacher's length is
         config.setdefault("model_max_length", stated)
     return config
 
 
 def _adapter(path: Path, whole: bool) -> str:
-    base = read_json(own(path, "adapter_config.json")).get("base_model_name_or_path")
+    base = files.read_json(files.file_of(path, "adapter_config.json")).get(
+        "base_model_name_or_path"
+    )
     if whole:
         return (
             f"{path} holds a model and an adapter (adapter_config.json, of {base}), of which "
@@ -129,9 +133,9 @@ def open_safetensors(file: Path):
 
     Raises ValueError in one sentence that names the file, for an error while it is open as well.
     """
-    refuse_pointer(file)
+    files.refuse_pointer(file)
     try:
-        with reading(file), safe_open(file, framework="pt", device="cpu") as f:
+        with files.reading(file), safe_open(file, framework="pt", device="cpu") as f:
             yield f
     except SafetensorError as e:
         reason = " ".join(str(e).split())[:200]
@@ -148,7 +152,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         out = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     with path.open("rb") as f:  # of two equal names safetensors takes the last: refused
         length = int.from_bytes(f.read(8), "little")
-        parse_json(f.read(length), f"the header of {path}")
+        files.parse_json(f.read(length), f"the header of {path}")
     return out
 
 
@@ -157,12 +161,12 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
     Raises ValueError where files, index and headers do not agree.
     """
-    index, single = own(path, f"{SINGLE}.index.json"), own(path, SINGLE)
+    index, single = files.file_of(path, f"{SINGLE}.index.json"), files.file_of(path, SINGLE)
     if not index.is_file():
         if not single.is_file():
             raise ValueError(_no_weights(path))
         return {name: (single, *held) for name, held in read_header(single).items()}
-    weight_map = read_json(index).get("weight_map")
+    weight_map = files.read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index} has no weight_map from tensor names to file names")
     found = {}
@@ -189,7 +193,7 @@ def _shard(path: Path, name: str) -> Path:
         raise ValueError(
             f"the index names the shard {name!r}; shards must be .safetensors files in {path}"
         )
-    if not (file := own(path, name)).is_file():
+    if not (file := files.file_of(path, name)).is_file():
         raise ValueError(f"{path / name} is missing; download the directory again")
     return file
 
@@ -251,7 +255,7 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
 
 def _refuse_second_model(path: Path, found: dict) -> None:
     """A whole file beside an index of others: transformers reads the file, we read the shards."""
-    single = own(path, SINGLE)
+    single = files.file_of(path, SINGLE)
     shards = {file for file, _, _ in found.values()}
     if not single.is_file() or shards == {single}:
         return
@@ -351,7 +355,7 @@ def save_pretrained(model, path: str | Path, **how) -> None:
     """Writes a Hugging Face directory that appears whole or not at all; `how`: see
     write_pretrained.
     """
-    with atomic_directory(Path(path)) as work:
+    with files.atomic_directory(Path(path)) as work:
         write_pretrained(model, work, **how)
 
 
@@ -397,8 +401,8 @@ def copied_files(source: Path) -> dict[str, Path]:
     Raises ValueError where a link leads out of the directory.
     """
     more = sorted(p.name for p in (source / TEMPLATES).glob("*.jinja"))
-    found = {name: own(source, name) for name in (*TOKENIZER_FILES, *NOTICES)}
-    found |= {f"{TEMPLATES}/{name}": own(source, name, inside=TEMPLATES) for name in more}
+    found = {name: files.file_of(source, name) for name in (*TOKENIZER_FILES, *NOTICES)}
+    found |= {f"{TEMPLATES}/{name}": files.file_of(source, name, inside=TEMPLATES) for name in more}
     return {name: file for name, file in found.items() if file.is_file()}
 
 
@@ -419,7 +423,7 @@ def _lengthened(data: bytes, length: int) -> bytes:
     def number(m: re.Match) -> bytes:
         return m[1] + str(length).encode() if float(m[2]) < 1e18 else m[0]
 
-    old = parse_json(data, "settings")
+    old = files.parse_json(data, "settings")
     new = {k: v for k, v in _raised(old, length).items() if k != "auto_map"}
     stated = rb'("(?:' + "|".join(_LENGTHS).encode() + rb')"\s*:\s*)([-+.\deE]+)'
     return _rewritten(data, old, new, re.sub(stated, number, data))
@@ -439,7 +443,7 @@ def _raised(value, length: int):
 
 def _uncut(data: bytes, length: int) -> bytes:
     """A tokenizer.json that does not cut texts, as some do that were saved while cutting."""
-    old = parse_json(data, "tokenizer.json")
+    old = files.parse_json(data, "tokenizer.json")
     new = old | {"truncation": None} if old.get("truncation") else old
     short = re.sub(rb'"truncation"\s*:\s*\{[^{}]*\}', b'"truncation": null', data, count=1)
     return _rewritten(data, old, new, short)
@@ -449,7 +453,7 @@ def _rewritten(data: bytes, old: dict, new: dict, edited: bytes) -> bytes:
     """The bytes of `new`: as few as can be differ from `data`, which holds `old`."""
     if new == old:
         return data
-    if parse_json(edited, "settings") == new:
+    if files.parse_json(edited, "settings") == new:
         return edited
     return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
 

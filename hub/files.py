@@ -1,11 +1,11 @@
 """Files as this program reads and writes them: JSON distrusted, writes atomic, disk errors in a
 sentence.
 
-What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON. `own`
-names a file of a model's directory, and refuses links that lead out of it. `replacing` and
-`atomic_directory` write beside the name, sync and rename: a kill at any moment leaves the old state
-or the new. `disk_sentences` turns a full, read-only or failing disk into one sentence that says
-what is still intact.
+What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON.
+`file_of` names a file of a model's directory, and refuses links that lead out of it. `replacing`
+and `atomic_directory` write under another name, sync and rename: a kill at any moment leaves the
+old state or the new. `disk_sentences` turns a full, read-only or failing disk into one sentence
+that says what is still intact.
 
 Temporary names are unpredictable and made exclusively, so that no link that someone planted under
 such a name is ever followed, and nothing is ever removed because its name looks like ours.
@@ -69,7 +69,7 @@ def read_json(path: Path) -> dict:
         return parse_json(path.read_bytes(), str(path))
 
 
-def own(path: Path, name: str, inside: str = "") -> Path:
+def file_of(path: Path, name: str, inside: str = "") -> Path:
     """The file `name` of the directory `path`, or of its folder `inside`, links resolved.
 
     Raises ValueError where they lead out of it, to nothing or in a circle. A directory of the Hub's
@@ -103,6 +103,12 @@ def refuse_lost_link(path: Path) -> None:
     """
     if os.path.islink(path) and not os.path.exists(path):
         raise ValueError(f"{path} is a link that leads nowhere; copy the file there")
+
+
+def json_of(path: Path, name: str) -> dict:
+    """The JSON object in a file of the directory `path`; {} where it is not there."""
+    file = file_of(path, name)
+    return read_json(file) if file.is_file() else {}
 
 
 def parse_json(data: bytes, name: str) -> dict:
@@ -267,7 +273,7 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
     skipped.
     Raises ValueError naming the line that is no JSON object, or what is wrong with the file.
     """
-    said, it = (f"not a {row}, ", f"not a {row}, it is ") if row else ("", "")
+    wrong, it = (f"not a {row}, ", f"not a {row}, it is ") if row else ("", "")
     with open_text(file) as f:
         try:
             for number, line in enumerate(f, 1):
@@ -282,7 +288,7 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
                     no = f"{it}no" if row else "not"
                     raise ValueError(f"{where}: {no} JSON ({e.msg})") from None
                 except ValueError as e:  # an integer of more digits than Python reads
-                    raise ValueError(f"{where}: {said}{str(e).split(';')[0]}") from None
+                    raise ValueError(f"{where}: {wrong}{str(e).split(';')[0]}") from None
                 if not isinstance(value, dict):
                     raise ValueError(f"{where}: {it or 'it is '}no JSON object")
                 yield number, value
@@ -318,8 +324,8 @@ def _within(name, folder: Path) -> bool:
 
 
 def disk_sentence(e: OSError, folder: Path) -> str:
-    said = f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO).lower()}"
+    sentence = f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO).lower()}"
     if e.errno in (errno.EACCES, errno.EROFS):
-        return said
+        return sentence
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return f"{said} ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"
+    return f"{sentence} ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"

@@ -156,12 +156,12 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory. Raises ValueError naming what is wrong and the remedy."""
     path = Path(path)
-    config = files.read_json(files.own(path, "config.json"))
-    extra = files.own(path, "tokenizer_config.json")
-    settings = files.read_json(extra) if extra.is_file() else {}
+    config = files.read_json(files.file_of(path, "config.json"))
+    settings = files.json_of(path, "tokenizer_config.json")
     for name in ("add_bos_token", "add_prefix_space"):
         if settings.get(name) not in (None, True, False):
-            raise ValueError(f"{extra} has {name} {settings[name]!r}; true or false")
+            file = path / "tokenizer_config.json"
+            raise ValueError(f"{file} has {name} {settings[name]!r}; true or false")
     tokenizer, file = _load(path, config, settings)
     _check(tokenizer, file, config, settings)
     tokenizer.path, tokenizer.stop_ids = path, _stops(path, config, tokenizer.eos_id)
@@ -171,7 +171,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _load(path: Path, config: dict, settings: dict) -> tuple[Tokenizer, Path]:
     """By the first of the three formats that is there, and the file that it is in."""
     names = ("tokenizer.tiktoken", "tokenizer.model", "tokenizer.json")
-    found = {name: file for name in names if (file := files.own(path, name)).is_file()}
+    found = {name: file for name in names if (file := files.file_of(path, name)).is_file()}
     for file in found.values():
         files.refuse_pointer(file)
     fast = found.pop("tokenizer.json", None)
@@ -244,17 +244,17 @@ def _in_a_sentence(what: str):
 
 def _stops(path: Path, config: dict, eos: int) -> frozenset[int]:
     """The end tokens of config.json and generation_config.json, of which LLaMA 3's has several."""
-    file, found = files.own(path, "generation_config.json"), {eos}
-    for given in (config, files.read_json(file) if file.is_file() else {}):
+    found = {eos}
+    for given in (config, files.json_of(path, "generation_config.json")):
         ids = given.get("eos_token_id")
-        for i in ids if isinstance(ids, list) else [ids]:
-            if i is not None and type(i) is not int:
-                raise ValueError(
-                    f"{path} has eos_token_id {ids!r} in config.json or generation_config.json; "
-                    "give an id or a list of ids"
-                )
-            found |= {i} if i is not None else set()
-    return frozenset(found)
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(i is None or type(i) is int for i in ids):
+            raise ValueError(
+                f"{path} has eos_token_id {given['eos_token_id']!r} in config.json or "
+                "generation_config.json; give an id or a list of ids"
+            )
+        found.update(ids)
+    return frozenset(found - {None})
 
 
 def _eos(config: dict) -> int:
