@@ -99,19 +99,15 @@ def read_config(path: Path) -> dict:
                 f"{path} holds no config.json, but {_some(sorted(inside))} in it "
                 f"do{'es' * (len(inside) == 1)}: give {path / last}"
             )
-    config, stated = (
-        files.read_json(file),
-        files.json_of(path, "tokenizer_config.json").get("model_max_length"),
-    )
+    config = files.read_json(file)
+    stated = files.json_of(path, "tokenizer_config.json").get("model_max_length")
     if type(stated) is int and stated < 2**31:  # decides what a linear teacher's length is
         config.setdefault("model_max_length", stated)
     return config
 
 
 def _adapter(path: Path, whole: bool) -> str:
-    base = files.read_json(files.file_of(path, "adapter_config.json")).get(
-        "base_model_name_or_path"
-    )
+    base = files.json_of(path, "adapter_config.json").get("base_model_name_or_path")
     if whole:
         return (
             f"{path} holds a model and an adapter (adapter_config.json, of {base}), of which "
@@ -198,24 +194,22 @@ def _shard(path: Path, name: str) -> Path:
     return file
 
 
+_INSTEAD = {  # files that others keep weights in: what to do about them
+    "pytorch_model*.bin": "has only pytorch_model.bin, a pickle, which can run code and is never "
+    "opened; download the model's safetensors, or convert it once with transformers' "
+    "save_pretrained",
+    "*.gguf": "has weights in llama.cpp's format (.gguf) only; give the directory of safetensors "
+    "they were made of",
+    "consolidated*": "is in Meta's own format; use the repository's Hugging Face version (its name "
+    "ends in -hf)",
+}
+
+
 def _no_weights(path: Path) -> str:
-    if any(path.glob("pytorch_model*.bin")):
-        return (
-            f"{path} has only pytorch_model.bin, a pickle, which can run code and is never opened; "
-            "download the model's safetensors, or convert it once with transformers' "
-            "save_pretrained"
-        )
-    if any(path.glob("*.gguf")):
-        return (
-            f"{path} has weights in llama.cpp's format (.gguf) only; give the directory of "
-            "safetensors they were made of"
-        )
-    if any(path.glob("consolidated*")):
-        return (
-            f"{path} is in Meta's own format; use the repository's Hugging Face version (its name "
-            "ends in -hf)"
-        )
-    return f"{path} holds no model.safetensors and no model.safetensors.index.json"
+    for pattern, remedy in _INSTEAD.items():
+        if any(path.glob(pattern)):
+            return f"{path} {remedy}"
+    return f"{path} holds no {SINGLE} and no {SINGLE}.index.json"
 
 
 def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
@@ -239,9 +233,8 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
         if n in found and found[n][2] != s
     ]
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    wrong += [
-        f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES
-    ]
+    dtypes = {n: found[n][1] for n in wanted if n in found}
+    wrong += [f"{n} has dtype {dtype}" for n, dtype in dtypes.items() if dtype not in _DTYPES]
     faults = {"missing": missing, "not in the model": extra, "of another shape or dtype": wrong}
     if missing == ["lm_head.weight"] and not extra and not wrong:
         raise ValueError(
@@ -299,15 +292,15 @@ def _refuse_other_formats(path: Path, found: dict, wanted: dict) -> None:
             "trained and exported here are full weights: give the original model"
         )
     for name in found:
-        held = [prefix for prefix in _WRAPPERS if prefix in name]
+        prefixes = [prefix for prefix in _WRAPPERS if prefix in name]
         bare = name
-        for prefix in held:
+        for prefix in prefixes:
             bare = bare.replace(prefix, "")
         if name not in wanted and bare in wanted:
-            authors = " and ".join(_WRAPPERS[prefix] for prefix in held)
+            authors = " and ".join(_WRAPPERS[prefix] for prefix in prefixes)
             raise ValueError(
-                f"the names of the tensors in {path} hold {' and '.join(map(repr, held))}, as in "
-                f"{name}, which {authors} adds; save the model inside it again"
+                f"the names of the tensors in {path} hold {' and '.join(map(repr, prefixes))}, as "
+                f"in {name}, which {authors} adds; save the model inside it again"
             )
 
 
@@ -320,18 +313,15 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
     for file in sorted(set(found.values())):
         with open_safetensors(file) as f:
             for name in (n for n in found if found[n] == file):
-                _place(model, name, f.get_tensor(name), dtype, device)
-
-
-def _place(
-    model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: str
-) -> None:
-    low, high = torch.aminmax(tensor)  # NaN goes through both; no copy of the tensor is made
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError(
-            f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged"
-        )
-    set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+                tensor = f.get_tensor(name)
+                low, high = torch.aminmax(tensor)  # NaN goes through both; no copy is made
+                if not (torch.isfinite(low) and torch.isfinite(high)):
+                    raise ValueError(
+                        f"tensor {name} holds NaN or infinity; the file is damaged, or training "
+                        "diverged"
+                    )
+                value = tensor.to(device=device, dtype=dtype or tensor.dtype)
+                set_parameter(model, name, value)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
