@@ -8,9 +8,8 @@ and that is said (`Corpus.notes`), as is every row that has no text. Without any
 default_text.py names, 15 MB of Python that are the same on every machine.
 
 Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
-and of every file's name and contents, and is mapped, not read, from then on; a checksum tells
-whether it is still what was written. A text that is refused, or that the disk has no room for,
-leaves nothing behind.
+and of every file's name and contents, and is mapped, not read, from then on (token_cache.py).
+A text that is refused leaves nothing behind.
 
 Held out.  One document in 20, by a hash of its name, never trains, whatever else is read with it,
 nor do its copies: a document equal to an earlier one goes where that went. Where that gives less
@@ -24,7 +23,7 @@ drawn from (seed, e); the k-th block of a run is thus a function of (seed, k), w
 of processes, and a resumed run needs only k.
 
 Limits.  Documents run on across block borders, and attention sees across them, as in most
-pre-training. Special tokens in a text, such as "<|end|>", are ordinary characters of it.
+pre-training.
 """
 
 import dataclasses
@@ -200,25 +199,18 @@ def _below(path: Path, without: list[Path], notes: Notes) -> Iterator[Path]:
 
     skipped = [os.path.realpath(folder) for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
-        entered = []
-        for name in sorted(folders):
-            if os.path.realpath(Path(here) / name) in skipped:
-                continue
-            if name.startswith("."):
-                notes.leave_out("hidden files and folders", str(Path(here) / name))
-            else:
-                entered.append(name)
-        folders[:] = entered
-        for name in sorted(names):
-            file = Path(here) / name
-            if name.startswith("."):
-                notes.leave_out("hidden files and folders", str(file))
-            elif kind_of(name) is None:
+        here = Path(here)
+        folders[:] = [n for n in sorted(folders) if os.path.realpath(here / n) not in skipped]
+        for name in (n for n in (*folders, *sorted(names)) if n.startswith(".")):
+            notes.leave_out("hidden files and folders", str(here / name))
+        folders[:] = [n for n in folders if not n.startswith(".")]
+        for file in (here / n for n in sorted(names) if not n.startswith(".")):
+            if kind_of(file.name) is None:
                 notes.leave_out("files of kinds that are not read", str(file))
-            else:
-                files.refuse_lost_link(file)
-                if file.is_file():
-                    yield file
+                continue
+            files.refuse_lost_link(file)
+            if file.is_file():
+                yield file
 
 
 def _tokenise(

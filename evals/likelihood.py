@@ -40,8 +40,6 @@ from evals.tasks import ACC, NORMED, PERPLEXITY, Task
 from hub.tokenizer import Tokenizer
 from model import Llama
 
-# ---------------------------------------------------------------- requests
-
 
 @dataclass(frozen=True)
 class Request:
@@ -131,9 +129,6 @@ def _read(
     rows, at, targets = where.to(model.device, non_blocking=True)  # each [N]
     h = model.hidden(ids.to(model.device, non_blocking=True))[rows, at]  # [N, C]
     return token_scores(model, h, targets)
-
-
-# ---------------------------------------------------------------- tasks
 
 
 @dataclass(frozen=True)
