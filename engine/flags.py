@@ -25,10 +25,7 @@ SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv", "none")
 
 def parser(about: str) -> argparse.ArgumentParser:
     """Every flag, its range and its help."""
-    p = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.error = one_sentence  # instead of argparse's page of usage
+    p = new_parser(about)
     add = p.add_argument_group("what").add_argument
     add("--teacher", type=path, help="Hugging Face directory of a LLaMA (default: the demo's)")
     add("--scale", type=scale, default=8.0, help="how many times the context, above 1 (8)")
@@ -139,9 +136,16 @@ def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argpa
     return args
 
 
-def one_sentence(message: str) -> None:
-    """argparse's way out, without the usage lines: raises ValueError."""
-    raise ValueError(message)
+def new_parser(about: str) -> argparse.ArgumentParser:
+    """A parser that raises ValueError in one sentence, instead of a page of usage."""
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=about, formatter_class=raw)
+    p.error = refuse
+    return p
 
 
 def require(package: str, flag: str) -> None:

@@ -5,8 +5,8 @@ held_out.npy and sums.json, which has their checksums and the notes about the te
 last: a folder without it is incomplete. One whose numbers do not agree is written anew, so that
 damage never reaches a run.
 
-Writing.  Each file is written beside its name, synced and renamed. Where the disk is full, or the
-run is stopped, what is not complete is taken away again, with the folders that were made for it.
+Writing.  Each file is written under another name, synced and renamed. Where the disk is full, or
+the run is stopped, what is not complete is taken away, with the folders that were made for it.
 
 Limits.  The checksums are of accidents: whoever may write here may change the text.
 """

@@ -9,7 +9,7 @@ What.  Every step leaves one JSON line in metrics.jsonl, which is the source of 
     relations, layers           with relation blocks: {Q/Q, K/K, V/V: mean KL over layers}, and
                                 [the sum of the three in each layer]
     next_token_kl               with relation blocks, before its weight
-    relation_loss               in stage 2, of the native blocks beside the long ones
+    relation_loss               in stage 2, of the auxiliary native blocks
     lookups                     with --lookups, the share of the step's blocks (in stage 2: of the
                                 long ones) that are look-up documents
 

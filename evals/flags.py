@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from engine.flags import check_device, count, folder, one_sentence, path, positive, seed
+from engine.flags import check_device, count, folder, new_parser, path, positive, seed
 from evals.ruler_tasks import TASKS
 from hub import download
 
@@ -31,7 +31,6 @@ NEEDS = {
     "samples": ("ruler", "passkey"),
     "lengths": ("ppl", "positions", "passkey", "ruler"),
     "predictions": ("out",),
-    "layers": ("against",),
 }
 # What --prompt, which measures nothing, has a use for
 CONTINUING = ("model", "device", "dtype", "seed", "prompt", "new_tokens")
@@ -39,10 +38,7 @@ CONTINUING = ("model", "device", "dtype", "seed", "prompt", "new_tokens")
 
 def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     """The arguments of an evaluation, complete and in range. Raises ValueError in one sentence."""
-    p = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.error = one_sentence  # instead of argparse's page of usage
+    p = new_parser(about)
     _add_flags(p)
     args = p.parse_args(argv)
     _check(args)
