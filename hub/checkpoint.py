@@ -34,6 +34,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards  # which comes with tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -449,8 +450,6 @@ def _rewritten(data: bytes, old: dict, new: dict, edited: bytes) -> bytes:
 
 
 def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> None:
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
         save_file({n: tensors[n] for n in names}, work / file, metadata={"format": "pt"})
