@@ -49,7 +49,7 @@ def bars(
         _rows(axis, title, rows)
     if drawn:
         axis = figure.add_subplot(grid[:, 1])
-        _kept(axis, drawn)
+        _retention(axis, drawn)
         _rows(axis, "kept of the teacher (%), 95 % interval", list(drawn))
     labels = [f"{n} ({100 * shares[n]:.0f} % recovered)" if n in shares else n for n in columns]
     handles = figure.axes[0].containers
@@ -81,7 +81,7 @@ def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: f
         axis.set_xlim(0, 112)
 
 
-def _kept(axis, drawn: dict[str, dict]) -> None:
+def _retention(axis, drawn: dict[str, dict]) -> None:
     """The student's share of the teacher in each row, with its interval."""
     for y, found in enumerate(drawn.values()):
         (share,) = found["kept"].values()
