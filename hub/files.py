@@ -49,11 +49,8 @@ def reading(path: Path):
 
 def digest(file: Path) -> str:
     """sha256 of a file's contents, in hexadecimal."""
-    value = hashlib.sha256()
     with reading(file), file.open("rb") as f:
-        while piece := f.read(1 << 24):
-            value.update(piece)
-    return value.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -205,50 +202,45 @@ def refuse_pointer(file: Path) -> None:
             )
 
 
-class _Pieces(io.RawIOBase):
-    """A file whose contents come in pieces of bytes."""
+class _Zstd(io.RawIOBase):
+    """A .zst file unpacked, frame by frame. Reading it raises EOFError where it is damaged or cut.
 
-    def __init__(self, pieces: Iterator[bytes]):
-        self.pieces, self.left = pieces, b""
+    The package's own reader takes a frame that is cut short for a whole one.
+    """
+
+    def __init__(self, file: Path):
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(
+                f"{file} needs the package zstandard: pip install zstandard, or unpack it"
+            ) from None
+        self.library, self.packed_file = zstandard, file.open("rb")
+        self.packed, self.unpacked, self.frame = b"", b"", None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, room) -> int:
-        while not self.left:
-            try:
-                self.left = next(self.pieces)
-            except StopIteration:
+        while not self.unpacked:
+            self.packed = self.packed or self.packed_file.read(1 << 16)
+            if not self.packed and self.frame:
+                raise EOFError("it ends in the middle of a frame")
+            if not self.packed:
                 return 0
-        n = min(len(room), len(self.left))
-        room[:n], self.left = self.left[:n], self.left[n:]
+            frame = self.frame or self.library.ZstdDecompressor().decompressobj()
+            try:
+                self.unpacked = frame.decompress(self.packed)
+            except self.library.ZstdError as e:
+                raise EOFError(str(e)) from None
+            self.packed, self.frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        n = min(len(room), len(self.unpacked))
+        room[:n], self.unpacked = self.unpacked[:n], self.unpacked[n:]
         return n
 
-
-def _unpacked_zstd(file: Path) -> Iterator[bytes]:
-    """A .zst file unpacked, frame by frame. Raises EOFError where it is damaged or cut short.
-
-    The package's own reader stops at the end of the first frame, and takes a frame that is cut
-    short for a whole one.
-    """
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(
-            f"{file} needs the package zstandard: pip install zstandard, or unpack it"
-        ) from None
-    frame = None
-    with file.open("rb") as f:
-        while piece := f.read(1 << 16):
-            while piece:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    yield frame.decompress(piece)
-                except zstandard.ZstdError as e:
-                    raise EOFError(str(e)) from None
-                piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame:
-        raise EOFError("it ends in the middle of a frame")
+    def close(self) -> None:
+        self.packed_file.close()
+        super().close()
 
 
 def open_text(file: Path, newline: str | None = None) -> io.TextIOBase:
@@ -262,7 +254,7 @@ def open_text(file: Path, newline: str | None = None) -> io.TextIOBase:
     if packed == ".gz":
         return gzip.open(file, "rt", **given)
     if packed == ".zst":
-        return io.TextIOWrapper(io.BufferedReader(_Pieces(_unpacked_zstd(file))), **given)
+        return io.TextIOWrapper(io.BufferedReader(_Zstd(file)), **given)
     return file.open(**given)
 
 

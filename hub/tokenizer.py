@@ -308,7 +308,7 @@ def _fast(file: Path, config: dict) -> Tokenizer:
         known=known,
         bos_id=bos,
         eos_id=_eos(config),
-        digest=hashlib.sha256(file.read_bytes()).hexdigest(),
+        digest=files.digest(file),
         kind="tokenizers",
         of_text=max(known - special, default=-1) + 1,
         raw_chat=_chat_of_fast(file),
