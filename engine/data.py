@@ -159,12 +159,16 @@ def load_corpus(
 
 
 def find_files(
-    paths: list[Path], without: list[Path] = (), notes: Notes | None = None
+    paths: list[Path],
+    without: list[Path] = (),
+    notes: Notes | None = None,
+    flag: str = "--data",
 ) -> list[tuple[str, Path]]:
     """(name, file) of every source, sorted by name, which is relative to the folder that was given.
 
-    without: folders that are not entered. notes: where to say what is left out. Raises ValueError
-    for a path that does not exist or whose kind is not read, and where there is no text.
+    without: folders that are not entered. notes: where to say what is left out. flag: that names
+    the paths. Raises ValueError for a path that does not exist or whose kind is not read, and where
+    there is no text.
     """
     if not paths:
         return default_text.find_files()
@@ -172,20 +176,20 @@ def find_files(
     for path in paths:
         files.refuse_lost_link(path)
         if not path.exists():
-            raise ValueError(f"--data {path} does not exist")
-        if path.is_dir():
-            for file in _below(path, without, notes or Notes()):
-                name = str(file.relative_to(path))
-                found[name if name not in found else str(file)] = file
-        elif not path.is_file():
+            raise ValueError(f"{flag} {path} does not exist")
+        if not path.is_file() and not path.is_dir():
             raise ValueError(
-                f"--data {path} is no file or folder (a pipe cannot be read twice); save the text "
+                f"{flag} {path} is no file or folder (a pipe cannot be read twice); save the text "
                 "first"
             )
-        elif kind_of(path.name) is None:
-            raise ValueError(f"--data {path}: unknown kind of file; use {KINDS}")
-        else:
-            found[path.name if path.name not in found else str(path)] = path
+        if path.is_file() and kind_of(path.name) is None:
+            raise ValueError(f"{flag} {path}: unknown kind of file; use {KINDS}")
+        root, below = path.parent, [path]
+        if path.is_dir():
+            root, below = path, _below(path, without, notes or Notes())
+        for file in below:
+            name = str(file.relative_to(root))
+            found[name if name not in found else str(file)] = file
     if not found:
         raise ValueError(f"no text in {', '.join(map(str, paths))}: no file ends in {KINDS}")
     return sorted(found.items())

@@ -47,12 +47,8 @@ def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -
 
     Raises ValueError where none has.
     """
-    try:
-        found = data.find_files(paths)
-    except ValueError as e:
-        raise ValueError(str(e).replace("--data ", "--documents ")) from None
     out, longest = [], 0
-    for _, text in data.documents(found):
+    for _, text in data.documents(data.find_files(paths, flag="--documents")):
         ids = text if isinstance(text, np.ndarray) else tokenizer.encode(text, bos=True)
         longest = max(longest, len(ids))
         if len(ids) > length:
