@@ -62,7 +62,7 @@ class Run:
         self.depends = resume.matters(args, stages)
         # 13 GB take a while: beside loading and tokenising
         self.digest = Job(resume.digest, args.teacher) if self.world.main else None
-        if args.dry_run:
+        if args.dry_run and self.digest:
             self.depends[resume.TEACHERS_FILES] = self.digest.result()
         self.at = self.world.on_main(resume.find, args, self.depends, stages)
 
@@ -250,6 +250,11 @@ class Run:
     def save_if_due(self) -> None:
         """Begins to write a state, where all agreed that it is time."""
         if self.saving and not self.stopping:
+            with self.times("saving"):
+                while not self.saver.finish(_QUIET):  # a slow disk
+                    if not self.world.min(float(not self.stop_request)):
+                        self.stopping = True
+                        return
             self.save(self.optimiser)
             self.saved = time.time()
             if self.world.main:

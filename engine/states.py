@@ -308,7 +308,7 @@ class Saver:
         at = self.next
         info = {"total": at.total, "stage": at.stage, "step": at.step, "columns": at.columns}
         info["files"] = {f"rank{r}.safetensors": each for r, each in enumerate(sums)}
-        info["depends"] = self.depends
+        info |= {"chunk": CHUNK, "depends": self.depends}
         info["own checksum"] = info_checksum(info)
         with files.disk_sentences(self.out.path, self.promise):
             (self.place / "state.json").write_text(json.dumps(info) + "\n")
@@ -330,13 +330,11 @@ def info_checksum(info: dict) -> int:
     return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
 
 
-def checksums(file: Path) -> list[int]:
-    """crc32 of each CHUNK of a file."""
+def checksums(file: Path, chunk: int) -> list[int]:
+    """crc32 of each so many bytes of a file."""
     with file.open("rb") as f, ThreadPoolExecutor(_THREADS) as pool:
-        size = os.fstat(f.fileno()).st_size
-        return list(
-            pool.map(lambda at: zlib.crc32(os.pread(f.fileno(), CHUNK, at)), range(0, size, CHUNK))
-        )
+        starts = range(0, os.fstat(f.fileno()).st_size, chunk)
+        return list(pool.map(lambda at: zlib.crc32(os.pread(f.fileno(), chunk, at)), starts))
 
 
 def found(folder: Path) -> list[Path]:
@@ -351,8 +349,9 @@ def latest(folder: Path) -> Path | None:
     """
     for state in found(folder):
         try:
-            for name, sums in load_info(state)["files"].items():
-                if checksums(state / name) != sums:
+            info = load_info(state)
+            for name, sums in info["files"].items():
+                if checksums(state / name, info["chunk"]) != sums:
                     raise ValueError(f"{name} is not as it was written")
             return state
         except (ValueError, KeyError, TypeError, OSError) as e:
@@ -367,7 +366,7 @@ def load_info(state: Path) -> dict:
     """
     info = files.read_json(state / "state.json")
     kinds = {"total": int, "stage": int, "step": int, "columns": dict, "depends": dict}
-    for key, kind in (kinds | {"files": dict}).items():
+    for key, kind in (kinds | {"files": dict, "chunk": int}).items():
         if not isinstance(info.get(key), kind):
             raise ValueError(f"state.json has no {key}, as this version of the program writes it")
     if info.get("own checksum") != info_checksum(info):
