@@ -120,7 +120,10 @@ def refuse_non_finite(weights: dict[str, nn.Parameter], world: World) -> None:
     """Raises ValueError, on all processes, naming a weight that is not finite: a state with it
     could never go on.
     """
-    finite = torch.stack([torch.isfinite(parallel.local(p)).all() for p in weights.values()])
+    held = [parallel.local(p) for p in weights.values()]
+    # Two numbers of each, as NaN is passed on; a shard may be empty
+    ends = [torch.stack(t.aminmax()) if t.numel() else t.new_zeros(2) for t in held]
+    finite = torch.isfinite(torch.stack(ends)).all(1)
     bad = (~finite).nonzero().flatten().tolist()
     first = int(world.min(bad[0] if bad else len(finite)))
     if first < len(finite):

@@ -158,6 +158,16 @@ def test_without_room_on_the_host_steps_wait():
     assert "from a copy of 2 KiB in the host's memory" in plan.describe_saving(2048, True)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_named(bad):
+    weights, _ = trained()
+    weights |= {"e": torch.nn.Parameter(torch.ones(0, 3))}  # as a shard may be
+    states.refuse_non_finite(weights, World("cpu"))
+    weights["c"].data[1] = bad
+    with pytest.raises(ValueError, match="made c NaN or infinite"):
+        states.refuse_non_finite(weights, World("cpu"))
+
+
 # ---- any number of processes
 
 
