@@ -31,6 +31,7 @@ import contextlib
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -489,14 +490,14 @@ def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> N
     if len(shards) == 1:
         save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
         return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, work / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    with ThreadPoolExecutor() as pool:  # one thread is slower than a disk
+        list(pool.map(lambda n, t: save_file(t, work / n, {"format": "pt"}), names, shards))
     index = {
         "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": weight_map,
+        "weight_map": {
+            name: file for file, shard in zip(names, shards, strict=True) for name in shard
+        },
     }
     (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
@@ -507,8 +508,12 @@ def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
     written = type(model).from_pretrained(work, device=str(model.device))
     with torch.device("meta"):
         meant = type(model)(model.config)
-    for name, p in written.named_parameters():
-        if not torch.equal(p.cpu(), tensors[name]):
+    found = dict(written.named_parameters())
+    with ThreadPoolExecutor() as pool:
+        equal = pool.map(lambda name: torch.equal(found[name].cpu(), tensors[name]), found)
+        equal = dict(zip(found, equal, strict=True))
+    for name, p in found.items():
+        if not equal[name]:
             raise RuntimeError(
                 f"the export in {work} does not hold {name} as it was written; the disk may fail"
             )
