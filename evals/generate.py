@@ -37,12 +37,19 @@ class LayerCache:
         self.k, self.v = k.new_zeros(B, heads, room, D), v.new_zeros(B, heads, room, D)
         self.k[:, :, :T], self.v[:, :, :T] = k, v
         self.lengths, self.window = lengths, window
+        self.tokens = T  # of a sequence that is alone
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Adds one position per sequence, k and v [B, Hkv, 1, D].
 
-        Returns all keys, all values and who is seen [B, 1, 1, room].
+        Returns all keys, all values and who is seen [B, 1, 1, room]. A sequence that is alone sees
+        all that is returned, and needs no mask: fused attention takes none for shared keys.
         """
+        if len(k) == 1:
+            self.k[:, :, self.tokens], self.v[:, :, self.tokens] = k[:, :, 0], v[:, :, 0]
+            self.tokens += 1
+            seen = slice(max(0, self.tokens - (self.window or self.tokens)), self.tokens)
+            return self.k[:, :, seen], self.v[:, :, seen], None
         rows = torch.arange(k.shape[0], device=k.device)
         self.k[rows, :, self.lengths], self.v[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
         j = torch.arange(self.k.shape[2], device=k.device)
