@@ -85,7 +85,9 @@ class Run:
             )
 
     def __exit__(self, *error) -> None:
-        if self.saver and self.world.size == 1:  # several could not agree on it any more
+        # Within a stage: after it, what was not measured is not saved. Several processes could not
+        # agree on it any more
+        if self.saver and self.at.step and self.world.size == 1:
             with contextlib.suppress(ValueError):
                 self.saver.finish()
         self._folder_lock.__exit__(*error)
@@ -312,7 +314,7 @@ class Run:
         self.save(None)
         self.measure(stage.name, student)  # while the weights are written
         with self.times("saving"):
-            self.saver.finish()  # the column goes with them
+            self.saver.finish()  # whole only with the column
 
     def done(self) -> None:
         """The result is written."""

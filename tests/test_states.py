@@ -350,6 +350,33 @@ pwrite, os.pwrite, states.Saver._write = os.pwrite, fail, count
     assert not (out / ".linear-ard.work").exists()
 
 
+def test_a_stage_that_could_not_be_measured_is_measured_by_the_resumed_run(
+    whole, small, text_dir, tmp_path
+):
+    """Its weights were being written, but are no state without the table's column."""
+    out = tmp_path / "out"
+    fail = """
+from evals.held_out import HeldOut
+def fail(*a):
+    written.append(0)
+    if len(written) == 3:
+        raise ValueError("measuring failed")
+    return measure(*a)
+measure, HeldOut.measure = HeldOut.measure, fail
+"""
+    args = [*arguments(small, text_dir, out), "--save-minutes", "0"]
+    run = shell(args, script=script(tmp_path / "train.py", fail))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and "measuring failed" in errors
+    assert states.load_info(states.latest(out / "state"))["stage"] == 0
+    resumed = shell([*arguments(small, text_dir, out), "--resume"])
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    same_result(whole, out)
+    one, two = (json.loads((p / "report.json").read_text())["rows"] for p in (whole, out))
+    assert one == two
+
+
 def test_a_state_of_another_version_is_named(tmp_path, capsys):
     weights, adam = trained()
     with Folder(tmp_path, "train.py") as out:
