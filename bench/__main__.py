@@ -1,10 +1,11 @@
-"""Speed and memory from the command line: kernel, memory and step.
+"""Speed and memory from the command line: kernel, memory, marked and step.
 
     python -m bench kernel     the loss alone: times, TFLOP/s and memory, beside its alternatives
     python -m bench memory     its peak memory against T, as a figure
+    python -m bench marked     how often the Hopper forward goes over a model's rows twice
     python -m bench step       a training step and its parts, for models by name
 
-kernel.py, memory.py and step.py say what is measured and how.
+kernel.py, memory.py, marked.py and step.py say what is measured and how.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from bench import kernel as kernels
+from bench import marked as marks
 from bench import memory as memories
 from bench import step as steps
 
@@ -23,7 +25,12 @@ def bench_step(arguments) -> None:
         steps.bench_step(arguments, kernels.conditions(device), file)
 
 
-COMMANDS = {"kernel": kernels.bench_kernel, "memory": memories.bench_memory, "step": bench_step}
+COMMANDS = {
+    "kernel": kernels.bench_kernel,
+    "memory": memories.bench_memory,
+    "marked": marks.bench_marked,
+    "step": bench_step,
+}
 
 
 def main() -> None:
@@ -45,6 +52,10 @@ def main() -> None:
     memory.add_argument(
         "--lengths", nargs="+", type=int, metavar="T", help="instead of the default list"
     )
+    marked = commands.add_parser("marked", help="rows that the Hopper forward computes twice")
+    marked.add_argument("--model", type=Path, required=True, metavar="DIR", help="the teacher")
+    marked.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to read")
+    marked.add_argument("--lengths", nargs="+", type=int, metavar="T", default=[512, 8192, 32768])
     step = commands.add_parser(
         "step", help="a training step's speed, parts and memory", description=steps.__doc__
     )
@@ -57,7 +68,7 @@ def main() -> None:
         command.add_argument(
             "--authors", type=Path, metavar="PATH", help="a clone of gracefulning/LinearARD (GPU)"
         )
-    for command in (kernel, memory, step):
+    for command in (kernel, memory, marked, step):
         command.add_argument(
             "--out", type=Path, default=Path("out"), help="folder of JSON lines and figure [out]"
         )

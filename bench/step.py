@@ -45,6 +45,7 @@ from model import (
     TRAINED,
     Llama,
     LlamaConfig,
+    choose_glue,
     make_student,
 )
 from precision import choose_dtype
@@ -132,7 +133,8 @@ class Timed:
         self.stage, self.device, self.rank = stage, device, arguments.lora_rank
         self.dtype, _ = choose_dtype(device)
         free, host = cost.free_memory(device), fit.host_share(device)
-        machine = fit.Machine(config, self.dtype, device, self.rank, False, 1, free, host)
+        fused = choose_glue(device, self.dtype)[0] is not None
+        machine = fit.Machine(config, self.dtype, device, self.rank, False, 1, free, host, fused)
         self.fit = fit.settle(machine, stage, arguments.micro)
         self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
         self.ids = torch.randint(0, config.vocab_size, (stage.batch, stage.T + 1), device=device)
@@ -140,7 +142,7 @@ class Timed:
         self.adam = torch.optim.AdamW(self.step.weights, lr=1e-6, fused=device.type == "cuda")
 
     def make_step(self, graphs: bool) -> Step:
-        how = {"checkpointing": self.fit.checkpointing, "tiles": self.fit.tiles, "graphs": graphs}
+        how = {"recomputed": self.fit.recomputed, "tiles": self.fit.tiles, "graphs": graphs}
         how |= {"dtype": self.dtype, "kl_weight": float(self.stage.logits)}
         return Step(self.teacher, self.student, {}, **how)
 
@@ -162,7 +164,7 @@ class Timed:
                 pass
 
     def student_forward(self) -> None:
-        with torch.set_grad_enabled(not self.fit.checkpointing):
+        with torch.set_grad_enabled(not self.fit.recomputed):
             self.forward(self.student)
 
     @torch.no_grad()
@@ -231,7 +233,7 @@ def measure(timed: Timed, repeat: int, peak: float) -> dict:
         "lora_rank": timed.rank,
     }
     row |= {
-        "checkpointing": timed.fit.checkpointing,
+        "recomputed": timed.fit.recomputed,
         "memory": timed.fit.describe(c.n_layer),
         "seconds": whole,
         "tokens_per_second": stage.tokens / whole,

@@ -24,7 +24,7 @@ from engine.machine import fix_order
 from engine.parallel import World
 from hub import checkpoint, files, rope_json
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import TRAINED, Llama, LlamaConfig
+from model import TRAINED, Llama, LlamaConfig, choose_glue
 from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
@@ -67,7 +67,7 @@ class Plan:
             "authors_heads": args.authors_heads,
             "impl": args.impl,
             "dropout": args.lora_dropout,
-            "checkpointing": self.fit(stage).checkpointing,
+            "recomputed": self.fit(stage).recomputed,
             "tiles": self.fit(stage).tiles,
         }
 
@@ -90,13 +90,18 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     free = int(world.min(cost.free_memory(device)))
     peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
     host = int(world.min(host_share(device)))
-    machine = Machine(native, dtype, device, args.lora_rank, args.shard, world.size, free, host)
+    kernels, why_glue = choose_glue(device, dtype)
+    machine = Machine(
+        native, dtype, device, args.lora_rank, args.shard, world.size, free, host, bool(kernels)
+    )
     fits = [settle(machine, stage, args.micro) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
+    which = "kernel_glue.py's kernels" if kernels else "PyTorch's operators"
+    print(f"between products: {which}, because {why_glue}")
     print(f"bits: {describe_bits(device, args.deterministic)}")
-    impl, why_impl = relation_impl(args, native, dtype, device)
+    impl, why_impl = relation_impl(args, native, stages[0].T, dtype, device)
     print(f"relation loss: {impl}, because {why_impl}")
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
     for stage, fit in zip(stages, fits, strict=True):
@@ -211,12 +216,14 @@ def check_text(corpus, stages: list[Stage], lookups) -> None:
                     lookups.check(s.T)
 
 
-def relation_impl(args: argparse.Namespace, config: LlamaConfig, dtype, device) -> tuple[str, str]:
-    """(the implementation of the relation loss, why).
+def relation_impl(
+    args: argparse.Namespace, config: LlamaConfig, T: int, dtype, device
+) -> tuple[str, str]:
+    """(the implementation of the relation loss over T tokens, why).
 
     Raises ValueError where --impl names one that cannot run here.
     """
-    head = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device)
+    head = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device).expand(-1, -1, T, -1)
     if args.impl == "auto":
         return choose(head)
     if args.impl == "triton":
