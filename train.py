@@ -69,7 +69,8 @@ from torch import Tensor
 from engine import flags, lora, parallel
 from engine.cost import Stage
 from engine.plan import Plan, make_plan
-from engine.run import GOES_ON, Run
+from engine.run import Run
+from engine.states import GOES_ON
 from engine.step import Step
 from evals import report
 from evals.held_out import HeldOut

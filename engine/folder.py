@@ -28,6 +28,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 from hub import files
@@ -216,39 +217,41 @@ class Folder:
         (self.path / WORK).mkdir(exist_ok=True)
         return self.path / WORK
 
+    def room(self) -> Path:
+        """An empty folder to fill, which `publish` gives a name."""
+        return Path(tempfile.mkdtemp(dir=self.work()))
+
     @contextlib.contextmanager
     def directory(self, name: str):
-        """Yields an empty folder to fill; on success it is synced and becomes `name`, which it
-        replaces.
+        """Yields an empty folder to fill; on success it becomes `name`, which it replaces."""
+        work = self.room()
+        yield work
+        self.publish(work, name)
+
+    def publish(self, work: Path, name: str) -> None:
+        """A folder that `room` made is synced and becomes `name`, which it replaces.
 
         Raises ValueError where `name` holds a file that is not on the list.
         """
         target = self.path / name
         if target.exists():
             refuse_strangers(target, self._inside(name))
-        work = Path(tempfile.mkdtemp(dir=self.work()))
-        yield work
-        files.sync_tree(work)
-        inner = [f"{name}/{f.relative_to(work)}" for f in sorted(work.rglob("*")) if f.is_file()]
-        self.add(*inner)
-        work.chmod(0o777 & ~files.umask())
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if target.exists():
-            target.rename(tempfile.mkdtemp(dir=self.work()) + "/old")
-        work.rename(target)
-        files.sync_directory(target.parent)
+        self.add(*(f"{name}/{f.relative_to(work)}" for f in work.rglob("*") if f.is_file()))
+        files.put_directory(work, target, self.room())
 
     def _inside(self, name: str) -> set[str]:
         """What the list has below `name`."""
         return {n.removeprefix(f"{name}/") for n in self.listed if n.startswith(f"{name}/")}
 
     def remove(self, name: str) -> None:
-        """Takes a folder away that holds nothing but what is on the list."""
+        """Takes a folder away that holds nothing but what is on the list, its bytes beside what
+        the process does next: a disk may take a second for many gigabytes.
+        """
         target = self.path / name
         inside = self._inside(name)
         if next(strangers(target, inside), None) is None:
-            target.rename(tempfile.mkdtemp(dir=self.work()) + "/old")
-            shutil.rmtree(self.path / WORK)
+            target.rename((old := self.room()) / "old")
+            threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True).start()
             self.listed -= {f"{name}/{n}" for n in inside}
             self._write_mark()
 

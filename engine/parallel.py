@@ -130,6 +130,22 @@ class World:
             raise ValueError(answer[1])
         return answer[0]
 
+    def on_all(self, f, *args) -> list:
+        """[f(*args) of each rank], on all; a ValueError of any is raised on all."""
+        if self.size == 1:
+            return [f(*args)]
+        answers = [None, None]
+        try:
+            answers[0] = f(*args)
+        except ValueError as e:
+            answers[1] = str(e)
+        of_all = [None] * self.size
+        dist.all_gather_object(of_all, answers)
+        for _, error in of_all:
+            if error is not None:
+                raise ValueError(error)
+        return [value for value, _ in of_all]
+
     def main_first(self, f, *args, **more):
         """f(...) of every rank, rank 0's before the others', who find on disk what it left there.
 
@@ -305,6 +321,13 @@ def whole(p: Tensor) -> Tensor:
 def local(p: Tensor) -> Tensor:
     """The part that this rank holds of a tensor, any shape: all of it where nothing is sharded."""
     return p.detach().to_local() if hasattr(p, "to_local") else p.detach()
+
+
+def rows(t: Tensor, world: World) -> Tensor:
+    """The rows of a tensor [n, ...] that this rank saves: those that it holds or, where all ranks
+    hold all, an equal share.
+    """
+    return local(t) if hasattr(t, "to_local") else t.detach().tensor_split(world.size)[world.rank]
 
 
 def local_part(full: Tensor, like: Tensor) -> Tensor:

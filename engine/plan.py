@@ -19,7 +19,7 @@ import torch
 from engine import cost, data, folder
 from engine.cost import Stage, clock, flops, parameters, trained_parameters
 from engine.exits import OutOfMemory
-from engine.fit import Fit, Machine, host_share, settle
+from engine.fit import ROOM, Fit, Machine, host_share, settle
 from engine.machine import fix_order
 from engine.parallel import World
 from hub import checkpoint, files, rope_json
@@ -46,6 +46,7 @@ class Plan:
     dtype: torch.dtype  # of activations
     impl: str  # of the relation loss
     peak: float  # flop/s of one device
+    overlap: bool  # a state is written while steps go on
 
     @property
     def fused(self) -> bool:
@@ -105,7 +106,17 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
     for stage, fit in zip(stages, fits, strict=True):
         print(f"{stage.name}      {fit.describe(native.n_layer)}")
-    return Plan(args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak)
+    copy = 12 * trained_parameters(native, args.lora_rank) // world.size  # with Adam's moments
+    overlap = copy <= spare_on_host(machine, fits)
+    print(describe_saving(copy, overlap))
+    return Plan(args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak, overlap)
+
+
+def spare_on_host(m: Machine, fits: list[Fit]) -> int:
+    """Bytes of the host's memory that no step of this process will need."""
+    if m.device.type == "cuda":
+        return m.host - max(fit.tiles.host if fit.tiles else 0 for fit in fits)
+    return int(ROOM * m.free) - max(sum(fit.need.values()) for fit in fits)
 
 
 def check_folder(args: argparse.Namespace) -> None:
@@ -315,6 +326,13 @@ def describe_bits(device: torch.device, deterministic: bool) -> str:
     if deterministic:
         return "the same every run, because --deterministic has attention add in a fixed order"
     return "not the same every run, as attention's backward adds in no order; --deterministic does"
+
+
+def describe_saving(copy: int, overlap: bool) -> str:
+    """How a state is written. copy: its bytes of one process."""
+    if overlap:
+        return f"saving      while steps go on, from a copy of {size(copy)} in the host's memory"
+    return f"saving      while steps wait, as the host has no room for a copy of {size(copy)}"
 
 
 def describe_text(corpus, stages: list[Stage]) -> str:

@@ -1,17 +1,10 @@
-"""Stopping and going on: training state that survives Ctrl-C, a kill at any moment, damage and a
-full disk.
-
-What.  state/step-N/ holds state.safetensors (the trained weights and, within a stage, Adam's two
-moments, by name)
-and state.json (the stage, the step, the figures so far, what the run depends on, and a checksum).
-It is written apart, synced and renamed (folder.py), so a name that exists was complete; the last
-two are kept. A state that does not read back as it was written is named and passed over for the one
-before it.
+"""Stopping and going on: a stop asked for by a signal, and what a resumed run must share with the
+one before.
 
 When.  A step ends with its line in metrics.jsonl. Every --save-minutes, on a stop, and when a stage
-is done and measured, the state is written, synced and renamed; only then are older ones removed.
---resume cuts the log back to the step of the state that it takes. So a kill costs the steps since
-the last save, and a measurement that was not over.
+is done and measured, a state (states.py) is copied and written beside what follows. --resume cuts
+the log back to the step of the state that it takes. So a kill costs the steps since the last state
+that was whole, and a measurement that was not over.
 
 Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
 step is one of its number, so weights, moments and the step's number are the whole state: a resumed
@@ -21,17 +14,16 @@ a CPU, and on a GPU under --deterministic; on a GPU without it up to the roundin
 torch's attention orders anew in each run.
 
 What it depends on.  The arguments that decide the result, and the contents of the teacher's files
-and of the text, by their digests. A resumed run must have the same; what changed is named.
-
-Processes.  A state holds whole tensors, whatever number of processes wrote it: any other number
-reads it.
+and of the text, by their digests. A resumed run must have the same; what changed is named. The
+teacher's digest is taken while the teacher is loaded and the text tokenised.
 
 Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop, and a line says so: the
 measurements at hand and the next step are finished, the state is saved, the exit code is 3. After
 the last step the run ends as if nobody had asked, with code 0. A second signal kills at once; under
 torchrun, which passes on to its processes the Ctrl-C that they already had, only if it comes a
-second or more after the first. torchrun kills what is not done 30 seconds after a Ctrl-C: then the
-state before counts.
+second or more after the first. torchrun kills what is not done 30 seconds after a stop: a state
+that is not whole after GRACE is given up, the one before counts, and a line says how many steps
+that costs.
 
 Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed. --impl
 and --micro may change, and then the rounding does.
@@ -41,27 +33,21 @@ import argparse
 import hashlib
 import json
 import os
-import re
 import signal
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
-from engine import parallel
+from engine import states
 from engine.folder import Folder
+from engine.states import Progress
 from hub import files
 
-_KEEP = 2
+GRACE = 25.0  # seconds for a stop under torchrun
 _PLACES = ("teacher", "data")  # may be other ones: what lies there is compared by its contents
 TEACHERS_FILES = "teacher's files"
-_NAME = re.compile(r"step-(\d{8})")
 
 
 class StopRequest:
@@ -85,6 +71,12 @@ class StopRequest:
             os.write(2, before + b"stopping after this step or measurement; once more: at once\n")
         self.asked = time.monotonic()
 
+    def left(self) -> float | None:
+        """Seconds until this stop must be over; None where nobody said how many there are."""
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            return None
+        return max(0.0, GRACE - (time.monotonic() - self.asked if self.asked else 0.0))
+
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -93,130 +85,8 @@ class StopRequest:
         return self.asked > 0
 
 
-@dataclass
-class Progress:
-    """How far a run is: the step to do next, and the columns of the table that are there."""
-
-    stage: int = 0  # its number in the plan
-    step: int = 0  # of that stage
-    total: int = 0  # steps done, over all stages
-    columns: dict[str, dict[str, float]] = field(default_factory=dict)
-    state: Path | None = None  # where weights and moments are to be read from
-
-
-def gather(
-    weights: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer | None, keep: bool = True
-) -> dict[str, Tensor]:
-    """Weights and, of an optimiser, its moments, whole and on the CPU. All ranks must call it where
-    they are sharded; one may keep them.
-
-    Raises ValueError naming a weight that is not finite: such a state could never go on.
-    """
-    tensors = {}
-    for name, p in weights.items():
-        if not torch.isfinite(parallel.local(p)).all():
-            raise ValueError(
-                f"the update made {name} NaN or infinite; start anew, in another --out, with a "
-                "lower learning rate"
-            )
-        moments = optimiser.state.get(p, {}) if optimiser else {}
-        held = {"": p} | {f"{k}.": moments[k] for k in ("exp_avg", "exp_avg_sq") if k in moments}
-        for key, t in held.items():
-            full = parallel.whole(t)
-            if keep:
-                tensors[key + name] = full.cpu().contiguous()
-    return tensors
-
-
-def write(out: Folder, tensors: dict[str, Tensor], at: Progress, depends: dict) -> None:
-    """state/step-<at.total>, whole or not at all; then the states before the last two go."""
-    info = {"total": at.total, "stage": at.stage, "step": at.step, "columns": at.columns}
-    with out.directory(f"state/step-{at.total:08d}") as work:
-        save_file(tensors, work / "state.safetensors")
-        info |= {"checksum": _checksum(work / "state.safetensors"), "depends": depends}
-        info["own checksum"] = _info_checksum(info)
-        (work / "state.json").write_text(json.dumps(info) + "\n")
-    at.state = out.path / f"state/step-{at.total:08d}"
-    for old in _states(out.path / "state")[_KEEP:]:
-        out.remove(f"state/{old.name}")
-
-
-def _info_checksum(info: dict) -> int:
-    """Of all that state.json says but this number itself."""
-    facts = {k: v for k, v in info.items() if k != "own checksum"}
-    return zlib.crc32(json.dumps(facts, sort_keys=True).encode())
-
-
-def _checksum(file: Path) -> int:
-    value = 0
-    with file.open("rb") as f:
-        while piece := f.read(1 << 24):
-            value = zlib.crc32(piece, value)
-    return value
-
-
-def _states(folder: Path) -> list[Path]:
-    """What is named like a state, newest first."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted((p for p in found if _NAME.fullmatch(p.name)), reverse=True)
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest state that reads back as it was written, or None; a damaged one is named on the
-    way.
-    """
-    for state in _states(folder):
-        try:
-            info = load_info(state)
-            if _checksum(state / "state.safetensors") != info["checksum"]:
-                raise ValueError("state.safetensors is not as it was written")
-            return state
-        except (ValueError, KeyError, TypeError, OSError) as e:
-            print(f"{state} is damaged ({e}); looking for the one before it", flush=True)
-    return None
-
-
-def load_info(state: Path) -> dict:
-    """state.json, with the keys of Progress and `depends`.
-
-    Raises ValueError where it is not as it was written.
-    """
-    info = files.read_json(state / "state.json")
-    kinds = {"total": int, "stage": int, "step": int, "columns": dict, "depends": dict}
-    for key, kind in kinds.items():
-        if not isinstance(info.get(key), kind):
-            raise ValueError(f"state.json has no {key}")
-    if info.get("own checksum") != _info_checksum(info):
-        raise ValueError("state.json is not as it was written")
-    return info
-
-
-def load(state: Path, weights: dict[str, nn.Parameter], optimiser, step: int) -> None:
-    """Puts weights and, unless None, Adam's moments back; `step`: how many updates Adam had made.
-
-    Raises ValueError for a file that cannot be read and for weights of another shape.
-    """
-    try:
-        tensors = load_file(state / "state.safetensors")
-    except SafetensorError as e:
-        raise ValueError(f"{state}/state.safetensors cannot be read: {e}") from None
-    for name, p in weights.items():
-        if name not in tensors or tensors[name].shape != p.shape:
-            raise ValueError(
-                f"{state} holds no {name} of shape {list(p.shape)}; it is another run's"
-            )
-        p.data.copy_(parallel.local_part(tensors[name], p))
-        if optimiser is not None and step:
-            moments = {
-                k: parallel.local_part(tensors[f"{k}.{name}"], p) for k in ("exp_avg", "exp_avg_sq")
-            }
-            # Each kind of Adam counts its steps elsewhere
-            place = p.device if optimiser.defaults["fused"] else "cpu"
-            optimiser.state[p] = {"step": torch.tensor(float(step), device=place), **moments}
-
-
 def matters(args: argparse.Namespace, stages: list) -> dict:
-    """What decides the result, but for the text: a resumed run must have the same."""
+    """What decides the result, but for the contents of files: a resumed run must have the same."""
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout")
     keys += ("logit_weight", "relations", "authors_heads", "lookups", "eval_blocks", "dtype")
     out = {k: getattr(args, k) for k in keys}
@@ -226,7 +96,7 @@ def matters(args: argparse.Namespace, stages: list) -> dict:
             plan["native blocks"] = s.auxiliary.batch // s.batch if s.auxiliary else 0
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
-    return out | paths | {TEACHERS_FILES: digest(args.teacher)}
+    return out | paths
 
 
 def digest(path: Path) -> str:
@@ -247,17 +117,16 @@ def find(args: argparse.Namespace, depends: dict, stages: list) -> Progress:
     if not args.resume:
         return Progress()
     out = args.out
-    state = latest(out / "state")
+    state = states.latest(out / "state")
     if state is None:
-        if _states(out / "state"):
+        if states.found(out / "state"):
             raise ValueError(f"no state in {out}/state is whole; start anew with another --out")
         print("--resume: no state was saved, so it begins at the beginning", flush=True)
         return Progress()
-    info = load_info(state)
+    info = states.load_info(state)
     same_run(info["depends"], depends)
     at = Progress(info["stage"], info["step"], info["total"], info["columns"], state)
-    done = f"after step {at.step} of {stages[at.stage].name}" if at.step else "between stages"
-    print(f"--resume: going on {done}, from {state}", flush=True)
+    print(f"--resume: going on {at.where(stages)}, from {state}", flush=True)
     return at
 
 
@@ -283,10 +152,10 @@ def _flag(key: str) -> str:
     return key if key in (TEACHERS_FILES, "text") else "--" + key.replace("_", "-")
 
 
-def same_text(at: Progress, text: str) -> None:
-    """Raises ValueError where the text, by its digest, is not the one that made the state."""
+def same_contents(at: Progress, depends: dict) -> None:
+    """Raises ValueError where text or teacher are not those that made the state."""
     if at.state:
-        same_run(load_info(at.state)["depends"], {"text": text})
+        same_run(states.load_info(at.state)["depends"], depends)
 
 
 def cut_log(out: Folder, total: int) -> None:

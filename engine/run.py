@@ -10,9 +10,11 @@
             run.end_stage(stage)            saved
 
 What must hold.  All processes take the same decisions: to stop, to save, to refuse a loss that is
-not finite (`agree`). Rank 0 alone writes; where models are cut over processes, all of them measure
-and gather. A state is written every --save-minutes, on a stop, and when a stage is done and
-measured; one between stages holds weights alone, as the next stage begins with a new Adam.
+not finite (`agree`). All write a state's files; everything else rank 0 alone. Where models are cut
+over processes, all of them measure. A state is written every --save-minutes, on a stop, and when a
+stage is done and measured; one between stages holds weights alone, as the next stage begins with a
+new Adam. It is written beside what follows (states.py): a run waits for the copy, and for the state
+before where that is not whole yet.
 
 Limits.  One run per folder at a time (folder.py); what a kill costs stands in resume.py.
 """
@@ -25,18 +27,19 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from engine import cost, data, exits, folder, plan, resume, watch
+from engine import cost, data, exits, folder, plan, resume, states, watch
 from engine.cost import Stage
 from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World, lost
 from engine.plan import Plan
 from engine.sequence import processes_per_block
+from engine.states import Job, Saver
 from engine.timing import Times
 from hub import files
 from model import Llama
 
-GOES_ON = ". The last saved state is kept: --resume goes on from it"
+_QUIET = 5.0  # seconds that a stop waits for a state before it says so
 
 
 class Run:
@@ -47,6 +50,7 @@ class Run:
         self.times = Times("start")
         self.out = folder.Folder(self.args.out, "train.py", active=world.main)
         self.saving = self.stopping = False  # what all processes agreed on in this step
+        self.saver = None
 
     # ---- where it is written, and where it begins
 
@@ -55,7 +59,11 @@ class Run:
         if self.args.dry_run and not self.args.resume:
             return
         args, stages = self.args, self.plan.stages
-        self.depends = self.world.on_main(resume.matters, args, stages)
+        self.depends = resume.matters(args, stages)
+        # 13 GB take a while: beside loading and tokenising
+        self.digest = Job(resume.digest, args.teacher) if self.world.main else None
+        if args.dry_run and self.digest:
+            self.depends[resume.TEACHERS_FILES] = self.digest.result()
         self.at = self.world.on_main(resume.find, args, self.depends, stages)
 
     def __enter__(self) -> "Run":
@@ -63,11 +71,25 @@ class Run:
             folder_lock.enter_context(self.out)
             # Another run may have come and gone since
             self.world.on_main(plan.check_folder, self.args)
+            self.world.on_all(self._refuse_apart)
             self.find()
             self._folder_lock = folder_lock.pop_all()  # nothing was refused: it is kept
         return self
 
+    def _refuse_apart(self) -> None:
+        """Raises ValueError where this process does not see the folder that the first one took."""
+        if not (self.args.out / folder.LOCK).exists():
+            raise ValueError(
+                f"process {self.world.rank} does not see {self.args.out}, where each writes its "
+                "part of a state; name a folder on a disk that all machines share"
+            )
+
     def __exit__(self, *error) -> None:
+        # Within a stage: after it, what was not measured is not saved. Several processes could not
+        # agree on it any more
+        if self.saver and self.at.step and self.world.size == 1:
+            with contextlib.suppress(ValueError):
+                self.saver.finish()
         self._folder_lock.__exit__(*error)
 
     def read_text(self) -> data.Corpus:
@@ -77,7 +99,10 @@ class Run:
         def check(corpus: data.Corpus) -> None:
             documents = Lookups(tokenizer, corpus.train) if args.lookups else None
             plan.check_text(corpus, stages, documents)
-            resume.same_text(self.at, corpus.digest)
+            self.depends["text"] = corpus.digest
+            if self.world.main:
+                self.depends[resume.TEACHERS_FILES] = self.digest.result()
+                resume.same_contents(self.at, self.depends)
             self.out.add(*self.out.owned(args.cache))  # the text will be worth keeping
 
         with self.times("tokenising"), files.disk_sentences(args.cache):
@@ -85,7 +110,6 @@ class Run:
                 data.load_corpus, args.data, tokenizer, args.cache, without=args.out, check=check,
                 field=args.text_field,
             )  # fmt: skip
-        self.depends["text"] = self.corpus.digest
         for note in self.corpus.notes:
             print(note)
         print(plan.describe_text(self.corpus, stages))
@@ -96,7 +120,9 @@ class Run:
         """weights: what learns, set to a resumed run's; held_out: evals/held_out.py's HeldOut."""
         self.weights, self.held_out = weights, held_out
         if self.at.state:
-            resume.load(self.at.state, weights, None, 0)
+            states.load(self.at.state, weights, None, 0)
+        out, overlap = self.out, self.plan.overlap
+        self.saver = Saver(out, self.world, self.depends, self.at, overlap)
         self.stop_request, self.saved = resume.StopRequest(), time.time()
         self.about = {
             "arguments": self.depends,
@@ -132,7 +158,8 @@ class Run:
         """
         self.optimiser, self.step, self.stage_began = optimiser, step, []
         if self.at.step:
-            resume.load(self.at.state, self.weights, optimiser, self.at.step)
+            states.load(self.at.state, self.weights, optimiser, self.at.step)
+        self.saver.reserve(self.weights)
         print(f"{stage.name}: {step.why}")
         if self.world.main:
             self.watch.begin(self.at.stage, self.at.step)
@@ -141,13 +168,12 @@ class Run:
                 yield
         except (MemoryError, RuntimeError) as e:
             if exits.ran_out(e):
-                promise = GOES_ON if self.at.state else ""
-                raise plan.out_of_memory(stage, self.plan.device, promise) from None
+                raise plan.out_of_memory(stage, self.plan.device, self.saver.promise) from None
             if self.world.size > 1 and lost(e):
                 if self.stop_request and not self.world.main:  # torchrun ends all: that is no news
                     raise KeyboardInterrupt from None
-                promise = GOES_ON if self.at.state else ""
-                raise ValueError(f"another process of this run has ended{promise}") from None
+                ended = f"another process of this run has ended{self.saver.promise}"
+                raise ValueError(ended) from None
             raise
         step.close()
         self.times.first_step(self.stage_began)
@@ -192,20 +218,26 @@ class Run:
         Raises ValueError, on all, for a loss or gradient that is not finite.
         """
         due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
-        agreed = self.figures.agree(self.world, bool(self.stop_request), due)
-        self.stopping, self.saving = agreed
-        stage, student = self.plan.stages[self.at.stage], self.step.student
-        watch.refuse_non_finite(
-            self.world,
-            stage,
-            n,
-            self.figures,
-            float(norm),
-            self.weights,
-            student,
-            self.ids,
-            self.at,
-        )
+        asked = bool(self.stop_request), due, self.saver.writing()
+        self.stopping, self.saving, writing = self.figures.agree(self.world, *asked)
+        if not writing:  # on any process
+            with self.times("saving"):
+                self.saver.finish()
+        try:
+            watch.refuse_non_finite(
+                self.world,
+                self.plan.stages[self.at.stage],
+                n,
+                self.figures,
+                float(norm),
+                self.weights,
+                self.step.student,
+                self.ids,
+                self.at,
+            )
+        except ValueError:
+            self.saver.finish()  # what is good is kept
+            raise
 
     def log(self, n: int, norm: Tensor, lr: float) -> None:
         """The step is done: its line in the log. norm: [], before clipping."""
@@ -218,34 +250,71 @@ class Run:
             )
 
     def save_if_due(self) -> None:
-        """Writes a state, where all agreed that it is time or that the run stops."""
-        if self.saving or self.stopping:
+        """Begins to write a state, where all agreed that it is time."""
+        if self.saving and not self.stopping:
+            with self.times("saving"):
+                while not self.saver.finish(_QUIET):  # a slow disk
+                    if not self.world.min(float(not self.stop_request)):
+                        self.stopping = True
+                        return
             self.save(self.optimiser)
             self.saved = time.time()
             if self.world.main:
                 self.watch.draw(patience=60)
 
     def save(self, optimiser: torch.optim.Optimizer | None) -> None:
-        """All processes gather; the first one writes. optimiser: whose moments are kept too."""
+        """Begins to write a state, once the one before is whole. optimiser: whose moments are kept
+        too.
+        """
         with self.times("saving"):
-            tensors = resume.gather(self.weights, optimiser, keep=self.world.main)
-            with files.disk_sentences(self.args.out, GOES_ON if self.at.state else ""):
-                self.world.on_main(resume.write, self.out, tensors, self.at, self.depends)
+            self.saver.finish()
+            states.refuse_non_finite(self.weights, self.world)
+            self.saver.start(states.slices(self.weights, optimiser, self.world), self.at)
 
     def stop(self) -> None:
-        """Ends the process, as somebody asked."""
-        stage = self.plan.stages[self.at.stage]
-        print(f"\nstopped after step {self.at.step} of {stage.name}; --resume goes on")
+        """Ends the process, as somebody asked, when the state is whole or time is up."""
+        if whole := self._finish_in_time():
+            self.save(self.optimiser)
+            whole = self._finish_in_time()
+        if self.world.main:
+            self.watch.draw(patience=60)
+        self.saver.abandon()
+        print(f"\n{self._stopped(whole)}")
         self.out.close()
         self.world.exit(exits.STOPPED)
+
+    def _finish_in_time(self) -> bool:
+        """Waits for the state at work; whether it is whole."""
+        left = self.stop_request.left()
+        with self.times("saving"):
+            if self.saver.finish(_QUIET if left is None else min(_QUIET, left)):
+                return True
+            newest = self.saver.next.where(self.plan.stages)
+            print(f"\nwriting the state {newest}; if it is not whole: {self._before()}", flush=True)
+            return self.saver.finish(self.stop_request.left())
+
+    def _before(self) -> str:
+        """What counts where the newest state does not."""
+        last = self.saver.last
+        lost = self.at.total - (last.total if last else 0)
+        lost = f"{lost} step{'s are' if lost > 1 else ' is'} lost"
+        return f"the one {last.where(self.plan.stages)} counts, {lost}" if last else lost
+
+    def _stopped(self, whole: bool) -> str:
+        said = f"stopped {self.at.where(self.plan.stages)}"
+        if not whole:
+            said += f", too late to write its state: {self._before()}"
+        return said + ("; --resume goes on" if self.saver.last else "; start again")
 
     def end_stage(self, stage: Stage, student: Llama) -> None:
         """Its column of the table, and a state without moments: the next stage has a new Adam."""
         if self.world.main:
             self.watch.end()
-        self.measure(stage.name, student)
         self.at.stage, self.at.step = self.at.stage + 1, 0
         self.save(None)
+        self.measure(stage.name, student)  # while the weights are written
+        with self.times("saving"):
+            self.saver.finish()  # whole only with the column
 
     def done(self) -> None:
         """The result is written."""

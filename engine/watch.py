@@ -25,8 +25,8 @@ product, measured at the start in the dtype of the run (8192^3 on a GPU, 1024^3 
 by --peak-tflops. The ETA takes the work that is left, in all stages, at the median speed of the
 last 20 steps; measuring and exporting come on top.
 
-Limits.  A step's seconds include waiting for the text and for other processes; saving a state is
-not in them.
+Limits.  A step's seconds include waiting for the text and for other processes; the copy of a state
+is not in them.
 """
 
 import json
@@ -43,6 +43,7 @@ from engine.boards import Boards
 from engine.folder import Folder
 from engine.lookups import chosen
 from engine.plan import Plan
+from engine.states import Progress
 from relation_kl import RELATIONS
 
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu", "next_token_kl", "relation_loss")
@@ -73,22 +74,23 @@ class Figures:
             self.predicts = True
             self.sums[0] += share * values[0]
 
-    def agree(self, world, stop: bool, save: bool) -> tuple[bool, bool]:
-        """Means over all processes; (does any want to stop, does the first want to save)."""
-        asked = self.sums.new_tensor([stop, save])
+    def agree(self, world, *asked: bool) -> list[bool]:
+        """Means over all processes; and of each thing asked, whether any process says so."""
+        asked = torch.tensor(asked, device=self.sums.device, dtype=torch.float64)
         means = world.mean(torch.cat([asked, self.sums])).cpu()
-        next_token, relation, kl = means[2:5].tolist()
+        means, asked = means[len(asked) :], means[: len(asked)]
+        next_token, relation, kl = means[:3].tolist()
         self.loss = next_token if self.predicts else relation
         self.relation_loss = relation if self.predicts and self.distils else None
         self.kl = kl if self.distils else None
-        self.parts = means[5:].view(-1, 3) if self.distils else None
-        return bool(means[0]), bool(means[1])
+        self.parts = means[3:].view(-1, 3) if self.distils else None
+        return asked.bool().tolist()
 
 
 class Watch:
     """The log of one run, on the first process."""
 
-    def __init__(self, out: Folder, plan: Plan, processes: int, about: dict, at: resume.Progress):
+    def __init__(self, out: Folder, plan: Plan, processes: int, about: dict, at: Progress):
         """The first writing of a run: run.json, and the log without what the resumed state does not
         know.
         """

@@ -31,6 +31,7 @@ import contextlib
 import json
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -447,8 +448,13 @@ def _rewritten(data: bytes, old: dict, new: dict, edited: bytes) -> bytes:
 
 def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> None:
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
-    for file, names in split.filename_to_tensors.items():
-        save_file({n: tensors[n] for n in names}, work / file, metadata={"format": "pt"})
+
+    def write(file: str) -> None:
+        shard = {name: tensors[name] for name in split.filename_to_tensors[file]}
+        save_file(shard, work / file, metadata={"format": "pt"})
+
+    with ThreadPoolExecutor() as pool:  # one thread is slower than a disk
+        list(pool.map(write, split.filename_to_tensors))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (work / f"{SINGLE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
@@ -460,8 +466,12 @@ def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:
     written = type(model).from_pretrained(work, device=str(model.device))
     with torch.device("meta"):
         meant = type(model)(model.config)
-    for name, p in written.named_parameters():
-        if not torch.equal(p.cpu(), tensors[name]):
+    found = dict(written.named_parameters())
+    with ThreadPoolExecutor() as pool:
+        equal = pool.map(lambda name: torch.equal(found[name].cpu(), tensors[name]), found)
+        equal = dict(zip(found, equal, strict=True))
+    for name, p in found.items():
+        if not equal[name]:
             raise RuntimeError(
                 f"the export in {work} does not hold {name} as it was written; the disk may fail"
             )

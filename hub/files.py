@@ -137,15 +137,23 @@ def atomic_directory(path: Path):
     replaced = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         yield work
-        sync_tree(work)
-        work.chmod(0o777 & ~umask())
-        if path.exists() or path.is_symlink():
-            path.rename(replaced / "old")  # a link is moved, not what it leads to
-        work.rename(path)
-        sync_directory(path.parent)
+        put_directory(work, path, replaced)
     finally:
         shutil.rmtree(work, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def put_directory(work: Path, path: Path, replaced: Path) -> None:
+    """The folder `work`, of the same file system, is synced and takes the name `path`; what had
+    that name, if anything, goes into the folder `replaced`.
+    """
+    sync_tree(work)
+    work.chmod(0o777 & ~umask())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() or path.is_symlink():
+        path.rename(replaced / "old")  # a link is moved, not what it leads to
+    work.rename(path)
+    sync_directory(path.parent)
 
 
 def umask() -> int:

@@ -36,7 +36,7 @@ from conftest import write_model  # noqa: E402
 
 import rope  # noqa: E402
 import train  # noqa: E402
-from engine import data, fit, flags, folder, parallel, plan, resume  # noqa: E402
+from engine import data, fit, flags, folder, parallel, plan, states  # noqa: E402
 from hub import checkpoint, rope_json  # noqa: E402
 from hub.chats import Chats  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
@@ -443,14 +443,14 @@ def state_case(rng: random.Random, work: Path, base: Path) -> None:
     """A damaged newest state: the one before it is found, or none, and nothing else happens."""
     out = Path(shutil.copytree(base / "states", work / "states"))
     damage_bytes(
-        rng, out / "state" / "step-00000002" / rng.choice(["state.json", "state.safetensors"])
+        rng, out / "state" / "step-00000002" / rng.choice(["state.json", "rank0.safetensors"])
     )
-    found = resume.latest(out / "state")
+    found = states.latest(out / "state")
     if found is None:
         raise Wrong("the whole state before it was not found")
     whole = base / "states" / "state" / found.name
-    weights = [(p / "state.safetensors").read_bytes() for p in (found, whole)]
-    if weights[0] != weights[1] or resume.load_info(found) != resume.load_info(whole):
+    weights = [(p / "rank0.safetensors").read_bytes() for p in (found, whole)]
+    if weights[0] != weights[1] or states.load_info(found) != states.load_info(whole):
         raise Wrong(f"{found.name} was taken although it is not as it was written")
 
 
@@ -522,14 +522,17 @@ def prepare(base: Path) -> None:
     data.load_corpus(
         [text / "a.txt"], load_tokenizer(base / "teacher"), base / "tokens", quiet=True
     )
-    weight = torch.nn.Parameter(torch.randn(8, 8))
+    weights = {"w": torch.nn.Parameter(torch.randn(8, 8))}
+    world = parallel.World("cpu")
     with folder.Folder(base / "states", "train.py") as out:
+        saver = states.Saver(out, world, {"seed": 0}, states.Progress(), overlap=True)
         for step in (1, 2):
-            adam = torch.optim.AdamW([weight])
-            weight.grad = torch.randn(8, 8)
+            adam = torch.optim.AdamW(weights.values())
+            weights["w"].grad = torch.randn(8, 8)
             adam.step()
-            at = resume.Progress(total=step, step=step)
-            resume.write(out, resume.gather({"w": weight}, adam), at, {"seed": 0})
+            at = states.Progress(total=step, step=step)
+            saver.start(states.slices(weights, adam, world), at)
+            saver.finish()
 
 
 def tree(path: Path) -> dict:

@@ -15,7 +15,7 @@ from conftest import write_model
 from test_train import same_result
 
 import train
-from engine import curves, folder
+from engine import curves, folder, states
 from evals import pictures
 
 KILLS = 50
@@ -98,6 +98,10 @@ def test_fifty_kills(teacher, text_dir, tmp_path):
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             kills += 1
+            named = states.found(out / "state")
+            assert states.latest(out / "state") == (named[0] if named else None), (
+                "whole or not there"
+            )
         else:
             assert code == 0, out.with_name(f"{out.name}.log").read_text()
             same_result(tmp_path / "whole", out)

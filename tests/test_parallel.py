@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, write_model
 from safetensors.torch import load_file
 
-from engine import exits, parallel, resume
+from engine import exits, parallel, states
 
 STEPS1, STEPS2 = 5, 3
 ADAPTERS = ("--lora-rank", "4", "--lora-dropout", "0.3", "--micro", "1", "--logit-weight", "0.5")
@@ -209,8 +209,8 @@ def test_resuming_with_another_world(full, small, text_dir, tmp_path, first, the
     run.send_signal(signal.SIGTERM)
     said, errors = run.communicate(timeout=120)
     assert run.returncode == (exits.STOPPED if first[0] == 1 else 1), errors
-    state = resume.latest(out / "state")
-    assert state and 0 < resume.load_info(state)["total"] < STEPS1 + STEPS2, "stopped half-way"
+    state = states.latest(out / "state")
+    assert state and 0 < states.load_info(state)["total"] < STEPS1 + STEPS2, "stopped half-way"
     finish(start(then[0], small, text_dir, out, "--resume", *then[1:]))
     same_to_rounding(full, out)
 
@@ -244,7 +244,7 @@ def test_a_run_interrupted_on_four_processes_goes_on_with_one(full, small, text_
         assert run.poll() is None, run.communicate()
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=120)
-    assert resume.load_info(resume.latest(out / "state"))["total"] > STEPS1
+    assert states.load_info(states.latest(out / "state"))["total"] > STEPS1
     finish(start(1, small, text_dir, out, "--resume"))
     same_to_rounding(full, out)
 
@@ -265,7 +265,7 @@ def test_a_lost_process_ends_all_others_with_one_sentence(small, text_dir, tmp_p
     said = [line for line in errors.splitlines() if line.startswith("train.py:")]
     assert len(said) == 1 and "another process" in said[0] and "--resume" in said[0], errors
     assert (
-        "[rank" not in errors and resume.load_info(resume.latest(out / "state"))["total"] > STEPS1
+        "[rank" not in errors and states.load_info(states.latest(out / "state"))["total"] > STEPS1
     )
 
 

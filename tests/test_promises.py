@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_train import refused, same_result, shell
 
 import train
-from engine import cost, data, exits, folder, resume
+from engine import cost, data, exits, folder, states
 from hub import files
 from hub.tokenizer import load_tokenizer
 
@@ -432,7 +432,7 @@ def test_a_stop_at_any_moment_is_one_line(teacher, text_dir, tmp_path, number, s
         return  # before the first line of ours
     assert run.returncode == exits.STOPPED, errors
     assert "Traceback" not in errors and errors.count("\n") <= 1
-    assert (resume.latest(out / "state") is not None) == ("--resume goes on" in said)
+    assert (states.latest(out / "state") is not None) == ("--resume goes on" in said)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -535,7 +535,7 @@ def newest(out: Path) -> Path:
 
 
 def damage(state: Path, kind: str) -> None:
-    weights = state / "state.safetensors"
+    weights = state / "rank0.safetensors"
     if kind == "cut":
         weights.write_bytes(weights.read_bytes()[:3000])
     elif kind == "flipped":
@@ -648,7 +648,7 @@ def test_weights_that_the_update_broke_are_not_saved(teacher, text_dir, tmp_path
     assert run.returncode == 2 and errors.count("\n") == 1
     assert "another --out, with a lower learning rate" in errors, "this --out keeps its rate"
     for state in (out / "state").glob("step-*"):
-        assert all(torch.isfinite(t).all() for t in load_file(state / "state.safetensors").values())
+        assert all(torch.isfinite(t).all() for t in load_file(state / "rank0.safetensors").values())
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import train
-from engine import cost, curves, exits, parallel, plan, resume, watch
+from engine import cost, curves, exits, parallel, plan, states, watch
 from engine.lookups import Lookups
 from hub import files
 from hub.tokenizer import load_tokenizer
@@ -160,7 +160,7 @@ def test_stop_and_resume_gives_the_same_bits(whole, small, text_dir, tmp_path):
     run.send_signal(signal.SIGTERM)
     said, errors = run.communicate()
     assert run.returncode == exits.STOPPED, errors
-    assert "--resume" in said and resume.latest(out / "state")
+    assert "--resume" in said and states.latest(out / "state")
     again = shell(arguments(small, text_dir, out, "--resume"))
     _, errors = again.communicate()
     assert again.returncode == 0, errors
@@ -185,8 +185,8 @@ def test_killed_at_random_moments_and_resumed(whole, small, text_dir, tmp_path):
         run.kill()
         run.communicate()
         for state in (out / "state").glob("step-*"):
-            assert resume.load_info(state)["total"] == int(state.name.split("-")[1])
-            load_file(state / "state.safetensors")
+            assert states.load_info(state)["total"] == int(state.name.split("-")[1])
+            load_file(state / "rank0.safetensors")
         if run.returncode == 0:
             break
     last = shell(arguments(small, text_dir, out, "--resume", "--save-minutes", "0"))
@@ -256,15 +256,15 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     assert "--lr1 was 0.01 and is 0.02" in said
     said = refused([*arguments(small, text_dir, copy), "--resume", "--native-blocks", "2"])
     assert "--native-blocks was 0 and is 2" in said
-    state = resume.latest(copy / "state") / "state.json"
+    state = states.latest(copy / "state") / "state.json"
     info = json.loads(state.read_text())
     info["depends"]["stage2 native blocks"] = 4  # and that they were dropped is named as well
-    info["own checksum"] = resume._info_checksum(info)
+    info["own checksum"] = states.info_checksum(info)
     state.write_text(json.dumps(info))
     said = refused([*arguments(small, text_dir, copy), "--resume"])
     assert "--native-blocks was 4 and is 0" in said
     info["depends"]["stage2 native blocks"] = 0
-    info["own checksum"] = resume._info_checksum(info)
+    info["own checksum"] = states.info_checksum(info)
     state.write_text(json.dumps(info))
     more = ["--tokens2", "5120", "--lookups", "0.5"]
     said = refused([*arguments(small, text_dir, copy), "--resume", "--dry-run", *more])
@@ -284,7 +284,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path
     """
     out = tmp_path / "out"
     stopped = shell([*arguments(small, text_dir, out), "--save-minutes", "0"])
-    while not (out / "state").exists() or resume.latest(out / "state") is None:
+    while not (out / "state").exists() or states.latest(out / "state") is None:
         time.sleep(0.002)
         assert stopped.poll() is None
     stopped.kill()
@@ -305,9 +305,9 @@ def test_a_second_ctrl_c_leaves_at_once(small, text_dir, tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(
         f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport train\nfrom engine import "
-        "resume\nwrite = resume.write\n"
-        "def slow(*a):\n    print('writing', flush=True)\n    time.sleep(60)\n    write(*a)\n"
-        "resume.write = slow\ntrain.main()\n"
+        "states\nwrite = states.Saver._write\n"
+        "def slow(*a):\n    print('writing', flush=True)\n    time.sleep(60)\n    return write(*a)\n"
+        "states.Saver._write = slow\ntrain.main()\n"
     )
     run = shell(
         [*arguments(small, text_dir, tmp_path / "out"), "--save-minutes", "0"], script=script
@@ -377,7 +377,7 @@ def test_a_non_finite_loss_names_step_layer_and_blocks(
         and f"--lr{stage}" in said
     )
     assert [
-        resume.load_info(s)["total"] for s in sorted((tmp_path / "out" / "state").iterdir())
+        states.load_info(s)["total"] for s in sorted((tmp_path / "out" / "state").iterdir())
     ] == [1, 2]
     assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 2, (
         "the bad step is not logged"
