@@ -61,10 +61,9 @@ counter per tile, `turns`, says how many have added. The first stores instead of
 zeros are written before. The last is the tile's own program: it reads the sum back, adds its own
 rows from registers and writes dL/dx: no pass follows.
 
-An addition may be told once it is in memory, which takes longer than a tile: hence three adding
-warps that take the tiles in turns. They wait by a fence for global memory alone; one for all memory
-waits for the other warps' additions too. The order costs 5 % of the backward at 32 x 4096 x 128 and
-less at 32 x 32768 x 128 (LOG.md).
+An addition is told to the next program once it is in memory, which takes longer than a tile: hence
+three adding warps that take the tiles in turns. The order costs 5 % of the backward at 32 x 4096 x
+128 and nothing that can be seen at 32 x 32768 x 128 (LOG.md).
 
 It cannot hang.  A program waits only for ones that began before it, whatever their numbers are: its
 work is told by a ticket (_ticket), which one atomic addition gives it when it begins.
