@@ -59,10 +59,11 @@ Same bits.  Float addition in another order gives other bits, so the additions t
 one order: its programs from the last rows upwards, which is the order in which they begin. A
 counter per tile, `turns`, says how many have added. The first stores instead of adding: no
 zeros are written before. The last is the tile's own program: it reads the sum back, adds its own
-rows from registers and writes dL/dx: no pass follows. What the order costs: from asking whose turn
-it is until the next program can know takes 2.5 us, more than the 1.8 us in which a tile is
-computed; hence three adding warps that take the tiles in turns, and 4 ms of 34 at 32 x 32768 x 128
-(LOG.md).
+rows from registers and writes dL/dx: no pass follows.
+
+An addition is told to the next program once it is in memory, which takes longer than a tile: hence
+three adding warps that take the tiles in turns. The order costs 5 % of the backward at 32 x 4096 x
+128 and nothing that can be seen at 32 x 32768 x 128 (LOG.md).
 
 It cannot hang.  A program waits only for ones that began before it, whatever their numbers are: its
 work is told by a ticket (_ticket), which one atomic addition gives it when it begins.
@@ -116,7 +117,9 @@ BACKWARD = {64: (3, 4, (128, 72)), 128: (2, 3, (192, 104))}
 # x, y and `sums` of the heads that begin together fill at most this much of the second-level cache
 # (50 MB), one head aside. D -> bytes: what was fastest from 4096 to 32768 tokens (LOG.md).
 IN_FLIGHT_BYTES = {64: 36 * 2**20, 128: 18 * 2**20}
-SHORT = {64: 2049, 128: 1025}  # D -> tokens, see short
+# See short
+SHORT = 256  # tokens
+MULTIPROCESSORS = 132  # an H100's and an H200's, as servers have them
 
 
 @gluon.jit
@@ -766,12 +769,17 @@ def unsupported(
 
 
 def short(x: Tensor) -> bool:
-    """Whether x [B, H, T, D] is so short that kernel_triton.py is faster: T below SHORT[D].
+    """Whether kernel_triton.py is faster for x [B, H, T, D]: at up to SHORT tokens, or where the
+    backward has fewer programs than there are multiprocessors.
 
-    A program here owns 256 rows forward and 128 or 192 backward, of kernel_triton.py 64 or 128. Few
-    tokens make too few programs to fill 132 multiprocessors, and beginning takes as long as a few tiles.
+    A program here owns 256 rows forward and 128 or 192 backward, of kernel_triton.py 64 or 128: few
+    rows leave multiprocessors idle, and beginning takes as long as a few tiles. Of 100 shapes (1 to
+    288 heads of 128 to 8192 tokens, as CUDA graphs) this picks the slower kernel at 4, by 6 % at most
+    (LOG.md).
     """
-    return x.shape[2] < SHORT[x.shape[3]]
+    B, H, T, D = x.shape
+    programs = B * H * -(-T // (BS.value * BACKWARD[D][0]))
+    return T <= SHORT or programs < MULTIPROCESSORS
 
 
 def _matrix(x: Tensor) -> tuple[tuple, tuple, bool] | None:

@@ -225,7 +225,8 @@ def choose(
     if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
         return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported; {reason}"
     if kernel_hopper.short(x):
-        return "triton", f"at {x.shape[2]} tokens it is faster than this chip's own kernels"
+        B, H, T, _ = x.shape
+        return "triton", f"{B * H} heads of {T} tokens are few for this chip's own kernels"
     return "hopper", "this chip has kernels of its own, which are faster (README.md)"
 
 

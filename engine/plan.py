@@ -101,7 +101,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     which = "kernel_glue.py's kernels" if kernels else "PyTorch's operators"
     print(f"between products: {which}, because {why_glue}")
     print(f"bits: {describe_bits(device, args.deterministic)}")
-    impl, why_impl = relation_impl(args, native, stages[0].T, dtype, device)
+    impl, why_impl = relation_impl(args, native, fits[0].micro, stages[0].T, dtype, device)
     print(f"relation loss: {impl}, because {why_impl}")
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
     for stage, fit in zip(stages, fits, strict=True):
@@ -217,24 +217,25 @@ def check_text(corpus, stages: list[Stage], lookups) -> None:
 
 
 def relation_impl(
-    args: argparse.Namespace, config: LlamaConfig, T: int, dtype, device
+    args: argparse.Namespace, config: LlamaConfig, B: int, T: int, dtype, device
 ) -> tuple[str, str]:
-    """(the implementation of the relation loss over T tokens, why).
+    """(the implementation of the relation loss of q over B blocks of T tokens, why).
 
     Raises ValueError where --impl names one that cannot run here.
     """
-    head = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device).expand(-1, -1, T, -1)
+    one = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device)
+    q = one.expand(B, config.n_head, T, -1)
     if args.impl == "auto":
-        return choose(head)
+        return choose(q)
     if args.impl == "triton":
         import kernel_triton
 
-        if reason := kernel_triton.unsupported(head):
+        if reason := kernel_triton.unsupported(q):
             raise ValueError(f"--impl triton: {reason}; leave it at auto")
     if args.impl == "hopper":
         import kernel_hopper
 
-        if reason := kernel_hopper.unsupported(head, True, None, (1.0, 1.0)):
+        if reason := kernel_hopper.unsupported(q, True, None, (1.0, 1.0)):
             raise ValueError(f"--impl hopper: {reason}; leave it at auto")
     return args.impl, "--impl says so"
 

@@ -407,11 +407,22 @@ def test_the_plan_counts_what_the_backward_allocates(nowhere, monkeypatch):  # n
     assert workspace_bytes(1, 1, 1000, 80) == 0
 
 
-def test_auto_takes_the_plain_kernel_where_tokens_are_few(monkeypatch):
+@pytest.mark.parametrize(
+    "B, H, T, D, chosen",
+    [
+        (2, 9, 512, 64, "triton"),
+        (1, 18, 1024, 64, "triton"),  # 108 programs of 192 rows
+        (1, 22, 1024, 64, "hopper"),  # 132
+        (1, 9, 2816, 64, "hopper"),
+        (1, 9, 2048, 128, "hopper"),  # 144 of 128 rows
+        (1, 4, 4096, 128, "triton"),  # 128
+        (8, 32, 256, 128, "triton"),  # beginning takes as long as the rows
+        (8, 32, 257, 128, "hopper"),
+    ],
+)
+def test_auto_takes_the_plain_kernel_where_rows_are_few(monkeypatch, B, H, T, D, chosen):
     monkeypatch.setattr(kernel_hopper, "_chip_reason", lambda device: None)
     monkeypatch.setattr(kernel_triton, "unsupported", lambda x: None)
-    for D, tokens in kernel_hopper.SHORT.items():
-        for T, chosen in ((1, "triton"), (tokens - 1, "triton"), (tokens, "hopper")):
-            x = SimpleNamespace(is_cuda=True, device="cuda", dtype=bf16, shape=(1, 9, T, D))
-            assert choose(x)[0] == chosen
-            assert choose(x, causal=False)[0] == "triton"
+    x = SimpleNamespace(is_cuda=True, device="cuda", dtype=bf16, shape=(B, H, T, D))
+    assert choose(x)[0] == chosen
+    assert choose(x, causal=False)[0] == "triton"
