@@ -212,7 +212,7 @@ def memory(
         own = stage.auxiliary.batch
         few = at_a_time(stage.auxiliary, None, own)
         more = rank, shards, attention, own, tiles, P
-        other = memory(c, stage.auxiliary, dtype, few, checkpointing, *more, bits)
+        other = memory(c, stage.auxiliary, dtype, few, checkpointing, *more, bits=bits)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
 

@@ -146,8 +146,8 @@ def _need(
 ) -> dict[str, int]:
     ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
     attention = attention_dtype(m.dtype, m.device)
-    more = m.rank, m.shards(), attention, per_rank, tiles, P, m.bits
-    parts = cost.memory(m.c, stage, m.dtype, blocks, checkpointing, *more)
+    more = m.rank, m.shards(), attention, per_rank, tiles, P
+    parts = cost.memory(m.c, stage, m.dtype, blocks, checkpointing, *more, bits=m.bits)
     return parts | {"a step's ids": 8 * per_rank * ids}
 
 

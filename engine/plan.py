@@ -91,8 +91,8 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     free = int(world.min(cost.free_memory(device)))
     peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
     host = int(world.min(host_share(device)))
-    having = args.shard, world.size, free, host, args.bits
-    machine = Machine(native, dtype, device, args.lora_rank, *having)
+    having = args.lora_rank, args.shard, world.size, free, host
+    machine = Machine(native, dtype, device, *having, bits=args.bits)
     fits = [settle(machine, stage, args.micro) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))

@@ -30,6 +30,7 @@ from engine.cost import Stage
 from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World, lost
+from engine.peers import Watch
 from engine.plan import Plan
 from engine.sequence import processes_per_block
 from engine.timing import Times
@@ -137,7 +138,9 @@ class Run:
         if self.world.main:
             self.watch.begin(self.at.stage, self.at.step)
         try:
-            with self.times("steps"):
+            promise = lambda: GOES_ON if self.at.state else ""  # noqa: E731
+            self.peers = Watch(self.world.size, promise)
+            with self.times("steps"), self.peers:
                 yield
         except (MemoryError, RuntimeError) as e:
             if exits.ran_out(e):
@@ -194,6 +197,8 @@ class Run:
         due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
         agreed = self.figures.agree(self.world, bool(self.stop_request), due)
         self.stopping, self.saving = agreed
+        if self.stopping:
+            self.peers.end()  # the step has ended; saving takes its time
         stage, student = self.plan.stages[self.at.stage], self.step.student
         watch.refuse_non_finite(
             self.world,

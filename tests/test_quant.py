@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from test_step import PLAIN, values_and_gradients
 
 import train
-from engine import flags, lora, quant, resume, step
+from bench import step as bench_step
+from engine import cost, fit, flags, lora, quant, resume, step
 from engine.tiles import Tiles
 from model import TRAINED, Linear, Llama, make_student, trainable
 
@@ -115,6 +116,43 @@ def test_loss_and_gradients_are_those_of_the_unpacked_models(bnb, objective, dty
         for x, y in zip(found, expected, strict=True):
             bound = 0 if "tiles" not in how else 1e-12 if dtype == torch.float64 else 1e-5
             assert (x - y).norm() <= bound * y.norm(), how
+
+
+@pytest.mark.parametrize("stage", PLAIN)
+def test_the_plan_counts_the_bytes_of_packed_weights(bnb, stage):
+    teacher, _ = packed_pair(torch.bfloat16)
+    held = {id(x): x.nbytes for x in (*teacher.parameters(), *teacher.buffers())}
+    held |= {
+        id(m): m.format.absmax.nbytes for m in teacher.modules() if isinstance(m, quant.Packed)
+    }
+    tiny = cost.Stage("stage", stage, 50, 2, 1, 1e-3)
+    parts = cost.memory(teacher.config, tiny, torch.bfloat16, 1, True, 4, bits=4)
+    said = parts["frozen and shared weights"] + parts["teacher's q, k, v"]
+    assert said == pytest.approx(sum(held.values()), rel=0.02)
+    assert parts["a matrix unpacked"] == 64 * 96 * 2
+
+
+def test_small_cards_are_planned_for():
+    """LLaMA-2 7B from 4K to 32K with adapters: 22 GiB as it is, 14 with --bits 4; and what a
+    refusal says of that.
+    """
+    c, device = bench_step.config_of("llama2-7b"), torch.device("cuda")
+
+    def machine(gib: float, bits: int | None) -> fit.Machine:
+        free, host = int(gib * 2**30), 100 * 2**30
+        return fit.Machine(c, torch.bfloat16, device, 64, False, 1, free, host, bits=bits)
+
+    first = cost.Stage("stage1", "relation", 4096, 4, 1, 1e-3, True)
+    second = cost.Stage("stage2", "next token", 32768, 1, 1, 1e-3)
+    for gib, bits in ((22, None), (14, 4)):
+        for stage in (first, second):
+            settled = fit.settle(machine(gib, bits), stage, None)
+            assert sum(settled.need.values()) <= gib * 2**30
+    with pytest.raises(ValueError, match=r"in 4 bits with --bits 4 \(up to 32768 tokens\)"):
+        fit.settle(machine(14, None), second, None)
+    with pytest.raises(ValueError, match="lower --length2") as e:
+        fit.settle(machine(6, 4), second, None)
+    assert "--bits" not in str(e.value) and "--shard" not in str(e.value)
 
 
 @pytest.fixture(scope="module")
