@@ -27,7 +27,7 @@ import sys
 import time
 
 STOPPED = 3
-_GOES_ON = "--resume goes on from a state that was saved before; where none was, start again"
+GOES_ON = "--resume goes on from a state that was saved before; where none was, start again"
 
 
 class OutOfMemory(ValueError):
@@ -104,7 +104,7 @@ def _out_of_memory(e: BaseException) -> str:
 def run(main, program: str) -> None:
     """main(), and the exit code and sentence of how it ended."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
-    stopped = f"stopped; {_GOES_ON if program == 'train.py' else 'start again'}"
+    stopped = f"stopped; {GOES_ON if program == 'train.py' else 'start again'}"
     try:
         for number in SIGNALS:
             signal.signal(number, _stop)

@@ -138,8 +138,7 @@ class Run:
         if self.world.main:
             self.watch.begin(self.at.stage, self.at.step)
         try:
-            promise = lambda: GOES_ON if self.at.state else ""  # noqa: E731
-            self.peers = Watch(self.world.size, promise)
+            self.peers = Watch(self.world)
             with self.times("steps"), self.peers:
                 yield
         except (MemoryError, RuntimeError) as e:
@@ -239,6 +238,7 @@ class Run:
 
     def stop(self) -> None:
         """Ends the process, as somebody asked."""
+        self.peers.end()
         stage = self.plan.stages[self.at.stage]
         print(f"\nstopped after step {self.at.step} of {stage.name}; --resume goes on")
         self.out.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import random_model, write_model
 from safetensors.torch import load_file
-from test_step import PLAIN, values_and_gradients
+from test_step import PLAIN, on_a_gpu, values_and_gradients
 
 import train
 from bench import step as bench_step
@@ -17,6 +17,7 @@ from model import TRAINED, Linear, Llama, make_student, trainable
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 CPU = torch.device("cpu")
+WAYS = ({}, {"checkpointing": True}, {"tiles": Tiles(14, 1, 1)})
 FLAGS = ["--lora-rank", "4", "--bits", "4"]
 
 
@@ -25,19 +26,19 @@ def bnb():
     return pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 
 
-def packed_pair(dtype: torch.dtype, dropout: float = 0.0):
+def packed_pair(dtype: torch.dtype, device: torch.device = CPU):
     """Teacher, and student with adapters away from where they start; layers in 4 bits."""
     teacher = random_model(
         vocab_size=512, hidden_size=64, intermediate_size=96, attention_bias=True
     )
     teacher = teacher.to(dtype)
     student = make_student(teacher, teacher.config.extended("yarn", 8), trained=())
-    quant.pack(teacher, student, CPU)
-    lora.adapt(student, TRAINED, 4, 8.0, dropout)
+    quant.pack(teacher, student, device)
+    lora.adapt(student, TRAINED, 4, 8.0, 0.0)
     torch.manual_seed(1)
     for p in trainable(student).values():
         p.data = p.data.to(torch.promote_types(dtype, torch.float32))
-        p.data += 0.05 * torch.randn(p.shape, dtype=p.dtype)
+        p.data += 0.05 * torch.randn(p.shape, dtype=p.dtype).to(device)
     return teacher, student
 
 
@@ -106,9 +107,7 @@ def test_loss_and_gradients_are_those_of_the_unpacked_models(bnb, objective, dty
     """To the bit, plain and computed again in the backward; in tiles to rounding, as a product of
     some rows of a block may add in another order where autograd looks on.
     """
-    for how in ({}, {"checkpointing": True}, {"tiles": Tiles(14, 1, 1)}):
-        if "tiles" in how and dtype == torch.bfloat16:
-            continue
+    for how in WAYS[:2] if dtype == torch.bfloat16 else WAYS:
         found, expected = (
             values_and_gradients(step.Step(*models, PLAIN, dtype=dtype, **how), objective)
             for models in (packed_pair(dtype), map(unpacked, packed_pair(dtype)))
@@ -153,6 +152,24 @@ def test_small_cards_are_planned_for():
     with pytest.raises(ValueError, match="lower --length2") as e:
         fit.settle(machine(6, 4), second, None)
     assert "--bits" not in str(e.value) and "--shard" not in str(e.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
+@pytest.mark.parametrize("objective", PLAIN)
+def test_in_bfloat16_packed_weights_are_as_exact_as_the_same_unpacked(bnb, objective, device):
+    """Against float64: the error of the loss and of all gradients, at most twice theirs."""
+    device = torch.device(device)
+
+    def run(models, dtype, how):
+        made = step.Step(*models, {}, dtype=dtype, graphs=False, **how)
+        return torch.cat([v.double().flatten() for v in values_and_gradients(made, objective)])
+
+    wide = [unpacked(m).double() for m in packed_pair(torch.bfloat16, device)]
+    exact = run(wide, torch.float64, {})
+    for how in WAYS:
+        plain = run(map(unpacked, packed_pair(torch.bfloat16, device)), torch.bfloat16, how)
+        found = run(packed_pair(torch.bfloat16, device), torch.bfloat16, how)
+        assert (found - exact).norm() <= 2 * (plain - exact).norm(), how
 
 
 @pytest.fixture(scope="module")
