@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import random_model, write_model
 from safetensors.torch import load_file
+from test_plan import Live
 from test_step import PLAIN, on_a_gpu, values_and_gradients
 
 import train
@@ -26,12 +27,10 @@ def bnb():
     return pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes")
 
 
-def packed_pair(dtype: torch.dtype, device: torch.device = CPU):
+def packed_pair(dtype: torch.dtype, device: torch.device = CPU, **shape):
     """Teacher, and student with adapters away from where they start; layers in 4 bits."""
-    teacher = random_model(
-        vocab_size=512, hidden_size=64, intermediate_size=96, attention_bias=True
-    )
-    teacher = teacher.to(dtype)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 512} | shape
+    teacher = random_model(attention_bias=True, **shape).to(dtype)
     student = make_student(teacher, teacher.config.extended("yarn", 8), trained=())
     quant.pack(teacher, student, device)
     lora.adapt(student, TRAINED, 4, 8.0, 0.0)
@@ -129,6 +128,26 @@ def test_the_plan_counts_the_bytes_of_packed_weights(bnb, stage):
     said = parts["frozen and shared weights"] + parts["teacher's q, k, v"]
     assert said == pytest.approx(sum(held.values()), rel=0.02)
     assert parts["a matrix unpacked"] == 64 * 96 * 2
+
+
+@pytest.mark.parametrize("outputs", [0, 2])
+def test_a_pass_in_tiles_unpacks_one_matrix_at_a_time(bnb, outputs):
+    """Beside what the same pass takes over plain weights; and nothing stays after it."""
+
+    def peak(models) -> tuple[int, int]:
+        teacher, student = models
+        made = step.Step(*models, {}, dtype=torch.float32, tiles=Tiles(64, 2, outputs))
+        stage, ids = cost.Stage("s", "next token", 512, 1, 1, 1.0), torch.zeros(1, 513).long()
+        packed = [m.format for m in teacher.modules() if isinstance(m, quant.Packed)]
+        known = [*teacher.parameters(), *teacher.buffers(), *student.parameters(), ids]
+        with Live([*known, *(x for f in packed for x in (f.absmax, f.code))]) as live:
+            made.backward(stage, ids, 1.0, True)
+        return live.peak, live.now
+
+    sizes = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}
+    plain, stays = peak([unpacked(m) for m in packed_pair(torch.float32, **sizes)])
+    found, after = peak(packed_pair(torch.float32, **sizes))
+    assert plain < found <= plain + 256 * 1024 * 4 and after == stays
 
 
 def test_small_cards_are_planned_for():
