@@ -116,6 +116,7 @@ BACKWARD = {64: (3, 4, (128, 72)), 128: (2, 3, (192, 104))}
 # x, y and `sums` of the heads that begin together fill at most this much of the second-level cache
 # (50 MB), one head aside. D -> bytes: what was fastest from 4096 to 32768 tokens (LOG.md).
 IN_FLIGHT_BYTES = {64: 36 * 2**20, 128: 18 * 2**20}
+SHORT = {64: 2049, 128: 1025}  # D -> tokens, see short
 
 
 @gluon.jit
@@ -135,7 +136,7 @@ def _place(T, H, HEADS, BT: gl.constexpr, D: gl.constexpr, BTHD: gl.constexpr):
 
 
 @gluon.jit
-def _fetch_own(
+def _fetch_rows(
     x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS: gl.constexpr, STAGES: gl.constexpr
 ):
     """The fetching warp begins: the groups' own rows."""
@@ -182,7 +183,7 @@ def _release(free, n, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _pass(ready, free, start, stop, STAGES: gl.constexpr):
+def _skip(ready, free, start, stop, STAGES: gl.constexpr):
     """Frees tiles that only other groups need, each when it has come."""
     for n in range(start, stop):
         mbarrier.wait(ready.index(n % STAGES), (n // STAGES) & 1)
@@ -240,7 +241,7 @@ def _online(
             s, u, s_max, t_max, s_sum, t_sum, b_kl, s_scale, t_scale, o_i, free, n, n - start + near,
             LAYOUT, STAGES,
         )  # fmt: skip
-    _pass(ready, free, start + g + 1, start + WORKERS, STAGES)
+    _skip(ready, free, start + g + 1, start + WORKERS, STAGES)
     for n in range(start + WORKERS, stop):
         s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
         s_max, t_max, s_sum, t_sum, b_kl = _fold(
@@ -274,7 +275,7 @@ def _of_one(b, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _any(b_far, decided, WORKERS: gl.constexpr, LAYOUT: gl.constexpr):
+def _any_far(b_far, decided, WORKERS: gl.constexpr, LAYOUT: gl.constexpr):
     """Whether a row of any group is far above its pivot, when all have said."""
     mbarrier.wait(decided, 0)
     far = gl.max(b_far.index(0).load(LAYOUT), 0)
@@ -305,22 +306,22 @@ def _rows_forward(
         s_max, t_max, s_sum, t_sum, b_kl = _online(
             g, start, stop, near, s_scale, t_scale, o_i, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES, LAYOUT
         )  # fmt: skip
-        s_own = _of_one(s_sum, LAYOUT)
-        t_own = _of_one(t_sum, LAYOUT)
-        kl_own = _of_one(b_kl, LAYOUT)
+        s_part = _of_one(s_sum, LAYOUT)
+        t_part = _of_one(t_sum, LAYOUT)
+        kl_part = _of_one(b_kl, LAYOUT)
         for n in range(stop, last):
             s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, n, STAGES, LAYOUT)
             b_s = warpgroup_mma_wait(1, deps=(s,)) * s_scale - s_max[:, None]
-            s_own += _by_thread(gl.exp2(b_s))  # U may still be under way
+            s_part += _by_thread(gl.exp2(b_s))  # U may still be under way
             b_u = warpgroup_mma_wait(0, deps=(u,))
             _release(free, n, STAGES)
             b_u = b_u * t_scale - t_max[:, None]
             b_r = gl.exp2(b_u)
-            t_own += _by_thread(b_r)
-            kl_own += _by_thread(b_r * (b_u - b_s))
-        s_sum = gl.convert_layout(gl.sum(s_own, 1), ROW)
-        t_sum = gl.convert_layout(gl.sum(t_own, 1), ROW)
-        b_kl = gl.convert_layout(gl.sum(kl_own, 1), ROW)
+            t_part += _by_thread(b_r)
+            kl_part += _by_thread(b_r * (b_u - b_s))
+        s_sum = gl.convert_layout(gl.sum(s_part, 1), ROW)
+        t_sum = gl.convert_layout(gl.sum(t_part, 1), ROW)
+        b_kl = gl.convert_layout(gl.sum(kl_part, 1), ROW)
         _store_rows(kl, s_lse, t_lse, o_i, T, s_max, t_max, s_sum, t_sum, b_kl)
         # A second time, all with pivots that move? One loop, not two: with a second one's registers
         # to keep, ptxas put the exponentials of S behind U.
@@ -331,7 +332,7 @@ def _rows_forward(
             b_far.index(g).store(gl.where(good | (o_i >= T), 0, 1))
             barrier()
             mbarrier.arrive(decided, count=1)
-            if _any(b_far, decided, WORKERS, ROW) > 0:
+            if _any_far(b_far, decided, WORKERS, ROW) > 0:
                 more = end
         start = last
         last += more
@@ -344,13 +345,13 @@ def _fetch_forward(
     WORKERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: own rows, the tiles across the diagonal, those left of it; all again where
-    _any says so.
+    _any_far says so.
     """
-    _fetch_own(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
+    _fetch_rows(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
     near = i_0 // BS
     for n in range(0, end):
         _fetch_tile(x, y, row, column, n, (near + n) % end, b_xj, b_yj, ready, free, STAGES)
-    if _any(b_far, decided, WORKERS, gl.BlockedLayout([2], [32], [1], [0])) > 0:
+    if _any_far(b_far, decided, WORKERS, gl.BlockedLayout([2], [32], [1], [0])) > 0:
         for n in range(end, 2 * end):
             _fetch_tile(x, y, row, column, n, (near + n) % end, b_xj, b_yj, ready, free, STAGES)
 
@@ -425,7 +426,7 @@ def _written():
 
 
 @gluon.jit
-def _seen(p):
+def _load_acquire(p):
     """The counter at p, and all that was in memory before it was set."""
     return gl.inline_asm_elementwise(
         "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1
@@ -435,16 +436,20 @@ def _seen(p):
 @gluon.jit
 def _await(p, count):
     """Waits until the counter at p is `count`."""
-    seen = _seen(p)
+    seen = _load_acquire(p)
     while seen < count:
-        seen = _seen(p)
+        seen = _load_acquire(p)
 
 
 @gluon.jit
-def _after_others():
-    """What this warp has the copy engine do from here on comes after what _await saw."""
+def _fence_global():
+    """What this warp has the copy engine do from here on comes after what _await saw.
+
+    Of global memory alone: a fence of all memory waits for the whole chip (MEMBAR.ALL.GPU), in
+    every program and for every tile.
+    """
     gl.inline_asm_elementwise(
-        "fence.proxy.async; mov.b32 $0, 0;", "=r,r", [gl.program_id(0)],
+        "fence.proxy.async.global; mov.b32 $0, 0;", "=r,r", [gl.program_id(0)],
         dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -491,7 +496,7 @@ def _gradient(
 def _tile(
     g: gl.constexpr, k, b_dx, b_xi, b_yi, b_xj, b_yj, b_gs, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i,
     ready, free, full, gone,
-    WORKERS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, OWN: gl.constexpr, MASK: gl.constexpr,
+    WORKERS: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr, DX_LAYOUT: gl.constexpr, MASK: gl.constexpr,
 ):  # fmt: skip
     """Tile k: G to the column group, dL/dx_i += G x_j (3), and the tile is free."""
     s, u = _products(b_xi, b_yi, b_xj, b_yj, ready, k, STAGES, LAYOUT)
@@ -504,7 +509,7 @@ def _tile(
     barrier()
     mbarrier.arrive(full.index(slot * WORKERS + g), count=1)
     # from registers: [BS, BS] @ [BS, D]
-    b_a = gl.convert_layout(b_g, gl.DotOperandLayout(0, OWN, 2))
+    b_a = gl.convert_layout(b_g, gl.DotOperandLayout(0, DX_LAYOUT, 2))
     dx = warpgroup_mma(b_a, b_xj.index(k % STAGES), b_dx, is_async=True)
     b_dx = warpgroup_mma_wait(0, deps=(dx,))
     _release(free, k, STAGES)
@@ -519,7 +524,7 @@ def _rows_backward(
 ):  # fmt: skip
     """Group g: G of its 64 rows, tile by tile, and their dL/dx (3)."""
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BS, 16])
-    OWN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    DX_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     diagonal = i_0 // BS + g
     o_i = diagonal * BS + gl.arange(0, BS, layout=gl.SliceLayout(1, LAYOUT))
     # rows past T: "sees nothing"
@@ -528,28 +533,28 @@ def _rows_backward(
     w_i = gl.load(w + o_i, mask=o_i < T, other=0.0)[:, None]
     b_xi = b_xi.index(g)
     b_yi = b_yi.index(g)
-    b_dx = gl.zeros([BS, D], gl.float32, OWN)
+    b_dx = gl.zeros([BS, D], gl.float32, DX_LAYOUT)
     mbarrier.wait(ready.index(STAGES), 0)
     if WORKERS == 2:  # room in registers: products then read less of shared memory
         b_yi = b_yi.load(gl.DotOperandLayout(0, LAYOUT, 2))
     for k in range(0, diagonal):
         b_dx = _tile(
             g, k, b_dx, b_xi, b_yi, b_xj, b_yj, b_gs, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i,
-            ready, free, full, gone, WORKERS, STAGES, LAYOUT, OWN, False,
+            ready, free, full, gone, WORKERS, STAGES, LAYOUT, DX_LAYOUT, False,
         )  # fmt: skip
     b_dx = _tile(
         g, diagonal, b_dx, b_xi, b_yi, b_xj, b_yj, b_gs, s_lse_i, t_lse_i, w_i, s_scale, t_scale, o_i,
-        ready, free, full, gone, WORKERS, STAGES, LAYOUT, OWN, True,
+        ready, free, full, gone, WORKERS, STAGES, LAYOUT, DX_LAYOUT, True,
     )  # fmt: skip
-    _pass(ready, free, diagonal + 1, end, STAGES)
-    o_own = diagonal * BS + gl.arange(0, BS, layout=gl.SliceLayout(1, OWN))
-    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, OWN))
+    _skip(ready, free, diagonal + 1, end, STAGES)
+    o_row = diagonal * BS + gl.arange(0, BS, layout=gl.SliceLayout(1, DX_LAYOUT))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, DX_LAYOUT))
     mbarrier.wait(done, 0)  # all programs' additions to these rows are in memory
-    p = p_sums + o_own.to(gl.int64)[:, None] * D + _spread(o_d)[None, :]
+    p = p_sums + o_row.to(gl.int64)[:, None] * D + _spread(o_d)[None, :]
     # .cg: from the second-level cache, where the copy engine adds
     b_dx += gl.load(p, cache_modifier=".cg")
-    p = dx + o_own.to(gl.int64)[:, None] * d_stride_n + o_d[None, :]
-    gl.store(p, (b_dx * x_scale).to(dx.dtype.element_ty), mask=(o_own < T)[:, None])
+    p = dx + o_row.to(gl.int64)[:, None] * d_stride_n + o_d[None, :]
+    gl.store(p, (b_dx * x_scale).to(dx.dtype.element_ty), mask=(o_row < T)[:, None])
 
 
 @gluon.jit
@@ -591,8 +596,8 @@ def _columns(
     i_0, b_xi, b_gs, b_stage, full, gone, staged, emptied, D: gl.constexpr, WORKERS: gl.constexpr
 ):
     """The column group: what the program's rows add to dL/dx of each tile of columns."""
-    OWN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
-    zero = gl.zeros([BS, D], gl.float32, OWN)
+    DX_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    zero = gl.zeros([BS, D], gl.float32, DX_LAYOUT)
     whole = i_0 // BS
     for k in range(0, whole):
         _column(0, k, zero, b_xi, b_gs, b_stage, full, gone, staged, emptied, D, WORKERS)
@@ -602,17 +607,17 @@ def _columns(
 
 @gluon.jit
 def _add(
-    a: gl.constexpr, sums, turns, row, mine, end, b_stage, staged, emptied, done
+    a: gl.constexpr, sums, turns, row, turn, end, b_stage, staged, emptied, done
 ):  # fmt: skip
     """Adding warp a: every ADDERS-th tile, from b_stage to `sums` when it is this program's turn.
 
     While one waits until its addition is in memory and may be told, the others add.
     """
     for k in range(a, end, ADDERS):
-        _await(turns + k, mine)
+        _await(turns + k, turn)
         mbarrier.wait(staged.index(a), (k // ADDERS) & 1)
-        _after_others()
-        if mine == 0:
+        _fence_global()
+        if turn == 0:
             tma.async_copy_shared_to_global(sums, [row + k * BS, 0], b_stage)
         else:
             _reduce_add(sums, [row + k * BS, 0], b_stage)
@@ -621,7 +626,7 @@ def _add(
         mbarrier.arrive(emptied, count=1)
         _written()
         barrier()
-        gl.atomic_xchg(turns + k, mine + 1, sem="release", scope="gpu")
+        gl.atomic_xchg(turns + k, turn + 1, sem="release", scope="gpu")
     barrier()
     mbarrier.arrive(done, count=1)
 
@@ -631,7 +636,7 @@ def _fetch_backward(
     x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
     """The fetching warp: own rows, then the tiles from the left."""
-    _fetch_own(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
+    _fetch_rows(x, y, row, column, i_0, b_xi, b_yi, ready, WORKERS, STAGES)
     for k in range(0, end):
         _fetch_tile(x, y, row, column, k, k, b_xj, b_yj, ready, free, STAGES)
 
@@ -646,13 +651,14 @@ def _backward_kernel(
     """64 WORKERS rows of one head against all columns they see.
 
     x, y: descriptors [64, D]; sums: descriptor [64, D] of float32 [B H tiles 64, D], which begins
-    at p_sums; turns: int32 [1 + B H tiles], zeros; s_lse, t_lse, w: [B, H, T]; dx: [B, H, T, D].
+    at p_sums; turns: int32 [1 + B H tiles], zeros, the programs that have begun and the additions
+    to each tile; s_lse, t_lse, w: [B, H, T]; dx: [B, H, T, D].
     """
     NB = gl.cdiv(T, BS * WORKERS)
-    i_bh, mine = _ticket(turns, BH, HEADS, NB)
-    i_0 = (NB - 1 - mine) * BS * WORKERS
+    i_bh, turn = _ticket(turns, BH, HEADS, NB)
+    i_0 = (NB - 1 - turn) * BS * WORKERS
     end = i_0 // BS + WORKERS
-    # where the head begins
+    # Where the head begins in x and y, and its first tile in `sums`
     row, column = i_bh // H * T if BTHD else i_bh * T, i_bh % H * D if BTHD else 0
     tile = i_bh * NB * WORKERS
     s_lse += i_bh.to(gl.int64) * T
@@ -670,6 +676,9 @@ def _backward_kernel(
     )
     b_gs = gl.allocate_shared_memory(x.dtype, [SLOTS * WORKERS, BS, BS], G_LAYOUT)
     b_stage = gl.allocate_shared_memory(gl.float32, [BS, D], sums.layout)
+    # Barriers, each with how many arrive before it flips: a tile has come | all groups are done with
+    # it | a group's G is there | it has been read | a partial sum is there | it has been read | all
+    # additions of this program are in memory
     ready = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [SLOTS * WORKERS, 1], mbarrier.MBarrierLayout())
@@ -698,9 +707,9 @@ def _backward_kernel(
                 (_rows_backward, (1, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
                                   b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done, D, WORKERS, STAGES)),
                 (_columns, (i_0, b_xi, b_gs, b_stage, full, gone, staged, emptied, D, WORKERS)),
-                (_add, (0, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
-                (_add, (1, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
-                (_add, (2, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_add, (0, sums, turns, tile * BS, turn, end, b_stage, staged, emptied, done)),
+                (_add, (1, sums, turns, tile * BS, turn, end, b_stage, staged, emptied, done)),
+                (_add, (2, sums, turns, tile * BS, turn, end, b_stage, staged, emptied, done)),
                 (_fetch_backward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
             ],
             [4, 4, 1, 1, 1, 1],
@@ -716,9 +725,9 @@ def _backward_kernel(
                 (_rows_backward, (2, s_lse, t_lse, w, p_sums, dx, d_stride_n, s_scale, t_scale, x_scale, i_0, T, end,
                                   b_xi, b_yi, b_xj, b_yj, b_gs, ready, free, full, gone, done, D, WORKERS, STAGES)),
                 (_columns, (i_0, b_xi, b_gs, b_stage, full, gone, staged, emptied, D, WORKERS)),
-                (_add, (0, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
-                (_add, (1, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
-                (_add, (2, sums, turns, tile * BS, mine, end, b_stage, staged, emptied, done)),
+                (_add, (0, sums, turns, tile * BS, turn, end, b_stage, staged, emptied, done)),
+                (_add, (1, sums, turns, tile * BS, turn, end, b_stage, staged, emptied, done)),
+                (_add, (2, sums, turns, tile * BS, turn, end, b_stage, staged, emptied, done)),
                 (_fetch_backward, (x, y, row, column, i_0, end, b_xi, b_yi, b_xj, b_yj, ready, free, WORKERS, STAGES)),
             ],
             [4, 4, 4, 1, 1, 1, 1],
@@ -756,6 +765,15 @@ def unsupported(
     return None
 
 
+def short(x: Tensor) -> bool:
+    """Whether x [B, H, T, D] is so short that kernel_triton.py is faster: T below SHORT[D].
+
+    A program here owns 256 rows forward and 128 or 192 backward, of kernel_triton.py 64 or 128. Few
+    tokens make too few programs to fill 132 multiprocessors, and beginning takes as long as a few tiles.
+    """
+    return x.shape[2] < SHORT[x.shape[3]]
+
+
 def _matrix(x: Tensor) -> tuple[tuple, tuple, bool] | None:
     """Shape and strides of x as rows and columns for the copy engine, and whether its heads are side
     by side; None where it is no matrix.
@@ -788,30 +806,37 @@ def _described(x: Tensor, shape: tuple, strides: tuple, layout, D: int) -> Tenso
     return described
 
 
-def _launch(kernel, table: dict, x: Tensor, y: Tensor, sums: tuple, pointers: tuple, numbers: tuple, heads: int) -> None:  # fmt: skip
+def _launch(
+    kernel,
+    table: dict,
+    x: Tensor,
+    y: Tensor,
+    matrix: tuple,
+    sums: tuple,
+    pointers: tuple,
+    scales: tuple,
+    strides: tuple,
+    heads: int,
+) -> None:
     """One program for the rows of the groups of each head.
 
-    x, y: as _laid_out leaves them; sums: its descriptor, or nothing.
+    x, y, matrix: as _laid_out leaves them; sums: its descriptor, or nothing; strides: dx's, or
+    nothing.
     """
     B, H, T, D = x.shape
     groups, stages, registers = table[D]
-    *matrix, bthd = _matrix(x)
+    shape, x_strides, bthd = matrix
     # y's strides differ where a copy of it had to be made
-    y_matrix = matrix if y.stride() == x.stride() else _matrix(y)[:2]
+    y_shape, y_strides, _ = matrix if y.stride() == x.stride() else _matrix(y)
     layout = _layout(D)
-    grid = -(-T // (BS.value * groups)) * B * H, 1, 1
-    shape = (T, H, B * H, heads) if sums else (T, H, heads)
-    constants = (D, bthd, groups, stages, *registers, 4)
-    arguments = (
-        _described(x, *matrix, layout, D),
-        _described(y, *y_matrix, layout, D),
-        *sums,
-        *pointers,
-        *numbers,
-        *shape,
-        *constants,
+    described = (
+        _described(x, shape, x_strides, layout, D),
+        _described(y, y_shape, y_strides, layout, D),
     )
-    strides = tuple(n for n in numbers if isinstance(n, int))
+    sizes = (T, H, B * H, heads) if sums else (T, H, heads)
+    constants = (D, bthd, groups, stages, *registers, 4)
+    arguments = (*described, *sums, *pointers, *scales, *strides, *sizes, *constants)
+    grid = -(-T // (BS.value * groups)) * B * H, 1, 1
     launch(kernel, x.device, grid, arguments, pointers, (D, bthd, strides))
 
 
@@ -836,13 +861,17 @@ def workspace_bytes(B: int, H: int, T: int, D: int) -> int:
     return 4 * rows * D + 4 * (1 + rows // BS.value)
 
 
-def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one layout that the copy engine can read: as they are, where they can stay."""
-    if _matrix(x) is None:
+def _laid_out(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, tuple]:
+    """Both in one layout that the copy engine can read: as they are, where they can stay. And x's
+    _matrix.
+    """
+    matrix = _matrix(x)
+    if matrix is None:
         x = x.clone(memory_format=torch.contiguous_format)
+        matrix = _matrix(x)
     if y.stride() != x.stride() or y.data_ptr() % 16:
         y = torch.empty_like(x).copy_(y)
-    return x, y
+    return x, y, matrix
 
 
 def forward(x, y, s_scale, t_scale, causal, lengths):
@@ -851,11 +880,11 @@ def forward(x, y, s_scale, t_scale, causal, lengths):
     Nothing here waits for the GPU.
     """
     numbers = row_numbers(x)
-    x, y = _laid_out(x, y)
+    x, y, matrix = _laid_out(x, y)
     B, H, T, D = x.shape
     scales = s_scale * LOG2E, t_scale * LOG2E
     heads = max(1, min(B * H, GROUP_BYTES // (4 * T * D)))
-    _launch(_forward_kernel, FORWARD, x, y, (), numbers, scales, heads)
+    _launch(_forward_kernel, FORWARD, x, y, matrix, (), numbers, scales, (), heads)
     return numbers
 
 
@@ -864,15 +893,16 @@ def backward(w, s_lse, t_lse, x, y, s_scale, t_scale, causal, lengths):
     calls share nothing: any streams, any devices, any CUDA graph.
     """
     dx = torch.empty_like(x)
-    x, y = _laid_out(x, y)
+    x, y, matrix = _laid_out(x, y)
     B, H, T, D = x.shape
     rows = _rows_of_sums(B, H, T, D)
     sums = x.new_empty((rows, D), dtype=torch.float32)
     turns = x.new_zeros(1 + rows // BS.value, dtype=torch.int32)
+    described = (_described(sums, (rows, D), (D, 1), _layout(D, gl.float32), D),)
     pointers = sums, turns, s_lse, t_lse, w.contiguous(), dx
     scales = s_scale * LOG2E, t_scale * LOG2E, float(s_scale)
-    described = (_described(sums, (rows, D), (D, 1), _layout(D, gl.float32), D),)
-    _launch(_backward_kernel, BACKWARD, x, y, described, pointers, scales + dx.stride()[:3], _heads(B * H, T, D))  # fmt: skip
+    heads = _heads(B * H, T, D)
+    _launch(_backward_kernel, BACKWARD, x, y, matrix, described, pointers, scales, dx.stride()[:3], heads)  # fmt: skip
     return dx
 
 

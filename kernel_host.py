@@ -11,7 +11,6 @@ Why.  On a small model what Python does before a launch takes longer than the GP
 What each part takes: LOG.md, and `pytest tests/test_kernel.py -k hosts_time -rP`.
 """
 
-import contextlib
 import functools
 import math
 
@@ -24,12 +23,6 @@ LOG2E = math.log2(math.e)
 # Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200
 # has 50 MB), not timed.
 GROUP_BYTES = 32 * 2**20
-
-
-def on(device: torch.device):
-    """The context in which a launch goes to `device`: none if it goes there anyway."""
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return contextlib.nullcontext() if here else torch.cuda.device(device)
 
 
 _compiled: dict = {}  # compiled kernels by all that they were compiled for, see launch
@@ -47,13 +40,15 @@ def launch(kernel, device, grid: tuple, arguments: tuple, tensors: tuple, known:
     for t in tensors:
         pointers |= t.data_ptr()
     key = (id(kernel), device, *known) if pointers % 16 == 0 else None
-    with on(device):
-        if key in _compiled:
-            _compiled[key][grid](*arguments)
-        else:
-            code = kernel[grid](*arguments, **options)
-            if key and code:  # the interpreter makes none
-                _compiled[key] = code
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(kernel, device, grid, arguments, tensors, known, **options)
+    if key in _compiled:
+        _compiled[key][grid](*arguments)
+    else:
+        code = kernel[grid](*arguments, **options)
+        if key and code:  # the interpreter makes none
+            _compiled[key] = code
 
 
 def row_numbers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

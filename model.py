@@ -164,7 +164,8 @@ class Attention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
         """q [B, H, T, D], k and v [B, Hkv, S, D] -> [B, H, T, D], all heads or a share of them.
 
-        seen: which keys a query sees, [T, S]; None: those up to its own, in the window.
+        seen: which keys a query sees, [T, S]; None: those up to its own, in the window, and all
+        where there is one query.
         """
         T, dtype = q.shape[2], attention_dtype(q.dtype, q.device)
         if seen is None and self.c.window and self.c.window < T:
@@ -175,7 +176,7 @@ class Attention(nn.Module):
             k.to(dtype),
             v.to(dtype),
             attn_mask=seen,
-            is_causal=seen is None,
+            is_causal=seen is None and T > 1,
             enable_gqa=q.shape[1] != k.shape[1],
         )
         return out.to(q.dtype)

@@ -49,6 +49,7 @@ How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in fl
     triton   the same two passes as fused GPU kernels (kernel_triton.py). A tile there holds part of
              a row, so the first pass keeps lse(S) and lse(U) and the second rebuilds P and R.
     hopper   those two passes for one chip (kernel_hopper.py): products and exponentials at once.
+             Short sequences are faster in triton; `choose` decides.
 
 What it costs.  The triangle has T^2 / 2 pairs, and a product over it 2 D T^2 / 2 flops per head. It
 takes two forward (S, U) and four backward (S and U anew, G x, G^T x): 12 D T^2 / 2. The backward of
@@ -222,7 +223,20 @@ def choose(
         return "tiled", reason
     if reason := kernel_hopper.unsupported(x, causal, lengths, scales):
         return "triton", f"a GPU, and {x.dtype} with D = {x.shape[-1]} is supported; {reason}"
+    if kernel_hopper.short(x):
+        return "triton", f"at {x.shape[2]} tokens it is faster than this chip's own kernels"
     return "hopper", "this chip has kernels of its own, which are faster (README.md)"
+
+
+def workspace_bytes(B: int, H: int, T: int, D: int) -> int:
+    """Bytes that a GPU's backward of x [B, H, T, D] holds for its own time beyond dL/dx, at most:
+    kernel_hopper.py's partial sums. 0 where there is no Triton, or no such kernel for D.
+    """
+    try:
+        import kernel_hopper
+    except ImportError:
+        return 0
+    return kernel_hopper.workspace_bytes(B, H, T, D) if D in kernel_hopper.BACKWARD else 0
 
 
 def _check(student: Tensor, teacher: Tensor, lengths: Tensor | None, impl: str) -> None:

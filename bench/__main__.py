@@ -1,11 +1,12 @@
-"""Speed and memory from the command line: kernel, memory, step and prefill.
+"""Speed and memory from the command line: kernel, memory, marked, step and prefill.
 
     python -m bench kernel     the loss alone: times, TFLOP/s and memory, beside its alternatives
     python -m bench memory     its peak memory against T, as a figure
+    python -m bench marked     how often the Hopper forward goes over a model's rows twice
     python -m bench step       a training step and its parts, for models by name
     python -m bench prefill    reading a long block, as eval.py does
 
-kernel.py, memory.py, step.py and prefill.py say what is measured and how.
+kernel.py, memory.py, marked.py, step.py and prefill.py say what is measured and how.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench import kernel as kernels
+from bench import marked as marks
 from bench import memory as memories
 from bench import prefill as prefills
 from bench import step as steps
@@ -34,6 +36,7 @@ def logged(bench, file: str):
 
 
 COMMANDS = {"kernel": kernels.bench_kernel, "memory": memories.bench_memory}
+COMMANDS["marked"] = marks.bench_marked
 COMMANDS["step"] = logged(steps.bench_step, "step.jsonl")
 COMMANDS["prefill"] = logged(prefills.bench_prefill, "prefill.jsonl")
 
@@ -57,6 +60,10 @@ def main() -> None:
     memory.add_argument(
         "--lengths", nargs="+", type=int, metavar="T", help="instead of the default list"
     )
+    marked = commands.add_parser("marked", help="rows that the Hopper forward computes twice")
+    marked.add_argument("--model", type=Path, required=True, metavar="DIR", help="the teacher")
+    marked.add_argument("--text", type=Path, required=True, metavar="FILE", help="text to read")
+    marked.add_argument("--lengths", nargs="+", type=int, metavar="T", default=[512, 8192, 32768])
     step = commands.add_parser(
         "step", help="a training step's speed, parts and memory", description=steps.__doc__
     )
@@ -74,7 +81,7 @@ def main() -> None:
         command.add_argument(
             "--authors", type=Path, metavar="PATH", help="a clone of gracefulning/LinearARD (GPU)"
         )
-    for command in (kernel, memory, step, prefill):
+    for command in (kernel, memory, marked, step, prefill):
         command.add_argument(
             "--out", type=Path, default=Path("out"), help="folder of JSON lines and figure [out]"
         )

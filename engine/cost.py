@@ -33,6 +33,7 @@ from engine.sequence import repeats
 from engine.tiles import Tiles, calls_of_attention
 from kernel_cpu import BT
 from model import LlamaConfig
+from relation_kl import workspace_bytes
 
 PRODUCT = {"cuda": 8192, "cpu": 1024}  # n of the n^3 product that a machine's rate is taken from
 # Where a container's limit and its use stand, by the two versions of Linux's cgroups
@@ -246,9 +247,11 @@ def tiled_bytes(
     calls = calls_of_attention(micro, c.n_head // P, heads // P, stage.T)
     # o, do, log-sum-exps; of some heads the gradients and the kernel's own sums in float32
     attention = 2 * q + 4 * c.n_head + (qkv + 5 * q) // calls + related * qkv
-    relations = related * (2 * qkv + 2 * q)
+    relations = related * 2 * qkv * tokens
+    if related:
+        relations += workspace_bytes(micro, c.n_head // P, stage.T, c.head_dim)
     exchange = 3 * q * (P > 1)
-    layer = (held + max(attention + exchange, relations)) * tokens
+    layer = held * tokens + max((attention + exchange) * tokens, relations)
     logits = min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * related)
     head = logits + tokens * (models + 2) * C * b
     tile = min(tiles.tokens, tokens) * (7 * c.mlp_width * b + 12 * C + 6 * C * b)

@@ -101,7 +101,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
         print("weights: the layers' matrices in 4 bits, in teacher and student alike; figures are "
               "measured so, the export is made of the teacher's files")  # fmt: skip
     print(f"bits: {describe_bits(device, args.deterministic)}")
-    impl, why_impl = relation_impl(args, native, dtype, device)
+    impl, why_impl = relation_impl(args, native, stages[0].T, dtype, device)
     print(f"relation loss: {impl}, because {why_impl}")
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
     for stage, fit in zip(stages, fits, strict=True):
@@ -206,12 +206,14 @@ def check_text(corpus, stages: list[Stage], lookups) -> None:
                     lookups.check(s.T)
 
 
-def relation_impl(args: argparse.Namespace, config: LlamaConfig, dtype, device) -> tuple[str, str]:
-    """(the implementation of the relation loss, why).
+def relation_impl(
+    args: argparse.Namespace, config: LlamaConfig, T: int, dtype, device
+) -> tuple[str, str]:
+    """(the implementation of the relation loss over T tokens, why).
 
     Raises ValueError where --impl names one that cannot run here.
     """
-    head = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device)
+    head = torch.empty(1, 1, 1, config.head_dim, dtype=dtype, device=device).expand(-1, -1, T, -1)
     if args.impl == "auto":
         return choose(head)
     if args.impl == "triton":

@@ -21,6 +21,8 @@ more the shorter the blocks. The package that packs, bitsandbytes, is optional.
 Source.  NF4 and adapters beside it: QLoRA, arXiv 2305.14314. The format is bitsandbytes'.
 """
 
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,25 +33,31 @@ BLOCK = 64  # weights that share a scale
 BYTES = 0.5 + 4 / BLOCK  # of a packed weight and its share of the scale
 
 
+def _library():
+    """bitsandbytes, which not everybody has; its advice on products that are not used here is not
+    passed on.
+    """
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from bitsandbytes import functional
+
+    return functional
+
+
 class Packed(nn.Module):
     """A frozen Linear whose weight is kept in NF4, on `device`."""
 
     def __init__(self, linear: nn.Linear, device: torch.device):
-        from bitsandbytes.functional import quantize_4bit
-
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight, self.bias = linear.weight.detach().to(device), linear.bias
         if weight.dtype == torch.float64:
             weight = weight.float()
-        packed, self.format = quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
+        packed, self.format = _library().quantize_4bit(weight, blocksize=BLOCK, quant_type="nf4")
         self.register_buffer("packed", packed, persistent=False)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:
         """The weight [outputs, inputs], unpacked."""
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(self.packed, self.format).to(dtype)
+        return _library().dequantize_4bit(self.packed, self.format).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., inputs] -> [..., outputs] in x's dtype."""

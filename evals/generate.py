@@ -52,13 +52,19 @@ class LayerCache:
         self.k[:, :, a:b], self.v[:, :, a:b], self.read = k, v, b
         if a == 0:
             return k, v, None
-        seen = causal_lower_right(b - a, b)
+        first = max(0, a + 1 - (self.window or b))  # that anybody here sees
+        seen = causal_lower_right(b - a, b - first)
         if self.window and self.window < b:
-            i, j = torch.arange(a, b, device=k.device)[:, None], torch.arange(b, device=k.device)
-            seen = (i >= j) & (i - j < self.window)
-        return self.k[:, :, :b], self.v[:, :, :b], seen
+            i, j = (torch.arange(x, b, device=k.device) for x in (a, first))
+            seen = (i[:, None] >= j) & (i[:, None] - j < self.window)
+        return self.k[:, :, first:b], self.v[:, :, first:b], seen
 
-    def _one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if len(k) == 1:  # alone it sees all; fused attention takes no mask for shared keys
+            self.k[:, :, self.read], self.v[:, :, self.read] = k[:, :, 0], v[:, :, 0]
+            self.read += 1
+            seen = slice(max(0, self.read - (self.window or self.read)), self.read)
+            return self.k[:, :, seen], self.v[:, :, seen], None
         rows = torch.arange(k.shape[0], device=k.device)
         self.k[rows, :, self.lengths], self.v[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
         j = torch.arange(self.k.shape[2], device=k.device)

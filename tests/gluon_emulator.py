@@ -197,7 +197,7 @@ def await_counter(p, count):
     World.partition.unfenced = True
 
 
-def after_others():
+def fence_global():
     World.partition.unfenced = False
 
 
@@ -476,7 +476,7 @@ def kernels(path: Path, changes: tuple[tuple[str, str], ...] = (), **names) -> d
     exec(compile(tree, str(path), "exec"), space)
     # in the source: assembly, and a loop that polls
     space |= {"_reduce_add": reduce_add, "_written": written, "_await": await_counter}
-    space |= {"_after_others": after_others}
+    space |= {"_fence_global": fence_global}
     return space
 
 

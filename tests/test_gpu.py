@@ -207,6 +207,9 @@ def test_tf32_when_asked():
 # ---- what surrounds it
 
 
+TOKENS = [200, max(kernel_hopper.SHORT.values())]  # the plain kernel's choice, and the chip's own's
+
+
 def loss(x, y):
     return relation_kl(2 * x, y)  # "auto": also that the choice is the kernel
 
@@ -214,25 +217,28 @@ def loss(x, y):
 def test_auto_is_a_kernel():
     """The chip's own where there is one and the call suits it, else the plain one."""
     own = "hopper" if torch.cuda.get_device_capability() == (9, 0) else "triton"
-    x = torch.empty(1, 1, 1, 64, device="cuda", dtype=bf16)
+    x = torch.empty(1, 1, TOKENS[1], 64, device="cuda", dtype=bf16)
     assert choose(x)[0] == own
+    assert choose(x[:, :, : TOKENS[0]])[0] == "triton"
     assert choose(x, causal=False)[0] == "triton"
     assert choose(x, lengths=torch.tensor([1]))[0] == "triton"
     assert choose(x, scales=(1.0, -1.0))[0] == "triton"
     assert choose(x.half())[0] == "triton"
-    assert choose(torch.empty(1, 1, 1, 80, device="cuda", dtype=bf16))[0] == "triton"
-    x, y, w = inputs(1, 2, 300, 64, bf16, "BTHD", "cuda")
+    assert choose(torch.empty(1, 1, TOKENS[1], 80, device="cuda", dtype=bf16))[0] == "triton"
+    x, y, w = inputs(1, 2, TOKENS[1], 64, bf16, "BTHD", "cuda")
     for more in ({}, {"causal": False}, {"lengths": torch.tensor([200], device="cuda")}):
         agree(x, y, w, kernel=lambda *a: relation_kl(a[0], a[1], scale=a[2], teacher_scale=a[3], causal=a[4], lengths=a[5]), **more)  # fmt: skip
 
 
-def test_under_compile_without_a_graph_break():
-    x, y, w = inputs(2, 2, 200, 64, bf16, "BTHD", "cuda")
+@pytest.mark.parametrize("T", TOKENS)
+def test_under_compile_without_a_graph_break(T):
+    x, y, w = inputs(2, 2, T, 64, bf16, "BTHD", "cuda")
     assert equal(both(torch.compile(loss, fullgraph=True), x, y, w), both(loss, x, y, w))
 
 
-def test_under_checkpoint():
-    x, y, w = inputs(2, 2, 200, 64, bf16, device="cuda")
+@pytest.mark.parametrize("T", TOKENS)
+def test_under_checkpoint(T):
+    x, y, w = inputs(2, 2, T, 64, bf16, device="cuda")
     again = both(
         lambda x, y: torch.utils.checkpoint.checkpoint(loss, x, y, use_reentrant=False), x, y, w
     )
@@ -250,11 +256,12 @@ def test_in_a_cuda_graph():
     """Recorded once, replayed on other numbers: nothing waits for the GPU, nothing depends on a value."""
     torch.use_deterministic_algorithms(False)  # filling fresh memory is no part of what is recorded
     short = torch.tensor([150, 200], device="cuda")
-    for dtype, lengths in ((bf16, short), (fp16, short), (bf16, None)):
-        x, y, w = inputs(2, 2, 200, 64, dtype, device="cuda")
+    cases = [(bf16, short, 200), (fp16, short, 200)] + [(bf16, None, T) for T in TOKENS]
+    for dtype, lengths, T in cases:
+        x, y, w = inputs(2, 2, T, 64, dtype, device="cuda")
         x.requires_grad_()
 
-        def step(x=x, y=y, w=w, lengths=lengths):  # without lengths: the chip's own kernels
+        def step(x=x, y=y, w=w, lengths=lengths):
             kl = relation_kl(x, y, lengths=lengths)
             return kl.detach(), torch.autograd.grad(kl, x, w)[0]
 
@@ -309,8 +316,19 @@ def test_hopper_extra_memory_is_the_gradient_the_sums_and_a_few_numbers_a_row(D)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_on_the_second_gpu():
-    agree(*(z.to("cuda:1") for z in inputs(1, 2, 200, 64, bf16)))
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        kernel_triton.relation_kl_triton,
+        pytest.param(kernel_hopper.relation_kl_hopper, marks=on_hopper),
+    ],
+)
+def test_on_the_second_gpu(kernel):
+    """While the first one is current: right, and with the first one's bits; also called in turns."""
+    on = [[z.to(f"cuda:{n}") for z in inputs(1, 2, 700, 64, bf16)] for n in range(2)]
+    first, second, again = (agree(*on[n], kernel=kernel) for n in (0, 1, 0))
+    assert equal(first, again) and equal([z.cpu() for z in first], [z.cpu() for z in second])
+    assert torch.cuda.current_device() == 0 and second[1].device.index == 1
 
 
 # ---- other judges
@@ -376,7 +394,7 @@ def test_compute_sanitizer_finds_nothing(tool, hopper):
 # tells waiting warps which function to run (it has the kernel's own lines), whether rows are far
 # above their pivots, G and the partial sums
 HANDED_OVER = {"_forward_kernel", "_backward_kernel", "_fetch_forward", "_fetch_backward"}
-HANDED_OVER |= {"_rows_forward", "_any", "_tile", "_column", "_add"}
+HANDED_OVER |= {"_rows_forward", "_any_far", "_tile", "_column", "_add"}
 
 
 @needs_sanitizer

@@ -8,6 +8,7 @@ kernels themselves.
 import itertools
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import gluon_emulator
 import pytest
@@ -22,7 +23,9 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 import kernel_hopper  # noqa: E402
 import kernel_host  # noqa: E402
-from relation_kl import choose, relation_kl  # noqa: E402
+import kernel_triton  # noqa: E402
+from bench.marked import twice  # noqa: E402
+from relation_kl import choose, relation_kl, workspace_bytes  # noqa: E402
 
 SOURCE = Path(kernel_hopper.__file__)
 LOG2E = math.log2(math.e)
@@ -143,8 +146,8 @@ def test_same_bits_in_any_order_of_programs(case, resident):
 
 
 # Where a group asks whether a row's sum has passed FAR
-AGAIN = "_any(b_far, decided, WORKERS, ROW) > 0"
-NEVER_AGAIN = (AGAIN, "_any(b_far, decided, WORKERS, ROW) > 1")
+AGAIN = "_any_far(b_far, decided, WORKERS, ROW) > 0"
+NEVER_AGAIN = (AGAIN, "_any_far(b_far, decided, WORKERS, ROW) > 1")
 NEVER_FETCHED = (
     "BlockedLayout([2], [32], [1], [0])) > 0",
     "BlockedLayout([2], [32], [1], [0])) > 1",
@@ -169,6 +172,25 @@ def test_rows_far_above_their_pivots_are_computed_again(bthd):
     for fault in (NEVER_AGAIN, NEVER_FETCHED, early):
         with pytest.raises(AssertionError):
             emulate(*case, [fault], loud=100, **unkind)
+
+
+def test_rows_computed_again_are_counted_by_the_kernels_rule():
+    """marked.py against the rule row by row, in float64."""
+    g = torch.Generator().manual_seed(0)
+    x, a = torch.randn(2, 600, 64, generator=g), 0.125
+    x[0, 100] *= 40  # in head 1, token 0 is loud: pivots know it
+    x[1, 0] *= 40
+    rows = []
+    for head in x.double():
+        S = a * LOG2E * head @ head.mT
+        for i in range(600):
+            named = [j for j in range(i + 1) if j < 64 or j >= i // 256 * 256]
+            pivot = S[i, named].max()
+            rows.append((S[i, : i + 1] - pivot).exp2().sum() > 2.0**40)
+    marked = torch.stack(rows).view(2, 600)
+    assert marked[0].any() and not marked[1].any()
+    again = sum(int(part.any()) for part in marked[0].split(256))
+    assert twice(x, a) == (int(marked.sum()), again, 2 * 3)
 
 
 @compiled
@@ -216,14 +238,14 @@ FAULTS = {
     "a partial sum overwritten": ("    mbarrier.wait(emptied, (k & 1) ^ 1)\n", ""),
     "its place given back before it is read": ("        tma.store_wait(0)\n", ""),
     "a partial sum not waited for": ("        mbarrier.wait(staged.index(a), (k // ADDERS) & 1)\n", ""),
-    "out of turn": ("        _await(turns + k, mine)\n", ""),
-    "no fence behind another's turn": ("        _after_others()\n", ""),
+    "out of turn": ("        _await(turns + k, turn)\n", ""),
+    "no fence behind another's turn": ("        _fence_global()\n", ""),
     "the next told before it is in memory": ("        _written()\n", ""),
     "sums read before all is added": ("    mbarrier.wait(done, 0)", "    pass"),
     "done when one warp is": ("mbarrier.init(done, count=ADDERS)", "mbarrier.init(done, count=1)"),
-    "the first adds to nothing": ("if mine == 0:", "if mine < 0:"),
+    "the first adds to nothing": ("if turn == 0:", "if turn < 0:"),
     "work by number, not by ticket": ('gl.atomic_add(turns, 1, sem="relaxed")', "gl.program_id(0)"),
-    "first rows first": ("i_0 = (NB - 1 - mine) * BS", "i_0 = mine * BS"),
+    "first rows first": ("i_0 = (NB - 1 - turn) * BS", "i_0 = turn * BS"),
 }  # fmt: skip
 
 
@@ -367,3 +389,29 @@ def test_says_what_it_does_not_take(monkeypatch):
     assert "causal" in kernel_hopper.unsupported(x, False, None, (1.0, 1.0))
     assert "lengths" in kernel_hopper.unsupported(x, True, torch.tensor([4]), (1.0, 1.0))
     assert "positive" in kernel_hopper.unsupported(x, True, None, (1.0, -1.0))
+
+
+def test_the_plan_counts_what_the_backward_allocates(nowhere, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(kernel_hopper, "_launch", lambda *_: None)
+    seen = []
+    for name in ("new_empty", "new_zeros"):
+        make = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda *a, make=make, **k: seen.append(make(*a, **k)) or seen[-1]
+        )
+    for B, H, T, D in ((1, 1, 1, 64), (2, 3, 1000, 128), (1, 9, 500, 64)):
+        seen.clear()
+        x, w = torch.zeros(B, H, T, D, dtype=bf16), torch.zeros(B, H, T)
+        kernel_hopper.backward(w, w, w, x, x, 0.1, 0.1, True, None)
+        assert sum(z.nbytes for z in seen) == workspace_bytes(B, H, T, D)
+    assert workspace_bytes(1, 1, 1000, 80) == 0
+
+
+def test_auto_takes_the_plain_kernel_where_tokens_are_few(monkeypatch):
+    monkeypatch.setattr(kernel_hopper, "_chip_reason", lambda device: None)
+    monkeypatch.setattr(kernel_triton, "unsupported", lambda x: None)
+    for D, tokens in kernel_hopper.SHORT.items():
+        for T, chosen in ((1, "triton"), (tokens - 1, "triton"), (tokens, "hopper")):
+            x = SimpleNamespace(is_cuda=True, device="cuda", dtype=bf16, shape=(1, 9, T, D))
+            assert choose(x)[0] == chosen
+            assert choose(x, causal=False)[0] == "triton"
