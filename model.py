@@ -104,6 +104,28 @@ def widened(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+@functools.cache
+def choose_glue(device: torch.device, dtype: torch.dtype) -> tuple[object, str]:
+    """(kernel_glue.py where its kernels serve such activations, else None; why).
+
+    Without it RMSNorm, the MLP's gate and rope.rotate run as they are written, which defines them.
+    """
+    if device.type != "cuda":
+        return None, f"the tensors are on {device.type}"
+    try:
+        import kernel_glue
+    except ImportError as e:
+        return None, f"Triton cannot be imported ({e})"
+    if reason := kernel_glue.unsupported(device, dtype):
+        return None, reason
+    return kernel_glue, "a GPU waits for memory between products"
+
+
+def glue(x: Tensor):
+    """kernel_glue.py or None: what tensors like x, any shape, go through between products."""
+    return choose_glue(x.device, x.dtype)[0]
+
+
 class Linear(nn.Linear):
     """nn.Linear that computes in the dtype of its input, whatever dtype its weights are kept in."""
 
@@ -121,6 +143,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape and dtype."""
+        if (kernels := glue(x)) and not self.weight.requires_grad:
+            return kernels.rms_norm(x, self.weight, self.eps)
         wide = widened(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return self.weight.to(x.dtype) * wide.to(x.dtype)
@@ -146,12 +170,10 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.c.n_kv_head, self.c.head_dim)
         if self.c.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = cos_sin
-        return (
-            rotate(q.transpose(1, 2), cos, sin),
-            rotate(k.transpose(1, 2), cos, sin),
-            v.transpose(1, 2),
-        )
+        kernels = glue(q)
+        turned = kernels.rotate if kernels else rotate
+        q, k = (turned(x.transpose(1, 2), *cos_sin) for x in (q, k))
+        return q, k, v.transpose(1, 2)
 
     def forward(
         self, x: Tensor, cos_sin: tuple[Tensor, Tensor], cache=None
@@ -195,7 +217,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        kernels = glue(gate)
+        return self.down_proj(kernels.swiglu(gate, up) if kernels else F.silu(gate) * up)
 
 
 class Block(nn.Module):
@@ -264,27 +288,26 @@ class Llama(nn.Module):
         return _cos_sin(self.config.rope, self.config.head_dim, T, like.device, like.dtype)
 
     def walk(
-        self, ids: Tensor, dtype: torch.dtype | None = None, checkpointing: bool = False
+        self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0
     ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
         """ids [B, T] -> layer by layer: h [B, T, C] after it, and the q, k and v inside it.
 
         Lazy: a layer runs when it is asked for, so that two models can advance in lock-step with
-        one layer of each alive. checkpointing: keep h alone for the backward, recompute the rest.
+        one layer of each alive. recomputed: the first so many layers keep h alone for the backward
+        and compute the rest again in it (activation checkpointing).
         """
         h = self.embed(ids, dtype)
         cos_sin = self.cos_sin(ids.shape[1], h)
-        for layer in self.model.layers:
-            if checkpointing:
+        for l, layer in enumerate(self.model.layers):
+            if l < recomputed:
                 h, qkv = recompute(layer, h, cos_sin, use_reentrant=False)
             else:
                 h, qkv = layer(h, cos_sin)
             yield h, qkv
 
-    def hidden(
-        self, ids: Tensor, dtype: torch.dtype | None = None, checkpointing: bool = False
-    ) -> Tensor:
+    def hidden(self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0) -> Tensor:
         """ids [B, T] -> [B, T, C] after the last norm."""
-        for h, _ in self.walk(ids, dtype, checkpointing):  # noqa: B007 - the last one is wanted
+        for h, _ in self.walk(ids, dtype, recomputed):  # noqa: B007 - the last one is wanted
             pass
         return self.model.norm(h)
 

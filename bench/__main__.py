@@ -30,7 +30,7 @@ def logged(bench, file: str):
         first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes, the one that writes
         lines = kernels.open_lines(arguments.out, file) if first else open(os.devnull, "w")
         with lines as log:
-            bench(arguments, kernels.conditions(device), log)
+            bench(arguments, kernels.conditions(device) if first else {}, log)
 
     return run
 

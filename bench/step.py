@@ -55,6 +55,7 @@ from model import (
     TRAINED,
     Llama,
     LlamaConfig,
+    choose_glue,
     make_student,
 )
 from precision import choose_dtype
@@ -181,7 +182,8 @@ class Timed:
             free = min(free, int(arguments.memory * 2**30))
         host = int(world.min(fit.host_share(self.device)))
         having = self.rank, arguments.shard, world.size, free, host
-        machine = fit.Machine(config, self.dtype, self.device, *having, bits=self.bits)
+        fused = choose_glue(self.device, self.dtype)[0] is not None
+        machine = fit.Machine(config, self.dtype, self.device, *having, fused, self.bits)
         self.fit = fit.settle(machine, stage, arguments.micro)
         models = random_models(config, self.rank, self.device, self.dtype, self.bits)
         self.teacher, self.student = models
@@ -197,7 +199,7 @@ class Timed:
         self.adam = torch.optim.AdamW(self.step.weights, lr=1e-6, fused=fused)
 
     def make_step(self, graphs: bool) -> Step:
-        how = {"checkpointing": self.fit.checkpointing, "tiles": self.fit.tiles, "graphs": graphs}
+        how = {"recomputed": self.fit.recomputed, "tiles": self.fit.tiles, "graphs": graphs}
         how |= {"dtype": self.dtype, "kl_weight": float(self.stage.logits)}
         return Step(self.teacher, self.student, {}, world=self.world, units=self.units, **how)
 
@@ -221,7 +223,7 @@ class Timed:
                 pass
 
     def student_forward(self) -> None:
-        with torch.set_grad_enabled(not self.fit.checkpointing):
+        with torch.set_grad_enabled(not self.fit.recomputed):
             self.forward(self.student)
 
     @torch.no_grad()
@@ -343,7 +345,7 @@ def measure(timed: Timed, repeat: int, peak: float, limit: float | None = None) 
         "per_block": timed.fit.P,
     }
     row |= {
-        "checkpointing": timed.fit.checkpointing,
+        "recomputed": timed.fit.recomputed,
         "memory": timed.fit.describe(c.n_layer),
         "whole": whole is not None,
         "seconds": layers.whole() if whole is None else whole,

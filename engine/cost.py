@@ -86,25 +86,33 @@ def trained_parameters(c: LlamaConfig, rank: int | None) -> int:
 
 
 def layer_bytes(
-    c: LlamaConfig, b: int, full: bool, rank: int | None, wide: bool = False, last: bool = False
+    c: LlamaConfig,
+    b: int,
+    full: bool,
+    rank: int | None,
+    wide: bool = False,
+    last: bool = False,
+    fused: bool = False,
 ) -> int:
     """Bytes per token that autograd keeps of one student layer computed in `b` bytes per number.
 
     full: q, k and v learn whole, so that their input is kept; rank: of their adapters. wide:
-    attention computes in float32 where the layer does not, on copies; last: ends at q, k and v.
+    attention computes in float32 where the layer does not, on copies; last: ends at q, k and v;
+    fused: norms and gate are kernel_glue.py's.
     """
     heads, C, M = c.n_head + 2 * c.n_kv_head, c.width, c.mlp_width
-    projections = 4 * C + 4  # RMSNorm: its input in float32 and one factor
+    norm = b if fused else 4  # RMSNorm keeps its input as it is; else in float32, and one factor
+    projections = norm * C + 4
     projections += b * C * bool(full or rank)  # its output, the input of q, k and v
     projections += b * heads * c.head_dim  # q, k, v as attention and the relations take them
     projections += 3 * b * (rank or 0)  # between the two adapter matrices
-    if c.qk_norm:  # again an input in float32, and a factor
-        projections += (c.n_head + c.n_kv_head) * (4 * c.head_dim + 4)
+    if c.qk_norm:
+        projections += (c.n_head + c.n_kv_head) * (norm * c.head_dim + 4)
     if last:
         return projections
     attention = (4 if wide else b) * c.n_head * c.head_dim + 4 * c.n_head  # output, log-sum-exps
     attention += 4 * heads * c.head_dim * wide  # its own q, k and v
-    mlp = 4 * C + 4 + 3 * b * M  # its norm; gate, silu(gate) and up
+    mlp = norm * C + 4 + (2 if fused else 3) * b * M  # its norm; gate, silu(gate) and up
     return projections + attention + mlp
 
 
@@ -113,43 +121,46 @@ def activation_bytes(
     stage: Stage,
     dtype: torch.dtype,
     micro: int,
-    checkpointing: bool,
+    recomputed: int,
     rank: int | None = None,
     attention: torch.dtype | None = None,
+    fused: bool = False,
 ) -> dict[str, int]:
     """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or
-    logits. dtype: of the activations; attention: what it computes in, `dtype` if None.
+    logits; and of one layer while it is computed again, as the first `recomputed` are. dtype: of
+    the activations; attention: what it computes in, `dtype` if None; fused: see layer_bytes.
     """
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     wide = attention is not None and attention != dtype
     heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
-    one, cut = layer_bytes(c, b, not rank, rank, wide), stage1 and not stage.logits
+    one, cut = layer_bytes(c, b, not rank, rank, wide, fused=fused), stage1 and not stage.logits
     if wide and not stage1:  # only the relations keep q, k and v as the layer made them
         one -= b * heads * c.head_dim
-    if checkpointing:
-        # a layer's inputs, of both models in stage 1, and one layer while it is computed again
-        kept = c.n_layer * b * c.width * (2 if stage1 else 1) + one
-    else:
-        kept = (c.n_layer - cut) * one + cut * layer_bytes(c, b, not rank, rank, wide, last=True)
-        if b == 4 or not rank:
-            kept -= 4 * c.width  # the embeddings, frozen, need no norm's backward
+    whole, norm = c.n_layer - recomputed, b if fused else 4
+    kept = recomputed * b * c.width * (2 if stage1 else 1)  # the inputs, of both models in stage 1
+    kept += whole * one
+    if cut and whole:
+        kept -= one - layer_bytes(c, b, not rank, rank, wide, last=True, fused=fused)
+    if not recomputed and (b == 4 or not rank):
+        kept -= norm * c.width  # the embeddings, frozen, need no norm's backward
     if not cut:
-        kept += b * c.width + 4 * c.width + 4 + 8  # the last norm's input and output, the targets
+        kept += b * c.width + norm * c.width + 4 + 8  # the last norm's in- and output, the targets
     beside = {}
     if stage1:  # the teacher's q, k and v, the only ones kept beside the student's
-        beside["relations"] = tokens * heads * c.head_dim * b * (1 if checkpointing else c.n_layer)
+        beside["relations"] = tokens * heads * c.head_dim * b * (whole or 1)
         # and the loss's numbers, per row and head: the tiled one's, which are the most
-        short = stage.T if stage.T <= BT and not checkpointing else 0
-        beside["relations"] += c.n_layer * tokens * heads * 4 * (short + 4 + checkpointing)
+        short = stage.T if stage.T <= BT and not recomputed else 0
+        beside["relations"] += c.n_layer * tokens * heads * 4 * (short + 4 + bool(recomputed))
     # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
     if not cut:
         each = (0 if b == 4 else b) + 12 + 8 * stage1
         beside["logits"] = min(HEAD_CHUNK, tokens) * c.vocab_size * each
-    casts = 0
-    if b == 2:  # autograd keeps the bfloat16 copies of float32 weights
-        layers = 1 if checkpointing else c.n_layer
-        casts = layers * b * trained_parameters(c, rank) // c.n_layer
-    return {"activations": kept * tokens + casts} | beside
+    # autograd keeps the bfloat16 copies of float32 weights
+    copies = b * trained_parameters(c, rank) // c.n_layer if b == 2 else 0
+    beside["activations"] = kept * tokens + whole * copies
+    if recomputed:
+        beside["a layer again"] = one * tokens + copies
+    return beside
 
 
 def memory(
@@ -157,21 +168,23 @@ def memory(
     stage: Stage,
     dtype: torch.dtype,
     micro: int,
-    checkpointing: bool,
+    recomputed: int,
     rank: int | None = None,
     shards: int = 1,
     attention: torch.dtype | None = None,
     per_rank: int | None = None,
     tiles: Tiles | None = None,
     P: int = 1,
+    fused: bool = False,
     bits: int | None = None,
 ) -> dict[str, int]:
-    """Bytes by part for one process working on `micro` of its `per_rank` blocks at a time.
+    """Bytes by part for one process working on `micro` of its `per_rank` blocks at a time, the
+    first `recomputed` layers computed again in the backward.
 
     shards: over how many --shard cuts; attention: what it computes in, `dtype` if None; tiles: how
-    a long block is done, of which P processes do a share each; bits: of frozen matrices, if they
-    are packed (engine/quant.py). The peak is where the parts are largest together: with one
-    micro-batch, gradients come as layers' inputs go.
+    a long block is done, of which P processes do a share each; fused: see layer_bytes; bits: of
+    frozen matrices, if they are packed (engine/quant.py). The peak is where the parts are largest
+    together: with one micro-batch, gradients come as layers' inputs go.
     """
     b = dtype.itemsize
     everything, qkv = parameters(c)
@@ -192,28 +205,35 @@ def memory(
     if tiles:
         kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
     else:
-        kept = activation_bytes(c, stage, dtype, micro, checkpointing, rank, attention)
+        more = recomputed, rank, attention, fused
+        kept = activation_bytes(c, stage, dtype, micro, *more)
         if shards > 1 and b == 2:  # its copies are what is gathered
-            layers = 1 if checkpointing else c.n_layer
-            kept["activations"] -= layers * b * trained // c.n_layer
+            copies = b * trained // c.n_layer
+            kept["activations"] -= (c.n_layer - recomputed) * copies
+            if recomputed:
+                kept["a layer again"] -= copies
         # A relation's student in float32 and its gradient, and what it hands on: Q/Q is the largest
         work = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
-        if checkpointing:
-            models = 2 if stage.objective == "relation" else 1
-            inputs = models * c.n_layer * b * c.width * micro * stage.T
-            one, logits = kept.pop("activations") - inputs, kept.pop("logits", 0)
-            kept |= {"layers' inputs": inputs, "at work": max(one + work, logits)}
+        if recomputed:
+            inputs = recomputed * b * c.width * micro * stage.T
+            inputs *= 2 if stage.objective == "relation" else 1
+            layers, again = kept.pop("activations"), kept.pop("a layer again")
+            # of one micro-batch gradients, which count with the weights, come as layers go
+            gradients = 4 * trained // shards if micro == (per_rank or 0) else 0
+            most = max(
+                layers + max(work, kept.pop("logits", 0)),  # where the backward begins,
+                inputs + again + work + gradients * (c.n_layer - recomputed) // c.n_layer,
+                again + work + gradients,  # comes to the layers computed again, and ends
+            )
+            kept["layers"] = most - gradients
         else:
             kept["at work"] = work
-    if "layers' inputs" in kept and micro == (per_rank or 0):
-        gradients = 4 * trained // shards
-        kept["layers' inputs"] = max(0, kept["layers' inputs"] - gradients)
     parts |= kept
     if stage.auxiliary:  # one after the other: the larger of the two counts
         own = stage.auxiliary.batch
         few = at_a_time(stage.auxiliary, None, own)
-        more = rank, shards, attention, own, tiles, P
-        other = memory(c, stage.auxiliary, dtype, few, checkpointing, *more, bits=bits)
+        more = rank, shards, attention, own, tiles, P, fused, bits
+        other = memory(c, stage.auxiliary, dtype, few, recomputed, *more)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
 

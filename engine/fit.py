@@ -5,7 +5,8 @@ What.  In this order, as each costs more time than the one before:
 
     keep             all that the backward needs, as many blocks at a time as fill 8192 tokens
     fewer blocks     at a time, down to FEWEST_TOKENS
-    recompute        every layer again in its backward, many blocks at a time or fewer
+    recompute        as few layers as that takes again in their backward, the first ones, whose
+                     inputs are kept; with as many blocks at a time as that allows
     tiles            of tokens, a block at a time (engine/tiles.py): inputs of the last layers and
                      their attention outputs on the GPU, of those before in the host's memory, as
                      many outputs as there is room for; the others are computed again
@@ -49,7 +50,7 @@ class Fit:
     """How a stage's step uses the memory that is free."""
 
     micro: int  # blocks at a time
-    checkpointing: bool  # layers are computed again in the backward
+    recomputed: int  # layers, the first ones, that are computed again in the backward
     need: dict[str, int]  # bytes by part, at the peak
     tiles: Tiles | None = None
     P: int = 1  # processes that share a block
@@ -60,8 +61,11 @@ class Fit:
         if self.P > 1:
             blocks = f"each block over {self.P} processes, {blocks}"
         if not self.tiles:
-            again = "every layer again in its backward" if self.checkpointing else "nothing twice"
-            return f"{blocks}, {again}"
+            if not self.recomputed:
+                return f"{blocks}, nothing twice"
+            some = f"{self.recomputed} of {layers} layers"
+            which = "every layer" if self.recomputed == layers else some
+            return f"{blocks}, {which} again in its backward"
         outputs, on_gpu = self.tiles.outputs, self.tiles.on_gpu
         where = "all inputs on the device"
         if on_gpu < layers:
@@ -85,6 +89,7 @@ class Machine:
     processes: int
     free: int  # bytes of the device's memory
     host: int  # bytes of the host's that this process may take; 0 where the device is the host
+    fused: bool = False  # norms and gates keep what kernel_glue.py's do
     bits: int | None = None  # of the frozen weights, where they are packed (engine/quant.py)
 
     def shards(self) -> int:
@@ -121,33 +126,44 @@ def _first(m: Machine, stage: Stage, micro: int | None, P: int) -> Fit | None:
         while not micro and counts[-1] // 2 * stage.T >= FEWEST_TOKENS:
             counts.append(counts[-1] // 2)
         for blocks in counts:
-            if _total(need := _need(m, stage, blocks, False, per_rank)) <= KEEP * m.free:
-                return Fit(blocks, False, need)
+            if _total(need := _need(m, stage, blocks, 0, per_rank)) <= KEEP * m.free:
+                return Fit(blocks, 0, need)
         tiled = _tiled(m, stage, micro, P)
         c = m.c
         long = 2 * c.width * (c.n_head + 2 * c.n_kv_head) / c.n_head < stage.T
         if tiled and long and tiled.tiles.on_gpu == tiled.tiles.outputs == c.n_layer:
             return tiled
+        found = []
         for blocks in [most] if micro else range(most, 0, -1):
-            if _total(need := _need(m, stage, blocks, True, per_rank)) <= ROOM * m.free:
-                return Fit(blocks, True, need)
-        return tiled
+            if not found or blocks * stage.T >= FEWEST_TOKENS:
+                found += _recomputing(m, stage, blocks, per_rank)
+        return min(found, key=lambda fit: fit.recomputed, default=tiled)
     return _tiled(m, stage, micro, P)
+
+
+def _recomputing(m: Machine, stage: Stage, blocks: int, per_rank: int) -> list[Fit]:
+    """The way with the fewest layers computed again, if so many blocks fit with all of them."""
+    L = m.c.n_layer
+    for recomputed in range(1, L + 1):
+        need, most = _need(m, stage, blocks, recomputed, per_rank), KEEP if recomputed < L else ROOM
+        if _total(need) <= most * m.free:
+            return [Fit(blocks, recomputed, need)]
+    return []
 
 
 def _need(
     m: Machine,
     stage: Stage,
     blocks: int,
-    checkpointing: bool,
+    recomputed: int,
     per_rank: int,
     tiles: Tiles | None = None,
     P: int = 1,
 ) -> dict[str, int]:
     ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
     attention = attention_dtype(m.dtype, m.device)
-    more = m.rank, m.shards(), attention, per_rank, tiles, P
-    parts = cost.memory(m.c, stage, m.dtype, blocks, checkpointing, *more, bits=m.bits)
+    more = m.rank, m.shards(), attention, per_rank, tiles, P, m.fused, m.bits
+    parts = cost.memory(m.c, stage, m.dtype, blocks, recomputed, *more)
     return parts | {"a step's ids": 8 * per_rank * ids}
 
 
@@ -162,9 +178,9 @@ def _tiled(m: Machine, stage: Stage, micro: int | None, P: int) -> Fit | None:
 
     def fit(on_gpu: int, outputs: int) -> Fit:
         tiles = Tiles(on_gpu=on_gpu, outputs=outputs)
-        need = _need(m, stage, blocks, False, per_rank, tiles, P)
+        need = _need(m, stage, blocks, 0, per_rank, tiles, P)
         host = cost.host_bytes(m.c, stage, m.dtype, blocks, tiles, P)
-        return Fit(blocks, False, need, dataclasses.replace(tiles, host=host), P)
+        return Fit(blocks, 0, need, dataclasses.replace(tiles, host=host), P)
 
     for outputs in range(L, -1, -1):
         for on_gpu in range(L, -1, -1):
@@ -180,7 +196,7 @@ def refusal(m: Machine, stage: Stage, micro: int | None, P: int) -> str:
     """One sentence: what the least that a step can do with needs, what is free, what would fit."""
     least = Tiles(on_gpu=0 if m.host else m.c.n_layer)
     per_rank = stage.batch * P // m.processes
-    need = _total(_need(m, stage, micro or 1, False, per_rank, least, P)) / ROOM
+    need = _total(_need(m, stage, micro or 1, 0, per_rank, least, P)) / ROOM
     said = f"{stage.name} needs about {need / 2**30:.1f} GiB and {m.free / 2**30:.1f} GiB are free"
     if host := cost.host_bytes(m.c, stage, m.dtype, micro or 1, least, P):
         said += f", and on the host {host / 2**30:.1f} GiB of {m.host / 2**30:.1f}"

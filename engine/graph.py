@@ -9,8 +9,10 @@ and from then on copies of ids into the recorded input and replays. Gradients ar
 dropped, so that the recorded backward adds to the same memory each time. All shapes share one pool
 of memory, as they run one after another.
 
-When.  One process with a GPU, no layer recomputed in the backward and no dropout, which draw random
-numbers on the host's word. Otherwise the function is called as it is; `wanted` says which, and why.
+When.  On a GPU, with no layer recomputed in the backward and no dropout, which draw random numbers
+on the host's word, and nothing exchanged with other processes in between: several processes sum
+their gradients after the last replay, which is worth it while these are small. Otherwise the
+function is called as it is; `wanted` says which, and why.
 
 Limits.  The pool holds a step's activations for as long as the stage lasts.
 
@@ -22,16 +24,22 @@ from torch import Tensor
 
 from engine.cost import Stage
 
+# Bytes of gradients that several processes may sum after a step's backward instead of inside it:
+# a millisecond or two over NVLink, where a step's launches take a hundred
+REDUCED = 2**28
+
 
 def wanted(
-    device: torch.device, processes: int, checkpointing: bool, dropout: float
+    device: torch.device, reduced: int, sharded: bool, recomputed: bool, dropout: float
 ) -> tuple[bool, str]:
-    """(record steps as CUDA graphs?, why)."""
+    """(record steps as CUDA graphs?, why). reduced: bytes of gradients summed over processes."""
     if device.type != "cuda":
         return False, "there is no GPU"
-    if processes > 1:
+    if sharded:
+        return False, "processes exchange weights inside a step"
+    if reduced > REDUCED:
         return False, "processes exchange gradients inside the backward"
-    if checkpointing:
+    if recomputed:
         return False, "layers are computed again in the backward"
     if dropout:
         return False, "dropout draws its noise anew in each step"
@@ -48,11 +56,13 @@ class Recorded:
         self.graphs: dict = {}  # (objective, shape, share) -> (graph, its input, its outputs)
         self.pool = torch.cuda.graph_pool_handle() if record else None
 
-    def __call__(self, stage: Stage, ids: Tensor, share: float) -> tuple[Tensor, ...]:
+    def __call__(
+        self, stage: Stage, ids: Tensor, share: float, alone: bool = True
+    ) -> tuple[Tensor, ...]:
         """The values of losses(stage, ids), after share * the gradient of the first is added to the
-        weights'.
+        weights'. alone: other processes take no part in it.
         """
-        if not self.record:
+        if not (self.record and alone):
             return self._run(stage, ids, share)
         key = stage.objective, tuple(ids.shape), share
         if key not in self.graphs:
@@ -88,7 +98,8 @@ class Recorded:
                 self._run(stage, held, share)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # what NCCL's own threads ask of the GPU meanwhile is no part of this
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             out = self._run(stage, held, share)
         for w, grad in zip(self.weights, before, strict=True):
             w.grad.copy_(grad)  # what the warming up added goes

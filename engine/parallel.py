@@ -9,8 +9,8 @@ B blocks, so that the blocks, their order and their mean are those of one proces
 losses, up to the rounding of sums in another order. NCCL on GPUs, gloo on CPUs. Rank 0 alone
 writes, prints and measures.
 
-Data parallel (the default).  Every rank holds both models. The gradient of a weight is averaged as
-soon as the backward has made it, while the backward of the layers below goes on.
+Data parallel (the default).  Every rank holds both models. Gradients are summed in buckets as soon
+as the backward has made them, while the backward of the layers below goes on (`Reducer`).
 
 Sharded (--shard).  For models that do not fit one GPU. Layer l of the teacher and layer l of the
 student share their frozen tensors, so the two are one FSDP2 unit, a `Unit`, in which every tensor,
@@ -169,25 +169,62 @@ def lost(e: BaseException) -> bool:
 
 
 class Reducer:
-    """Averages gradients over ranks during the backward in which `last` is set."""
+    """Sums gradients over ranks, in buckets: while the backward in which `last` is set makes them,
+    or, with `inside` False, after it.
 
-    def __init__(self, weights, world: World):
-        self.world, self.last, self.working = world, False, []
+    A gradient of BUCKET bytes goes at once, as it is; smaller ones wait for each other and go as
+    one copy. A mean is what comes out if each rank's loss is multiplied by `share` beforehand.
+    """
+
+    BUCKET = 2**26  # bytes: q_proj's of 7B. NVLink is near its rate from some 10 MB on
+
+    def __init__(self, weights, world: World, inside: bool = True):
+        sharded = any(hasattr(p, "device_mesh") for p in weights)  # FSDP reduces its own, to a mean
+        self.weights = list(weights) if world.size > 1 and not sharded else []
+        self.share = 1 / world.size if self.weights else 1.0
+        self.inside, self.last = inside, False
+        self.waiting, self.bytes = [], 0  # weights whose gradients wait for a bucket to be full
+        self.sent: list[tuple] = []  # (handle, what is summed, the weights whose gradients it has)
         self.hooks = [
-            p.register_post_accumulate_grad_hook(self._ready) for p in weights if world.size > 1
+            p.register_post_accumulate_grad_hook(self._ready) for p in self.weights if inside
         ]
 
     def _ready(self, p: nn.Parameter) -> None:
-        if self.last and not hasattr(p, "device_mesh"):  # FSDP reduces its own
-            self.working.append((dist.all_reduce(p.grad, async_op=True), p))
+        if not self.last:
+            return
+        if p.grad.nbytes >= self.BUCKET:
+            return self._send(p.grad, [p])
+        self.waiting.append(p)
+        self.bytes += p.grad.nbytes
+        if self.bytes >= self.BUCKET:
+            self._send_waiting()
+
+    def _send(self, numbers: Tensor, weights: list[nn.Parameter]) -> None:
+        self.sent.append((dist.all_reduce(numbers, async_op=True), numbers, weights))
+
+    def _send_waiting(self) -> None:
+        if self.waiting:
+            self._send(torch.cat([p.grad.flatten() for p in self.waiting]), self.waiting)
+        self.waiting, self.bytes = [], 0
 
     def finish(self) -> None:
-        for work, p in self.working:
-            work.wait()
-            p.grad /= self.world.size
-        self.working = []
+        """Gradients are whole after this."""
+        if not self.inside:
+            self.last = True
+            for p in self.weights:
+                self._ready(p)
+        self._send_waiting()
+        for handle, numbers, weights in self.sent:
+            handle.wait()
+            if numbers is weights[0].grad:
+                continue
+            parts = numbers.split([p.numel() for p in weights])
+            grads = [p.grad for p in weights]
+            torch._foreach_copy_(grads, [x.view_as(g) for x, g in zip(parts, grads, strict=True)])
+        self.sent = []
 
     def close(self) -> None:
+        """Takes the hooks off the weights."""
         for hook in self.hooks:
             hook.remove()
 

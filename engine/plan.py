@@ -24,7 +24,7 @@ from engine.machine import fix_order
 from engine.parallel import World
 from hub import checkpoint, files, rope_json
 from hub.tokenizer import Tokenizer, load_tokenizer
-from model import TRAINED, Llama, LlamaConfig
+from model import TRAINED, Llama, LlamaConfig, choose_glue
 from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
@@ -66,7 +66,7 @@ class Plan:
             "authors_heads": args.authors_heads,
             "impl": args.impl,
             "dropout": args.lora_dropout,
-            "checkpointing": self.fit(stage).checkpointing,
+            "recomputed": self.fit(stage).recomputed,
             "tiles": self.fit(stage).tiles,
         }
 
@@ -91,12 +91,15 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     free = int(world.min(cost.free_memory(device)))
     peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
     host = int(world.min(host_share(device)))
-    having = args.lora_rank, args.shard, world.size, free, host
-    machine = Machine(native, dtype, device, *having, bits=args.bits)
+    kernels, why_glue = choose_glue(device, dtype)
+    having = args.lora_rank, args.shard, world.size, free, host, bool(kernels), args.bits
+    machine = Machine(native, dtype, device, *having)
     fits = [settle(machine, stage, args.micro) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
+    which = "kernel_glue.py's kernels" if kernels else "PyTorch's operators"
+    print(f"between products: {which}, because {why_glue}")
     if args.bits:
         print("weights: the layers' matrices in 4 bits, in teacher and student alike; figures are "
               "measured so, the export is made of the teacher's files")  # fmt: skip

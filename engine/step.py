@@ -4,15 +4,16 @@ What.  train.py holds stage 1's and stage 2's losses as one reads them. They run
 wherever nothing more is needed. This module gives the same losses and the same gradients where
 something is:
 
-    recompute        a layer keeps its inputs [B, T, C] alone; the rest is computed again in the
-                     backward. Of a relation its numbers per row are kept (`kept` of relation_kl),
-                     so that only its gradient is left to do
+    recompute        the first layers keep their inputs [B, T, C] alone; the rest is computed again
+                     in the backward. Of a relation its numbers per row are kept (`kept` of
+                     relation_kl), so that only its gradient is left to do
     chunks           at most HEAD_CHUNK tokens' logits exist at once, forward and backward
     the last layer   ends at its q, k and v where no loss depends on more
     tiles            a long block, a tile of tokens at a time, its layers' inputs in the host's
                      memory (engine/tiles.py), over one process or several (engine/sequence.py)
     units            with --shard, what gathers layer l of both models while it is at work
     a CUDA graph     one launch per micro-batch instead of thousands (engine/graph.py)
+    fused kernels    between products, from inside model.py (kernel_glue.py)
 
 How.  `Step.backward` adds share * the gradient of one micro-batch's loss; `Step.finish` averages
 over processes and gives the norm, `Step.clip` clips by it. What the norm says is checked between
@@ -59,7 +60,7 @@ class Step:
         authors_heads: bool = False,
         impl: str = "auto",
         dropout: float = 0.0,
-        checkpointing: bool = False,
+        recomputed: int = 0,
         world: parallel.World | None = None,
         units: list | None = None,
         graphs: bool = True,
@@ -70,24 +71,27 @@ class Step:
         record CUDA graphs wherever that is possible.
         """
         self.teacher, self.student, self.plain, self.dtype = teacher, student, plain, dtype
-        self.kl_weight, self.checkpointing, self.units = kl_weight, checkpointing, units
+        self.kl_weight, self.recomputed, self.units = kl_weight, recomputed, units
         self.options = {"relations": relations, "authors_heads": authors_heads, "impl": impl}
         self.weights = list(trainable(student).values())
-        self.reducer = parallel.Reducer(self.weights, world) if world else None
         self.processes = world.size if world else 1
         self.tiles, self.noisy, self.store = tiles, dropout > 0, Store(student.device)
         self.store.reserve(tiles.host if tiles else 0)
-        again = checkpointing or tiles is not None or is_packed(student)
-        record, why = graph.wanted(student.device, self.processes, again, dropout)
+        recomputes = bool(recomputed) or tiles is not None or is_packed(student)
+        reduced = sum(w.nbytes for w in self.weights) if self.processes > 1 else 0
+        record, why = graph.wanted(student.device, reduced, bool(units), recomputes, dropout)
         self.recorded = record and graphs
+        self.reducer = None
+        if world:
+            self.reducer = parallel.Reducer(self.weights, world, inside=not self.recorded)
         self.gradients = graph.Recorded(self.losses, self.weights, self.recorded)
         self.why = f"CUDA graph {'on' if record else 'off'}, because {why}"
 
-    def losses(self, part: Stage, ids: Tensor) -> tuple[Tensor, ...]:
+    def losses(self, stage: Stage, ids: Tensor) -> tuple[Tensor, ...]:
         """The loss of ids [n, T + 1], and what else is logged: plain where that is enough."""
-        relation, plain = part.objective == "relation", self.plain.get(part.objective)
+        relation, plain = stage.objective == "relation", self.plain.get(stage.objective)
         how = {"dtype": self.dtype, **(self.options if relation else {})}
-        P = processes_per_block(part.batch, self.processes)
+        P = processes_per_block(stage.batch, self.processes)
         if self.tiles or P > 1:
             every = len(self.student.model.layers)
             tiles = self.tiles or Tiles(on_gpu=every, outputs=every)
@@ -95,8 +99,8 @@ class Step:
             if not relation:
                 return long_next_token_loss(self.student, ids, **how)
             return long_relation_loss(self.teacher, self.student, ids, self.kl_weight, **how)
-        enough = not (self.checkpointing or self.units) and len(ids) * part.T <= HEAD_CHUNK
-        how["checkpointing"] = self.checkpointing
+        enough = not (self.recomputed or self.units) and len(ids) * stage.T <= HEAD_CHUNK
+        how["recomputed"] = self.recomputed
         if not relation:
             if plain and enough:
                 return plain(self.student, ids, self.dtype)
@@ -111,14 +115,16 @@ class Step:
         """Gradients are 0 after this."""
         self.gradients.zero()
 
-    def backward(self, part: Stage, ids: Tensor, share: float, last: bool) -> tuple[Tensor, ...]:
+    def backward(self, stage: Stage, ids: Tensor, share: float, last: bool) -> tuple[Tensor, ...]:
         """Adds share * the gradient of the loss of ids [n, T + 1]; the detached values of `losses`.
 
         last: this step's last micro-batch, in whose backward processes exchange gradients.
         """
         if self.reducer:
-            self.reducer.last = last
-        return self.gradients(part, ids, share)
+            self.reducer.last = last and self.reducer.inside
+            share *= self.reducer.share
+        alone = processes_per_block(stage.batch, self.processes) == 1
+        return self.gradients(stage, ids, share, alone)
 
     def finish(self) -> Tensor:
         """Gradients, any shape, averaged over processes; the norm of all before clipping."""
@@ -128,7 +134,8 @@ class Step:
 
     def clip(self, norm: Tensor, longest: float = 1.0) -> None:
         """Shortens gradients, any shape, of this norm over all to `longest`, if they are longer."""
-        torch.nn.utils.clip_grads_with_norm_(self.weights, longest, norm)
+        if norm > longest:  # else they would all be read and written, to be multiplied by 1
+            torch.nn.utils.clip_grads_with_norm_(self.weights, longest, norm)
 
     def close(self) -> None:
         """Takes its hooks off the weights; drops recorded graphs and the host's memory."""
@@ -147,7 +154,7 @@ def relation_loss(
     dtype: torch.dtype,
     *,
     impl: str = "auto",
-    checkpointing: bool = False,
+    recomputed: int = 0,
     authors_heads: bool = False,
     logit_weight: float = 0.0,
     relations: str = "qkv",
@@ -164,8 +171,7 @@ def relation_loss(
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
     turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
-    # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
-    scales = teacher.score_scale(T), student.score_scale(T)
+    relate = _mean_kl(teacher, student, T, impl)
 
     def advance(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
         """Layer l of both: (teacher's h, student's h, mean KL [3]). kept: see relation_kl."""
@@ -173,16 +179,13 @@ def relation_loss(
         with torch.no_grad():
             h_teacher, theirs = _layer(teacher.model.layers[l], h_teacher, turns[0], last)
         h_student, ours = _layer(student.model.layers[l], h_student, turns[1], last)
-        parts = []
-        for r, (x, y, k) in enumerate(zip(ours, theirs, kept, strict=True)):  # Q/Q, K/K, V/V
-            b, a = scales if r < 2 else (x.shape[-1] ** -0.5,) * 2
-            parts.append(relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=k).mean())
-        return h_teacher, h_student, torch.stack(parts)
+        parts = map(relate, ours, theirs, range(3), kept)
+        return h_teacher, h_student, torch.stack(list(parts))
 
     table = []
     for l in range(L):
         run = advance
-        if checkpointing and torch.is_grad_enabled():
+        if l < recomputed and torch.is_grad_enabled():
             run = functools.partial(advance, kept=([], [], []))
             run = functools.partial(recompute, run, use_reentrant=False)
         if units:
@@ -195,6 +198,20 @@ def relation_loss(
         return loss, table.detach(), torch.zeros_like(loss.detach())
     kl = logit_kl(teacher, student, h_teacher, h_student, HEAD_CHUNK).mean()
     return loss + logit_weight * kl, table.detach(), kl.detach()
+
+
+def _mean_kl(teacher: Llama, student: Llama, T: int, impl: str):
+    """f(student's x, teacher's y [B, H, T, D], r, kept) -> mean KL of Q/Q, K/K or V/V by r.
+
+    YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it.
+    """
+    qk, v = (student.score_scale(T), teacher.score_scale(T)), (student.config.head_dim**-0.5,) * 2
+
+    def mean_kl(x: Tensor, y: Tensor, r: int, kept: list | None) -> Tensor:
+        a, b = v if r == 2 else qk
+        return relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=kept).mean()
+
+    return mean_kl
 
 
 def _weighted(table: Tensor, model: Llama, relations: str, authors_heads: bool) -> Tensor:
@@ -230,10 +247,10 @@ def logit_kl(
 
 
 def next_token_loss(
-    student: Llama, ids: Tensor, dtype: torch.dtype, checkpointing: bool = False
+    student: Llama, ids: Tensor, dtype: torch.dtype, recomputed: int = 0
 ) -> tuple[Tensor]:
     """(cross-entropy,) in nats of ids [B, T + 1], a mean over B T tokens."""
-    h = student.hidden(ids[:, :-1], dtype, checkpointing)
+    h = student.hidden(ids[:, :-1], dtype, recomputed)
     return (cross_entropy(student, h, ids[:, 1:], HEAD_CHUNK),)
 
 
@@ -258,13 +275,7 @@ def long_relation_loss(
     """relation_loss of ids [B, T + 1], of which P processes do a share each."""
     B, T = ids.shape[0], ids.shape[1] - 1
     work, h = _begin(student, ids, dtype, tiles, store, P, noisy, teacher)
-    qk, v = (student.score_scale(T), teacher.score_scale(T)), (student.config.head_dim**-0.5,) * 2
-
-    def relate(x: Tensor, y: Tensor, r: int, kept: list | None) -> Tensor:
-        a, b = qk if r < 2 else v
-        return relation_kl(x, y, scale=a, teacher_scale=b, impl=impl, kept=kept).mean()
-
-    work.relate = relate
+    work.relate = _mean_kl(teacher, student, T, impl)
     h_student, h_teacher, table = walk(work, h, student, teacher, not logit_weight)
     loss = _weighted(table, teacher, relations, authors_heads)
     if not logit_weight:

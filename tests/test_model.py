@@ -151,13 +151,14 @@ def test_chunked_loss_and_gradient_equal_the_plain_ones():
     assert next_token_loss(model, h, IDS, reduction="none").shape == IDS.shape
 
 
-def test_checkpointing_changes_nothing_but_memory():
+@pytest.mark.parametrize("layers", [1, 2])
+def test_recomputing_changes_nothing_but_memory(layers):
     teacher = random_model()
     student = make_student(teacher, teacher.config.extended("linear", 8))
 
-    def gradients(checkpointing: bool):
+    def gradients(recomputed: int):
         loss, parts, _ = step.relation_loss(
-            teacher, student, IDS, torch.float32, checkpointing=checkpointing
+            teacher, student, IDS, torch.float32, recomputed=recomputed
         )
         loss.backward()
         out = [p.grad.clone() for p in trainable(student).values()]
@@ -165,12 +166,12 @@ def test_checkpointing_changes_nothing_but_memory():
             p.grad = None
         return [loss.detach(), parts, *out]
 
-    for a, b in zip(gradients(False), gradients(True), strict=True):
+    for a, b in zip(gradients(0), gradients(layers), strict=True):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
+@pytest.mark.parametrize("recomputed", [0, 1, 2])
+def test_each_losss_forward_runs_once(recomputed, monkeypatch):
     """A checkpointed layer's second run takes its numbers from the first; a second backward through
     the same graph is possible too.
     """
@@ -178,7 +179,7 @@ def test_each_losss_forward_runs_once(checkpointing, monkeypatch):
     student = make_student(teacher, teacher.config.extended("linear", 8))
     forward, calls = kernel_cpu._forward, []
     monkeypatch.setattr(kernel_cpu, "_forward", lambda *a, **k: calls.append(a) or forward(*a, **k))
-    more = {"impl": "tiled", "checkpointing": checkpointing}
+    more = {"impl": "tiled", "recomputed": recomputed}
     loss, _, _ = step.relation_loss(teacher, student, IDS, torch.float32, **more)
     weights = list(trainable(student).values())
     first = torch.autograd.grad(loss, weights, retain_graph=True)

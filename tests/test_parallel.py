@@ -148,6 +148,54 @@ def test_sharded_adapters(one, small, text_dir, tmp_path):
     assert a.keys() == b.keys()
 
 
+REDUCE = """
+import sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from engine import parallel
+
+world = parallel.World("cpu")
+for inside in (True, False):
+    for bucket in (1, 100, 2**26):
+        parallel.Reducer.BUCKET = bucket
+        weights = [torch.nn.Parameter(torch.ones(n, 2)) for n in (3, 40, 7, 9)]
+        reducer = parallel.Reducer(weights, world, inside)
+        for last in (False, True):
+            reducer.last = last and inside
+            terms = [(i + 1) * (world.rank + 1) * w.sum() for i, w in enumerate(weights)]
+            (sum(terms) * reducer.share).backward()
+        reducer.finish()
+        for i, w in enumerate(weights):  # two micro-batches, ranks 1 and 2 on average
+            assert w.grad.shape == w.shape and (w.grad == 2 * (i + 1) * 1.5).all(), (i, w.grad)
+        reducer.close()
+print("all right")
+world.exit(0)
+"""
+
+
+def test_gradients_are_averaged_in_buckets_of_any_size(tmp_path):
+    """While the backward makes them and after it; each by itself, a few or all together."""
+    script = tmp_path / "reduce.py"
+    script.write_text(REDUCE)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    ran = subprocess.run(
+        [*launch, str(script), str(ROOT)],
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert ran.returncode == 0 and ran.stdout == "all right\n", ran.stderr[-3000:]
+
+
 @pytest.mark.parametrize("first, then", [((2, "--shard"), (1,)), ((1,), (2, "--shard"))])
 def test_resuming_with_another_world(full, small, text_dir, tmp_path, first, then):
     """SIGTERM to torchrun, which passes it on; then the other number of processes goes on from the

@@ -90,9 +90,9 @@ def test_fast_equals_plain(objective, kind, rank, dtype, monkeypatch):
     plain = step.Step(teacher, student, PLAIN, dtype=dtype)
     expected = values_and_gradients(plain, objective)
     assert all(g.norm() > 0 for g in expected[-len(plain.weights) :])
-    for chunk, checkpointing, pieces in ((4096, False, 1), (4096, True, 2), (13, False, 2)):
+    for chunk, recomputed, pieces in ((4096, 0, 1), (4096, 2, 2), (13, 1, 2)):
         monkeypatch.setattr(step, "HEAD_CHUNK", chunk)
-        fast = step.Step(teacher, student, {}, dtype=dtype, checkpointing=checkpointing)
+        fast = step.Step(teacher, student, {}, dtype=dtype, recomputed=recomputed)
         equal(values_and_gradients(fast, objective, pieces), expected, dtype)
 
 
@@ -106,7 +106,7 @@ def test_the_plain_loss_runs_where_it_is_enough_and_only_there(objective, monkey
         return PLAIN[objective](*args)
 
     enough = [{}, {"kl_weight": 0.5}]
-    more = [{"checkpointing": True}]
+    more = [{"recomputed": 1}]
     if objective == "relation":
         more += [{"relations": "qk"}, {"authors_heads": True}, {"impl": "tiled"}, {"kl_weight": 0}]
     for options, ran in [(o, 1) for o in enough] + [(o, 0) for o in more]:

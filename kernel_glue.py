@@ -1,0 +1,272 @@
+"""What stands between a layer's products, element by element, as one Triton kernel each.
+
+What.  Norms, the MLP's gate and the rotation of q and k do a few operations per number. A GPU does
+those in the time of one product's last percent, and waits for memory: PyTorch reads and writes the
+whole tensor once per operator, some of them in float32. Here each reads its inputs once and writes
+its results once, and what is between stays in registers, in float32. model.py and rope.py have the
+definitions, which run wherever these kernels do not.
+
+    norm      y  = w * round(x r)                    r = (mean x^2 + eps)^-1/2, a row at a time
+              dx = r (g - n mean(g n))               g = w dy, n = x r
+    gate      y  = silu(a) b = a s b                 s = 1 / (1 + e^-a)
+              da = dy b s (1 + a (1 - s)),  db = dy a s
+    rotation  y1 = x1 c1 - x2 s1,  y2 = x2 c2 + x1 s2      x1, x2: the halves of a head's vector
+              dx1 = g1 c1 + g2 s2, dx2 = g2 c2 - g1 s1     the transpose: the same kernel
+
+What it saves.  Passes over memory, one of a bfloat16 tensor as the unit, counted in eager PyTorch's
+operators; LLaMA-2 7B at 16,384 tokens, each layer computed twice, at 3.35 TB/s:
+
+              forward    backward    a unit               a layer of the student, ms    32 layers
+    norms     18 -> 2    34 -> 3     134 MB, 2 a layer    5.6 -> 0.6                    161 ms
+    rotation  10 -> 2    17 -> 2     134 MB, q and k      3.0 -> 0.5                     79 ms
+    gate       5 -> 3     9 -> 5     361 MB               2.0 -> 1.2                     28 ms
+
+and memory: no norm's input in float32 and no silu(a) is kept for the backward.
+
+Names.  p_ pointers, o_ offsets, m_ a mask; BT rows of a program's tile, BC its columns. Offsets are
+64 bits wide: 512K tokens of an MLP's 11,008 numbers are more than 2^31.
+
+Limits.  First derivatives; the weight of a norm must be frozen. float16, bfloat16, float32 on a GPU
+that kernel_triton.py takes. Rows of a norm at most MOST numbers long.
+
+Source.  The transposes follow from the definitions; tests/test_glue.py holds all of it to float64.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernel_host import INTERPRETED, on
+
+TILE = 4096  # numbers in a program's tile
+MOST = 2**15  # in a norm's row, which a program holds whole
+
+
+@triton.jit
+def _norm_forward_kernel(p_x, p_w, p_y, rows, width, eps, BT: tl.constexpr, BC: tl.constexpr):
+    o_row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_col = tl.arange(0, BC)
+    o = o_row[:, None] * width + o_col[None, :]  # [BT, BC]
+    m = (o_row < rows)[:, None] & (o_col < width)[None, :]
+    x = tl.load(p_x + o, m, 0.0).to(tl.float32)
+    low = p_y.dtype.element_ty
+    w = tl.load(p_w + o_col, o_col < width, 0.0).to(low).to(tl.float32)  # [BC]
+    r = tl.rsqrt(tl.sum(x * x, 1) / width + eps)  # [BT]
+    n = (x * r[:, None]).to(low).to(tl.float32)  # rounded first: so does every LLaMA
+    tl.store(p_y + o, (n * w[None, :]).to(low), m)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    p_x, p_w, p_dy, p_dx, rows, width, eps, BT: tl.constexpr, BC: tl.constexpr
+):
+    o_row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_col = tl.arange(0, BC)
+    o = o_row[:, None] * width + o_col[None, :]  # [BT, BC]
+    m = (o_row < rows)[:, None] & (o_col < width)[None, :]
+    x = tl.load(p_x + o, m, 0.0).to(tl.float32)
+    dy = tl.load(p_dy + o, m, 0.0).to(tl.float32)
+    w = tl.load(p_w + o_col, o_col < width, 0.0).to(p_x.dtype.element_ty).to(tl.float32)
+    r = tl.rsqrt(tl.sum(x * x, 1) / width + eps)[:, None]  # again: the row is here
+    g, n = dy * w[None, :], x * r
+    dx = r * (g - n * (tl.sum(g * n, 1) / width)[:, None])
+    tl.store(p_dx + o, dx.to(p_dx.dtype.element_ty), m)
+
+
+@triton.jit
+def _gate_forward_kernel(p_a, p_b, p_y, numbers, BC: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
+    a = tl.load(p_a + o, o < numbers, 0.0).to(tl.float32)
+    b = tl.load(p_b + o, o < numbers, 0.0).to(tl.float32)
+    tl.store(p_y + o, (a * tl.sigmoid(a) * b).to(p_y.dtype.element_ty), o < numbers)
+
+
+@triton.jit
+def _gate_backward_kernel(p_a, p_b, p_dy, p_da, p_db, numbers, BC: tl.constexpr):
+    o = tl.program_id(0).to(tl.int64) * BC + tl.arange(0, BC)
+    a = tl.load(p_a + o, o < numbers, 0.0).to(tl.float32)
+    b = tl.load(p_b + o, o < numbers, 0.0).to(tl.float32)
+    dy = tl.load(p_dy + o, o < numbers, 0.0).to(tl.float32)
+    s = tl.sigmoid(a)
+    tl.store(p_da + o, (dy * b * s * (1 + a * (1 - s))).to(p_da.dtype.element_ty), o < numbers)
+    tl.store(p_db + o, (dy * a * s).to(p_db.dtype.element_ty), o < numbers)
+
+
+@triton.jit
+def _rotation_kernel(
+    p_x,
+    p_cos,
+    p_sin,
+    p_y,
+    rows,
+    H,
+    T,
+    half,
+    x_b,
+    x_h,
+    x_t,
+    cos_b,
+    BACKWARD: tl.constexpr,
+    BT: tl.constexpr,
+    BC: tl.constexpr,
+):
+    """Rows are vectors [D] of B T H, heads fastest; x_b, x_h, x_t, cos_b: strides. y [B, T, H, D]."""
+    o_row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    o_col = tl.arange(0, BC)
+    m = (o_row < rows)[:, None] & (o_col < half)[None, :]  # [BT, BC]
+    token, i_b = o_row // H % T, o_row // H // T
+    o_x = (i_b * x_b + o_row % H * x_h + token * x_t)[:, None] + o_col[None, :]
+    o_y = (o_row * 2 * half)[:, None] + o_col[None, :]
+    o_cos = (i_b * cos_b + token * 2 * half)[:, None] + o_col[None, :]
+    x1 = tl.load(p_x + o_x, m, 0.0).to(tl.float32)
+    x2 = tl.load(p_x + o_x + half, m, 0.0).to(tl.float32)
+    c1 = tl.load(p_cos + o_cos, m, 0.0).to(tl.float32)
+    c2 = tl.load(p_cos + o_cos + half, m, 0.0).to(tl.float32)
+    s1 = tl.load(p_sin + o_cos, m, 0.0).to(tl.float32)
+    s2 = tl.load(p_sin + o_cos + half, m, 0.0).to(tl.float32)
+    if BACKWARD:
+        y1, y2 = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
+    else:
+        y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    tl.store(p_y + o_y, y1.to(p_y.dtype.element_ty), m)
+    tl.store(p_y + o_y + half, y2.to(p_y.dtype.element_ty), m)
+
+
+# ---- launches
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why activations of `dtype` on `device` cannot go through the kernels; None if they can."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernels take float16, bfloat16 or float32, not {dtype}"
+    if device.type != "cuda":
+        return None if INTERPRETED else f"the kernels need a GPU, not {device.type}"
+    if torch.version.hip:
+        return "the kernels are proven on NVIDIA GPUs only, and this one is AMD's"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"the kernels need compute capability 8.0, and {device} has {capability}"
+    return None
+
+
+def _tile(width: int) -> dict:
+    """Rows and columns of a tile over rows of `width` numbers, and its warps."""
+    BC = triton.next_power_of_2(width)
+    return {"BT": max(1, TILE // BC), "BC": BC, "num_warps": min(16, max(4, BC // 512))}
+
+
+def norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., width] contiguous, weight [width] -> as model.RMSNorm."""
+    y, width, tile = torch.empty_like(x), x.shape[-1], _tile(x.shape[-1])
+    rows = x.numel() // width
+    with on(x.device):
+        grid = (triton.cdiv(rows, tile["BT"]),)
+        _norm_forward_kernel[grid](x, weight, y, rows, width, eps, **tile)
+    return y
+
+
+def norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> Tensor:
+    """x and dy [..., width] contiguous -> dL/dx."""
+    dx, width, tile = torch.empty_like(x), x.shape[-1], _tile(x.shape[-1])
+    rows = x.numel() // width
+    with on(x.device):
+        grid = (triton.cdiv(rows, tile["BT"]),)
+        _norm_backward_kernel[grid](x, weight, dy, dx, rows, width, eps, **tile)
+    return dx
+
+
+def gate_forward(a: Tensor, b: Tensor) -> Tensor:
+    """a and b [..., width] contiguous -> silu(a) b."""
+    y = torch.empty_like(a)
+    with on(a.device):
+        grid = (triton.cdiv(a.numel(), TILE // 2),)
+        _gate_forward_kernel[grid](a, b, y, a.numel(), BC=TILE // 2)
+    return y
+
+
+def gate_backward(a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    """a, b and dy [..., width] contiguous -> dL/da, dL/db."""
+    da, db = torch.empty_like(a), torch.empty_like(b)
+    with on(a.device):
+        grid = (triton.cdiv(a.numel(), TILE // 2),)
+        _gate_backward_kernel[grid](a, b, dy, da, db, a.numel(), BC=TILE // 2)
+    return da, db
+
+
+def rotation(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
+    """x [B, H, T, D] turned, or turned back by the transpose; [B, T, H, D] in memory.
+
+    cos and sin [T, D] or [B, 1, T, D], contiguous, in x's dtype.
+    """
+    B, H, T, D = x.shape
+    assert cos.shape == sin.shape and cos.shape[-2:] == (T, D), (x.shape, cos.shape, sin.shape)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    y, tile = x.new_empty(B, T, H, D), _tile(D // 2)
+    tile["BT"] = max(1, tile["BT"] // 2)  # two halves
+    with on(x.device):
+        grid = (triton.cdiv(B * T * H, tile["BT"]),)
+        strides = x.stride(0), x.stride(1), x.stride(2), T * D if cos.dim() == 4 else 0
+        numbers = B * T * H, H, T, D // 2
+        _rotation_kernel[grid](x, cos, sin, y, *numbers, *strides, BACKWARD=backward, **tile)
+    return y.transpose(1, 2)
+
+
+# ---- as differentiable functions
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        assert not weight.requires_grad, "the kernels have no gradient for a norm's weight"
+        x = x.contiguous()
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight)
+        return norm_forward(x, weight, eps)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        return norm_backward(x, weight, ctx.eps, dy.contiguous()), None, None
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a, b):
+        a, b = a.contiguous(), b.contiguous()
+        ctx.save_for_backward(a, b)
+        return gate_forward(a, b)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return gate_backward(*ctx.saved_tensors, dy.contiguous())
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return rotation(x, cos, sin, backward=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        return rotation(dy, *ctx.saved_tensors, backward=True), None, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """model.RMSNorm of x [..., width] by a weight [width] that does not learn."""
+    return _Norm.apply(x, weight, eps)
+
+
+def swiglu(a: Tensor, b: Tensor) -> Tensor:
+    """silu(a) * b, of [..., width] each."""
+    return _Gate.apply(a, b)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rope.rotate of x [B, H, T, D]; cos and sin [T, D] or [B, 1, T, D], in x's dtype."""
+    return _Rotation.apply(x, cos.contiguous(), sin.contiguous())
