@@ -377,6 +377,8 @@ def measure(timed: Timed, repeat: int, peak: float, limit: float | None = None) 
     parts["optimiser"] = seconds(timed.update, timed, repeat)
     rest = "backward" if "student forward" in parts else "forward and backward"
     parts[rest] = whole - sum(parts.values())
+    if long:
+        return row
     timed.step.close()
     timed.step = timed.make_step(graphs=True)
     if timed.step.recorded:
