@@ -2,7 +2,7 @@
 
 What.  Stage 1: the KL of each relation and of the next token, on a logarithmic axis; its loss by
 layer, so that one sees which layers hold out. Stage 2: the next-token loss, and the relation loss
-of the native blocks beside.
+of the auxiliary native blocks.
 
 How.  The raw line is faint; the strong one is a running mean over a fortieth of the steps, or over
 eight. Steps that read look-up documents are drawn apart, dashed: their losses are of another size.
@@ -22,24 +22,34 @@ from relation_kl import RELATIONS
 POINTS = 1000
 
 
+def canvas(wide: float, tall: float):
+    """An empty figure of so many inches, without pyplot: no global state and no display."""
+    from matplotlib.figure import Figure  # here: a run that draws nothing needs no matplotlib
+
+    return Figure(figsize=(wide, tall), layout="constrained")
+
+
+def png(figure, dpi: int) -> bytes:
+    """The figure as a file's bytes."""
+    out = io.BytesIO()
+    figure.savefig(out, dpi=dpi, format="png")
+    return out.getvalue()
+
+
 def picture(log: Path) -> bytes:
     """metrics.jsonl as PNG bytes."""
-    from matplotlib.figure import Figure  # no pyplot: no global state and no display
-
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     first = [r for r in rows if r["stage"] == "stage1"]
     second = [r for r in rows if r["stage"] == "stage2"]
     panels = 2 * bool(first) + bool(second)
-    figure = Figure(figsize=(5.2 * panels, 4), layout="constrained")
+    figure = canvas(5.2 * panels, 4)
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if first:
         _relations(axes[0], first)
         _layers(figure, axes[1], first)
     if second:
         _next_token(axes[-1], second)
-    out = io.BytesIO()
-    figure.savefig(out, dpi=120, format="png")
-    return out.getvalue()
+    return png(figure, 120)
 
 
 def _line(axis, rows: list[dict], value, label: str, colour: str, apart: bool = True) -> None:

@@ -8,9 +8,8 @@ and that is said (`Corpus.notes`), as is every row that has no text. Without any
 default_text.py names, 15 MB of Python that are the same on every machine.
 
 Tokenised once.  The stream is written as a numpy file under a name that is a hash of the tokenizer
-and of every file's name and contents, and is mapped, not read, from then on; a checksum tells
-whether it is still what was written. A text that is refused, or that the disk has no room for,
-leaves nothing behind.
+and of every file's name and contents, and is mapped, not read, from then on (token_cache.py).
+A text that is refused leaves nothing behind.
 
 Held out.  One document in 20, by a hash of its name, never trains, whatever else is read with it,
 nor do its copies: a document equal to an earlier one goes where that went. Where that gives less
@@ -24,7 +23,7 @@ drawn from (seed, e); the k-th block of a run is thus a function of (seed, k), w
 of processes, and a resumed run needs only k.
 
 Limits.  Documents run on across block borders, and attention sees across them, as in most
-pre-training. Special tokens in a text, such as "<|end|>", are ordinary characters of it.
+pre-training.
 """
 
 import dataclasses
@@ -41,8 +40,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine import default_text, text_readers, token_cache
-from engine.text_readers import KINDS, ROWS, Chat, Notes, kind_of
+from engine import default_text, token_cache
+from engine.text_readers import KINDS, ROWS, Notes, documents, kind_of
 from hub import files
 from hub.chats import Chats
 from hub.tokenizer import PIECE, Tokenizer
@@ -51,9 +50,9 @@ HELD_OUT_ONE_IN = 20
 _CHARACTERS = 1 << 21  # tokenised at a time: some 100 MB where each token is an object of its own
 
 
-def seed_of(seed: int, stage: int, beside: bool = False) -> int:
-    """What the order of a stage's blocks, and of those beside them, is drawn with."""
-    return seed + 7919 * stage + 104729 * beside
+def seed_of(seed: int, stage: int, auxiliary: bool = False) -> int:
+    """What the order of a stage's blocks, and of its auxiliary ones, is drawn with."""
+    return seed + 7919 * stage + 104729 * auxiliary
 
 
 @functools.lru_cache(maxsize=4)
@@ -109,12 +108,9 @@ class Corpus:
                 "add --data"
             )
         there = range(1, n, 2) if n // 2 >= most else range(n)
-        picks = sorted(
-            {there[int(i)] for i in np.linspace(0, len(there) - 1, min(most, len(there)))}
-        )
-        return torch.from_numpy(
-            np.stack([self.held_out[i * T : (i + 1) * T + 1].astype(np.int64) for i in picks])
-        )
+        evenly = np.linspace(0, len(there) - 1, min(most, len(there))).astype(int)
+        blocks = [self.held_out[there[i] * T :][: T + 1] for i in sorted(set(evenly.tolist()))]
+        return torch.from_numpy(np.stack(blocks).astype(np.int64))
 
 
 def load_corpus(
@@ -146,29 +142,33 @@ def load_corpus(
         key.update(os.fsencode(f"{name}\0{files.digest(file)}\n"))
     digest = key.hexdigest()[:20]
     what = ", ".join(map(str, paths)) if paths else default_text.NAME
-    parts = token_cache.read(cache / digest)
-    if parts:
-        *streams, said = parts
+    cached = token_cache.read(cache / digest)
+    if cached:
+        *streams, notes = cached
     else:
         streams = _tokenise(found, tokenizer, quiet, field, chats, read)
-        said = read.lines()
-    corpus = Corpus(*streams, what, digest, (*scanned.lines(), *said))
+        notes = read.lines()
+    corpus = Corpus(*streams, what, digest, (*scanned.lines(), *notes))
     check(corpus)
-    if not parts:
-        token_cache.write(cache / digest, *streams, said)
-        parts = token_cache.read(cache / digest)
-        assert parts, "a cache that was just written reads back"
-        corpus = dataclasses.replace(corpus, train=parts[0], held_out=parts[1])
+    if not cached:
+        token_cache.write(cache / digest, *streams, notes)
+        cached = token_cache.read(cache / digest)
+        assert cached, "a cache that was just written reads back"
+        corpus = dataclasses.replace(corpus, train=cached[0], held_out=cached[1])
     return corpus
 
 
 def find_files(
-    paths: list[Path], without: list[Path] = (), notes: Notes | None = None
+    paths: list[Path],
+    without: list[Path] = (),
+    notes: Notes | None = None,
+    flag: str = "--data",
 ) -> list[tuple[str, Path]]:
     """(name, file) of every source, sorted by name, which is relative to the folder that was given.
 
-    without: folders that are not entered. notes: where to say what is left out. Raises ValueError
-    for a path that does not exist or whose kind is not read, and where there is no text.
+    without: folders that are not entered. notes: where to say what is left out. flag: that names
+    the paths. Raises ValueError for a path that does not exist or whose kind is not read, and where
+    there is no text.
     """
     if not paths:
         return default_text.find_files()
@@ -176,20 +176,20 @@ def find_files(
     for path in paths:
         files.refuse_lost_link(path)
         if not path.exists():
-            raise ValueError(f"--data {path} does not exist")
-        if path.is_dir():
-            for file in _below(path, without, notes or Notes()):
-                name = str(file.relative_to(path))
-                found[name if name not in found else str(file)] = file
-        elif not path.is_file():
+            raise ValueError(f"{flag} {path} does not exist")
+        if not path.is_file() and not path.is_dir():
             raise ValueError(
-                f"--data {path} is no file or folder (a pipe cannot be read twice); save the text "
+                f"{flag} {path} is no file or folder (a pipe cannot be read twice); save the text "
                 "first"
             )
-        elif kind_of(path.name) is None:
-            raise ValueError(f"--data {path}: unknown kind of file; use {KINDS}")
-        else:
-            found[path.name if path.name not in found else str(path)] = path
+        if path.is_file() and kind_of(path.name) is None:
+            raise ValueError(f"{flag} {path}: unknown kind of file; use {KINDS}")
+        root, below = path.parent, [path]
+        if path.is_dir():
+            root, below = path, _below(path, without, notes or Notes())
+        for file in below:
+            name = str(file.relative_to(root))
+            found[name if name not in found else str(file)] = file
     if not found:
         raise ValueError(f"no text in {', '.join(map(str, paths))}: no file ends in {KINDS}")
     return sorted(found.items())
@@ -201,41 +201,20 @@ def _below(path: Path, without: list[Path], notes: Notes) -> Iterator[Path]:
     def refuse(e: OSError) -> None:
         raise ValueError(f"cannot read {e.filename}: {e.strerror.lower()}")
 
-    own = [os.path.realpath(folder) for folder in without]
+    skipped = [os.path.realpath(folder) for folder in without]
     for here, folders, names in os.walk(path, onerror=refuse):
-        entered = []
-        for name in sorted(folders):
-            if os.path.realpath(Path(here) / name) in own:
-                continue
-            if name.startswith("."):
-                notes.leave_out("hidden files and folders", str(Path(here) / name))
-            else:
-                entered.append(name)
-        folders[:] = entered
-        for name in sorted(names):
-            file = Path(here) / name
-            if name.startswith("."):
-                notes.leave_out("hidden files and folders", str(file))
-            elif kind_of(name) is None:
+        here = Path(here)
+        folders[:] = [n for n in sorted(folders) if os.path.realpath(here / n) not in skipped]
+        for name in (n for n in (*folders, *sorted(names)) if n.startswith(".")):
+            notes.leave_out("hidden files and folders", str(here / name))
+        folders[:] = [n for n in folders if not n.startswith(".")]
+        for file in (here / n for n in sorted(names) if not n.startswith(".")):
+            if kind_of(file.name) is None:
                 notes.leave_out("files of kinds that are not read", str(file))
-            else:
-                files.refuse_lost_link(file)
-                if file.is_file():
-                    yield file
-
-
-def documents(
-    found: list[tuple[str, Path]],
-    field: str | None = None,
-    chat: Chat | None = None,
-    notes: Notes | None = None,
-) -> Iterator[tuple[str, str | np.ndarray]]:
-    """(name, text) of every document, or (name, ids [tokens], any integers) of a .npy or a chat.
-
-    As text_readers.documents, of many files.
-    """
-    for name, file in found:
-        yield from text_readers.documents(name, file, field, chat, notes or Notes())
+                continue
+            files.refuse_lost_link(file)
+            if file.is_file():
+                yield file
 
 
 def _tokenise(
@@ -247,7 +226,7 @@ def _tokenise(
     notes: Notes,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, held out)."""
-    kept: list[tuple[str, np.ndarray]] = []
+    encoded: list[tuple[str, np.ndarray]] = []
     waiting: list[tuple[str, str]] = []
     characters = 0  # of those that wait
     dtype = np.uint16 if tokenizer.size <= 1 << 16 else np.uint32
@@ -255,7 +234,7 @@ def _tokenise(
     def flush() -> None:
         each = tokenizer.encode_documents([text for _, text in waiting])
         for (name, _), ids in zip(waiting, each, strict=True):
-            kept.append((name, np.asarray(ids, dtype=dtype)))
+            encoded.append((name, np.asarray(ids, dtype=dtype)))
         waiting.clear()
 
     each = documents(found, field, chats, notes)
@@ -266,11 +245,11 @@ def _tokenise(
                 bad = low if low < 0 else high
                 raise ValueError(f"{name} holds the id {bad}; the vocabulary has {tokenizer.size}")
             flush()
-            kept.append((name, text.astype(dtype)))
+            encoded.append((name, text.astype(dtype)))
         elif len(text) > PIECE:
             flush()
             pieces = [np.asarray(ids, dtype=dtype) for ids in tokenizer.encode_long(text)]
-            kept.append((name, np.concatenate(pieces)))
+            encoded.append((name, np.concatenate(pieces)))
         elif text.strip():
             waiting.append((name, text))
             characters += len(text)
@@ -278,15 +257,15 @@ def _tokenise(
                 flush()
                 characters = 0
     flush()
-    if not kept:
+    if not encoded:
         why = "; ".join(notes.lines())
         raise ValueError(
             f"{', '.join(str(f) for _, f in found[:3])}: the text is empty{f' ({why})' * bool(why)}"
         )
-    return split(kept)
+    return split(encoded)
 
 
-def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+def split(named: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """(training ids [tokens], held-out ids [tokens]) of (name, ids [tokens]) documents.
 
     One document in HELD_OUT_ONE_IN is held out, by its name alone, or that of the first document
@@ -294,16 +273,15 @@ def split(kept: list[tuple[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     last part of the stream instead, of which copies are left out.
     """
     first: dict[bytes, tuple[bool, np.ndarray]] = {}  # by contents: is it held out, the ids
-    out = []
-    for name, ids in kept:
+    train, held_out = [], []
+    for name, ids in named:
         same = hashlib.sha256(np.ascontiguousarray(ids)).digest()
-        held = zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0
-        out.append(first.setdefault(same, (held, ids))[0])
-    whole = sum(len(ids) for _, ids in kept)
-    held = sum(len(ids) for (_, ids), o in zip(kept, out, strict=True) if o)
+        by_name = zlib.crc32(os.fsencode(name)) % HELD_OUT_ONE_IN == 0
+        is_held_out, _ = first.setdefault(same, (by_name, ids))
+        (held_out if is_held_out else train).append(ids)
+    whole, held = sum(len(ids) for _, ids in named), sum(map(len, held_out))
     if max(1, whole // 100) <= held < whole // 2:
-        pick = lambda want: [ids for (_, ids), o in zip(kept, out, strict=True) if o == want]  # noqa: E731
-        return np.concatenate(pick(False)), np.concatenate(pick(True))
+        return np.concatenate(train), np.concatenate(held_out)
     stream = np.concatenate([ids for _, ids in first.values()])
     cut = len(stream) - max(1, len(stream) // HELD_OUT_ONE_IN)
     return stream[:cut], stream[cut:]

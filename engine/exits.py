@@ -41,13 +41,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _leave(number, frame) -> None:
-    """While modules are imported: nothing is open and nothing was written, so the process ends
-    here.
-    """
-    if not _FIRST:
-        os._exit(0)
-    print(f"{PROGRAM}: stopped before it began", file=sys.stderr, flush=True)
-    os._exit(STOPPED)
+    """While modules are imported: nothing is open and nothing was written."""
+    _end(PROGRAM, "stopped before it began", STOPPED)
 
 
 def _stop(number, frame) -> None:
@@ -72,28 +67,13 @@ def _import_failed(kind, e, trace) -> None:
     sys.__excepthook__(kind, e, trace)
 
 
-PROGRAM = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
-if PROGRAM in ("train.py", "eval.py"):
-    for each in SIGNALS:
-        signal.signal(each, _leave)
-    sys.excepthook = _import_failed
-    if importlib.util.find_spec("torch") is None:
-        sys.exit(f"{PROGRAM}: this Python has no torch; `make demo` makes one that has, "
-                 ".venv/bin/python, or install requirements.txt")  # fmt: skip
-
-
 def ran_out(e: BaseException) -> bool:
     """Is this torch's, or Python's, way of saying that memory ran out?"""
-    phrases = ("DefaultCPUAllocator",)
-    phrases += ("Cannot allocate memory", "failed to map segment")  # of a file, of a library
-    return (
-        isinstance(e, MemoryError)
-        or type(e).__name__ == "OutOfMemoryError"
-        or (
-            isinstance(e, RuntimeError | ImportError)
-            and any(phrase in str(e) for phrase in phrases)
-        )
-    )
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError":
+        return True
+    # Of a tensor, of a file, of a library
+    phrases = ("DefaultCPUAllocator", "Cannot allocate memory", "failed to map segment")
+    return isinstance(e, RuntimeError | ImportError) and any(p in str(e) for p in phrases)
 
 
 def _out_of_memory(e: BaseException) -> str:
@@ -148,3 +128,13 @@ def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
     speak(f"{program}: {' '.join(sentence.split())}")
     sys.stdout.flush()
     os._exit(code)  # not sys.exit, which would wait for ranks that are still at work
+
+
+PROGRAM = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
+if PROGRAM in ("train.py", "eval.py"):
+    for each in SIGNALS:
+        signal.signal(each, _leave)
+    sys.excepthook = _import_failed
+    if importlib.util.find_spec("torch") is None:
+        sys.exit(f"{PROGRAM}: this Python has no torch; `make demo` makes one that has, "
+                 ".venv/bin/python, or install requirements.txt")  # fmt: skip

@@ -8,7 +8,9 @@ Presets stand for a whole recipe (train.py): `authors` is the paper's own; `demo
 """
 
 import argparse
+import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,121 +25,84 @@ SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv", "none")
 
 def parser(about: str) -> argparse.ArgumentParser:
     """Every flag, its range and its help."""
-    p = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.error = one_sentence  # instead of argparse's page of usage
-    what = p.add_argument_group("what")
-    what.add_argument(
-        "--teacher", type=path, help="Hugging Face directory of a LLaMA (default: the demo's)"
-    )
-    what.add_argument(
-        "--scale", type=scale, default=8.0, help="how many times the context, above 1 (8)"
-    )
-    what.add_argument(
+    p = new_parser(about)
+    add = p.add_argument_group("what").add_argument
+    add("--teacher", type=path, help="Hugging Face directory of a LLaMA (default: the demo's)")
+    add("--scale", type=scale, default=8.0, help="how many times the context, above 1 (8)")
+    add(
         "--rope",
         choices=STUDENT_KINDS,
         help="how positions are stretched (the teacher's kind, or linear)",
     )
-    what.add_argument(
-        "--data",
-        type=path,
-        nargs="+",
-        default=[],
-        help="text files or folders (sympy's sources)",
-    )
-    what.add_argument("--text-field", help="of rows, where it is not `text` or a chat's `messages`")
-    what.add_argument("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
-    what.add_argument(
-        "--stage", choices=("1", "2", "both"), default="both", help="which stages to run (both)"
-    )
-    how = p.add_argument_group("how (what is left out is printed with the plan)")
-    for n, name in ((1, "stage 1"), (2, "stage 2")):
-        how.add_argument(f"--tokens{n}", type=count, help=f"tokens that {name} reads")
-        how.add_argument(f"--length{n}", type=count, help=f"tokens per block of {name}")
-        how.add_argument(f"--batch{n}", type=count, help=f"blocks per step of {name}")
-        how.add_argument(f"--lr{n}", type=positive, help=f"peak learning rate of {name}")
-    how.add_argument(
+    add("--data", type=path, nargs="+", default=[], help="text files or folders (sympy's sources)")
+    add("--text-field", help="of rows, where it is not `text` or a chat's `messages`")
+    add("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
+    add("--stage", choices=("1", "2", "both"), default="both", help="which stages to run (both)")
+    add = p.add_argument_group("how (what is left out is printed with the plan)").add_argument
+    for n in (1, 2):
+        add(f"--tokens{n}", type=count, help=f"tokens that stage {n} reads")
+        add(f"--length{n}", type=count, help=f"tokens per block of stage {n}")
+        add(f"--batch{n}", type=count, help=f"blocks per step of stage {n}")
+        add(f"--lr{n}", type=positive, help=f"peak learning rate of stage {n}")
+    add(
         "--logit-weight",
         type=weight,
         help="of the next-token KL beside the relations (1; the demo 3)",
     )
-    how.add_argument(
+    add(
         "--relations", choices=SUBSETS, default="qkv", help="which relations stage 1 compares (qkv)"
     )
-    how.add_argument(
+    add(
         "--native-blocks",
         type=whole,
         help="blocks of stage 1's kind beside each of stage 2's (0: SmolLM2 lost by them; demo 4)",
     )
-    how.add_argument(
+    add(
         "--lookups",
         type=share,
         help="share of blocks that are look-up documents (0; the demo 0.25)",
     )
-    how.add_argument(
-        "--lora-rank", type=count, help="train adapters of this rank instead of full projections"
-    )
-    how.add_argument(
-        "--lora-alpha", type=positive, help="their weight is alpha / rank (twice the rank)"
-    )
-    how.add_argument("--lora-dropout", type=share, help="on the adapters' input (0)")
-    how.add_argument(
+    add("--lora-rank", type=count, help="train adapters of this rank instead of full projections")
+    add("--lora-alpha", type=positive, help="their weight is alpha / rank (twice the rank)")
+    add("--lora-dropout", type=share, help="on the adapters' input (0)")
+    add(
         "--bits",
         type=int,
         choices=(4,),
         help="with --lora-rank: the frozen weights in 4 bits (NF4, by bitsandbytes)",
     )
-    how.add_argument(
+    add(
         "--preset",
         choices=("authors", "demo"),
         help="authors: the paper's adapters and stage 1; demo: what no --teacher means",
     )
-    how.add_argument("--micro", type=count, help="blocks at a time (as many as fill 8192 tokens)")
-    how.add_argument(
-        "--impl", choices=IMPLEMENTATIONS, default="auto", help="of the relation loss (auto)"
-    )
-    how.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="to compute in (auto)",
-    )
-    how.add_argument(
-        "--seed", type=seed, default=0, help="of the text's order and of all noise (0)"
-    )
-    how.add_argument(
+    add("--micro", type=count, help="blocks at a time (as many as fill 8192 tokens)")
+    add("--impl", choices=IMPLEMENTATIONS, default="auto", help="of the relation loss (auto)")
+    dtypes = ("auto", "float32", "bfloat16")
+    add("--dtype", choices=dtypes, default="auto", help="to compute in (auto)")
+    add("--seed", type=seed, default=0, help="of the text's order and of all noise (0)")
+    add(
         "--eval-blocks",
         type=whole,
         default=8,
         help="long held-out blocks for the table; 0: no table (8)",
     )
-    run = p.add_argument_group("running")
-    run.add_argument("--resume", action="store_true", help="go on from the last state in --out")
-    run.add_argument(
-        "--save-minutes", type=weight, default=10, help="write the state at least this often (10)"
-    )
-    run.add_argument(
+    add = p.add_argument_group("running").add_argument
+    add("--resume", action="store_true", help="go on from the last state in --out")
+    add("--save-minutes", type=weight, default=10, help="write the state at least this often (10)")
+    add(
         "--deterministic",
         action="store_true",
         help="the same bits every run on a GPU too, attention's backward being slower",
     )
-    run.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    run.add_argument(
-        "--shard", action="store_true", help="under torchrun: cut the models over the GPUs (FSDP2)"
-    )
-    run.add_argument(
-        "--peak-tflops", type=positive, help="what 100 %% MFU means (measured at the start)"
-    )
-    run.add_argument(
-        "--tensorboard", action="store_true", help="also write figures for TensorBoard"
-    )
-    run.add_argument("--wandb", metavar="PROJECT", help="also write figures to Weights & Biases")
+    add("--dry-run", action="store_true", help="print the plan and stop")
+    add("--shard", action="store_true", help="under torchrun: cut the models over the GPUs (FSDP2)")
+    add("--peak-tflops", type=positive, help="what 100 %% MFU means (measured at the start)")
+    add("--tensorboard", action="store_true", help="also write figures for TensorBoard")
+    add("--wandb", metavar="PROJECT", help="also write figures to Weights & Biases")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    run.add_argument("--device", default=device, help="a torch device (cuda where there is one)")
-    run.add_argument(
-        "--cache", type=folder, help="folder for tokenised text, to share between runs (in --out)"
-    )
+    add("--device", default=device, help="a torch device (cuda where there is one)")
+    add("--cache", type=folder, help="folder for tokenised text, to share between runs (in --out)")
     return p
 
 
@@ -186,15 +151,20 @@ def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argpa
     return args
 
 
-def one_sentence(message: str) -> None:
-    """argparse's way out, without the usage lines: raises ValueError."""
-    raise ValueError(message)
+def new_parser(about: str) -> argparse.ArgumentParser:
+    """A parser that raises ValueError in one sentence, instead of a page of usage."""
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    raw = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(description=about, formatter_class=raw)
+    p.error = refuse
+    return p
 
 
 def require(package: str, flag: str) -> None:
     """Raises ValueError where `package`, which `flag` needs, is not installed."""
-    import importlib.util
-
     if importlib.util.find_spec(package) is None:
         raise ValueError(f"{flag} needs the package: pip install {package}, or leave the flag out")
 
@@ -214,42 +184,28 @@ def check_device(name: str) -> None:
 # ---- types: each takes the text of a flag and says what it must be
 
 
-def _number(text: str, what: str, good, kind=float):
-    try:
-        value = kind(text)
-        if good(value):
-            return value
-    except (ValueError, OverflowError):
-        pass
-    raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
+def _number(what: str, good: Callable, kind: type = float) -> Callable:
+    """A type of numbers, called `what` in the sentence, that are `good`."""
+
+    def read(text: str):
+        try:
+            value = kind(text)
+            if good(value):
+                return value
+        except (ValueError, OverflowError):
+            pass
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not {what}")
+
+    return read
 
 
-def scale(text: str) -> float:
-    return _number(text, "a number above 1 and up to 1000, such as 8", lambda v: 1 < v <= 1000)
-
-
-def positive(text: str) -> float:
-    return _number(text, "a number above 0", lambda v: 0 < v < math.inf)
-
-
-def weight(text: str) -> float:
-    return _number(text, "a number from 0 up", lambda v: 0 <= v < math.inf)
-
-
-def share(text: str) -> float:
-    return _number(text, "a number from 0 to 1", lambda v: 0 <= v <= 1)
-
-
-def count(text: str) -> int:
-    return _number(text, "a whole number from 1 up", lambda v: 1 <= v < 1 << 48, int)
-
-
-def whole(text: str) -> int:
-    return _number(text, "a whole number from 0 up", lambda v: 0 <= v < 1 << 31, int)
-
-
-def seed(text: str) -> int:
-    return _number(text, "a whole number from 0 up to 2^32", lambda v: 0 <= v < 1 << 32, int)
+scale = _number("a number above 1 and up to 1000, such as 8", lambda v: 1 < v <= 1000)
+positive = _number("a number above 0", lambda v: 0 < v < math.inf)
+weight = _number("a number from 0 up", lambda v: 0 <= v < math.inf)
+share = _number("a number from 0 to 1", lambda v: 0 <= v <= 1)
+count = _number("a whole number from 1 up", lambda v: 1 <= v < 1 << 48, int)
+whole = _number("a whole number from 0 up", lambda v: 0 <= v < 1 << 31, int)
+seed = _number("a whole number from 0 up to 2^32", lambda v: 0 <= v < 1 << 32, int)
 
 
 def path(text: str) -> Path:

@@ -60,9 +60,10 @@ class Lookups:
         """Raises ValueError where a training document of T tokens has no room for its lines."""
         line = max(len(self.set), len(self.ask)) + 2
         if (T + 1) // line < 4 * PAIRS:
-            raise ValueError(f"a look-up document of {T} tokens cannot hold {4 * PAIRS} lines of "
-                             f"{line} tokens; use "
-                             "longer blocks or leave --lookups out")  # fmt: skip
+            raise ValueError(
+                f"a look-up document of {T} tokens cannot hold {4 * PAIRS} lines of {line} tokens; "
+                "use longer blocks or leave --lookups out"
+            )
         if len(self.filler) <= T + 1:
             raise ValueError(f"a look-up document of {T} tokens needs a longer text; add --data")
 

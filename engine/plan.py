@@ -192,7 +192,7 @@ def check(
         checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
     # An export reads them, at the end; links that lead out are refused
     exported = checkpoint.copied_files(args.teacher)
-    exported["README.md"] = files.own(args.teacher, "README.md")
+    exported["README.md"] = files.file_of(args.teacher, "README.md")
     for name, file in exported.items():
         with files.reading(file):
             if file.is_file():

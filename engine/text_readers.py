@@ -19,7 +19,7 @@ Refused: a row without the field or with something else in it.
 
 import csv
 from collections.abc import Callable, Iterator
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from engine import token_cache
 from hub import files
 from hub.chats import ChatRefused
 
-WHOLE, ROWS, PACKED = (".txt", ".md", ".py"), (".jsonl", ".csv", ".parquet"), (".gz", ".zst")
+WHOLE, ROWS = (".txt", ".md", ".py"), (".jsonl", ".csv", ".parquet")
 KINDS = ".txt, .md, .py, .jsonl, .csv (each also .gz or .zst), .parquet, .npy"  # in words
 CHATS = ("messages", "conversations")
 _LONG = 100  # characters a row, at least, of a field that is taken for the text
@@ -60,42 +60,40 @@ class Notes:
 
     def lines(self) -> list[str]:
         """One sentence each."""
-        said = [
-            f"text: the field `{field}`, the only long one ({file})"
-            for field, file in self.found.items()
-        ]
-        return said + [
-            f"text: left out {count:,} {reason} (first: {first})"
-            for reason, (count, first) in self.reasons.items()
-        ]
+        fields = (f"the field `{f}`, the only long one ({file})" for f, file in self.found.items())
+        left_out = (f"left out {n:,} {why} (first: {a})" for why, (n, a) in self.reasons.items())
+        return [f"text: {note}" for note in (*fields, *left_out)]
 
 
 def documents(
-    name: str, file: Path, field: str | None, chat: Chat | None, notes: Notes
+    found: list[tuple[str, Path]],
+    field: str | None = None,
+    chat: Chat | None = None,
+    notes: Notes | None = None,
 ) -> Iterator[tuple[str, str | np.ndarray]]:
-    """(name, text) of every document of a file, or (name, ids [tokens]) of a stream or a chat.
+    """(name, text) of every document, or (name, ids [tokens], any integers) of a stream or a chat.
 
-    field: of the rows, None: to be found. chat: what makes ids of a chat, None: chats are refused.
+    found: (name, file). field: of the rows, None: to be found. chat: what makes ids of a chat,
+    None: chats are refused.
     Raises ValueError naming a file (and row) that is damaged, not UTF-8 or malformed.
     """
-    kind = kind_of(file.name)
-    try:
-        if kind == ".npy":
-            yield name, _ids(file)
-        elif kind in WHOLE:
-            with files.open_text(file) as f:
-                yield name, f.read()
-        elif kind == ".parquet":
-            yield from _of_table(name, file, field, chat, notes)
-        else:
-            rows = _lines(file) if kind == ".jsonl" else _cells(file)
-            yield from _of_rows(name, file, rows, field, chat, notes)
-    except UnicodeDecodeError as e:
-        raise ValueError(
-            f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert or leave it out"
-        ) from None
-    except files.DAMAGED as e:
-        raise ValueError(f"{file} is damaged: {e}") from None
+    notes = notes or Notes()
+    for name, file in found:
+        kind = kind_of(file.name)
+        try:
+            if kind == ".npy":
+                yield name, _ids(file)
+            elif kind in WHOLE:
+                with files.open_text(file) as f:
+                    yield name, f.read()
+            else:
+                yield from _of_rows(name, file, field, chat, notes)
+        except UnicodeDecodeError as e:
+            raise ValueError(
+                f"{file} is not UTF-8 text ({e.reason} at byte {e.start}); convert or leave it out"
+            ) from None
+        except files.DAMAGED as e:
+            raise ValueError(f"{file} is damaged: {e}") from None
 
 
 def _ids(file: Path) -> np.ndarray:
@@ -107,15 +105,15 @@ def _ids(file: Path) -> np.ndarray:
     return ids
 
 
-# ---- rows
+# ---- rows: each reader takes the columns that are needed, None: all, of the first few rows
 
 
-def _lines(file: Path) -> Iterator[Row]:
+def _lines(file: Path, columns: list[str] | None) -> Iterator[Row]:
     for number, row in files.json_lines(file):
         yield number, f"line {number}", row
 
 
-def _cells(file: Path) -> Iterator[Row]:
+def _cells(file: Path, columns: list[str] | None) -> Iterator[Row]:
     """The rows of a table whose first line names its columns."""
     csv.field_size_limit(1 << 30)  # characters: the module's own limit, 2^17, is shorter than books
     with files.open_text(file, newline="") as f:
@@ -128,10 +126,8 @@ def _cells(file: Path) -> Iterator[Row]:
             raise ValueError(f"{file}, after line {rows.line_num}: {e}") from None
 
 
-def _of_table(
-    name: str, file: Path, field: str | None, chat: Chat | None, notes: Notes
-) -> Iterator[tuple[str, str | np.ndarray]]:
-    """The rows of a Parquet file, with pyarrow, a few hundred at a time, of the columns needed."""
+def _table(file: Path, columns: list[str] | None) -> Iterator[Row]:
+    """The rows of a Parquet file, with pyarrow, a few hundred at a time."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -140,24 +136,17 @@ def _of_table(
             f"{file} needs the package pyarrow: pip install pyarrow, or save it as .jsonl"
         ) from None
     files.refuse_pointer(file)
-
-    def rows(columns: list[str] | None, size: int) -> Iterator[Row]:
-        number = 0
-        for batch in table.iter_batches(columns=columns, batch_size=size):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, f"row {number}", row
-
     try:
         table = parquet.ParquetFile(file)
-        columns = table.schema_arrow.names
-        first = list(islice(rows(None, _FIRST_ROWS), _FIRST_ROWS))
-        if first:
-            field = _field(file, first, field, notes)
-            needed = [c for c in (field, "tools") if c in columns]
-            yield from _of_rows(name, file, rows(needed, 256), field, chat, notes)
+        needed = columns and [c for c in columns if c in table.schema_arrow.names]
+        batches = table.iter_batches(256 if columns else _FIRST_ROWS, columns=needed)
+        for number, row in enumerate((row for b in batches for row in b.to_pylist()), 1):
+            yield number, f"row {number}", row
     except pyarrow.ArrowException as e:
         raise ValueError(f"{file} is not readable Parquet: {' '.join(str(e).split())}") from None
+
+
+_READERS = {".jsonl": _lines, ".csv": _cells, ".parquet": _table}
 
 
 def _field(file: Path, rows: list[Row], given: str | None, notes: Notes) -> str:
@@ -185,22 +174,20 @@ def _field(file: Path, rows: list[Row], given: str | None, notes: Notes) -> str:
 
 def _is_long(values: list) -> bool:
     there = [v for v in values if v is not None]
-    return (
-        bool(there)
-        and all(isinstance(v, str) for v in there)
-        and sum(map(len, there)) >= _LONG * len(there)
-    )
+    texts = bool(there) and all(isinstance(v, str) for v in there)
+    return texts and sum(map(len, there)) >= _LONG * len(there)
 
 
 def _of_rows(
-    name: str, file: Path, rows: Iterator[Row], field: str | None, chat: Chat | None, notes: Notes
+    name: str, file: Path, field: str | None, chat: Chat | None, notes: Notes
 ) -> Iterator[tuple[str, str | np.ndarray]]:
-    first = list(islice(rows, _FIRST_ROWS))
+    kind = kind_of(file.name)
+    first = list(islice(_READERS[kind](file, None), _FIRST_ROWS))
     if not first:
         return
     field = _field(file, first, field, notes)
-    what = "string field" if kind_of(file.name) == ".jsonl" else "column"
-    for number, where, row in chain(first, rows):
+    what = "string field" if kind == ".jsonl" else "column"
+    for number, where, row in _READERS[kind](file, [field, "tools"]):
         value = row.get(field, 0)  # 0: the row has no such field
         if value is None or (isinstance(value, str) and not value.strip()):
             notes.leave_out("rows without text", f"{file}, {where}")

@@ -1,12 +1,12 @@
 """Tokenised text on disk: two numpy files, mapped and not read, and a checksum of each.
 
 What.  A folder, whose name data.py makes of the contents of text and tokenizer, holds train.npy,
-held_out.npy and sums.json, which has their checksums and what reading the text had to say and is
-written last: a folder without it is incomplete. One whose
-numbers do not agree is written anew, so that damage never reaches a run.
+held_out.npy and sums.json, which has their checksums and the notes about the text and is written
+last: a folder without it is incomplete. One whose numbers do not agree is written anew, so that
+damage never reaches a run.
 
-Writing.  Each file is written beside its name, synced and renamed. Where the disk is full, or the
-run is stopped, what is not complete is taken away again, with the folders that were made for it.
+Writing.  Each file is written under another name, synced and renamed. Where the disk is full, or
+the run is stopped, what is not complete is taken away, with the folders that were made for it.
 
 Limits.  The checksums are of accidents: whoever may write here may change the text.
 """
@@ -25,33 +25,33 @@ import numpy as np
 
 from hub import files
 
-PARTS = ("train", "held_out")
+STREAMS = ("train", "held_out")
 # What numpy raises for a file that is not an array of its own
 _NUMPY = (EOFError, ValueError, OverflowError, TokenError, SyntaxError, zipfile.BadZipFile)
 
 
 def read(folder: Path) -> tuple[np.ndarray, np.ndarray, list[str]] | None:
-    """The streams of a cache, each [tokens], mapped, and what was said of the text.
+    """The streams of a cache, each [tokens], mapped, and the notes about the text.
 
     None where it is not as it was written.
     """
     try:
-        parts = [load_ids(folder / f"{part}.npy") for part in PARTS]
+        streams = [load_ids(folder / f"{name}.npy") for name in STREAMS]
         sums = files.parse_json((folder / "sums.json").read_bytes(), "sums.json")
-        said = sums.pop("said")
-        whole = all(p.ndim == 1 for p in parts) and sums == _sums(*parts, said)
-        return (*parts, said) if whole else None
+        notes = sums["said"]
+        whole = all(ids.ndim == 1 for ids in streams) and sums == _sums(streams, notes)
+        return (*streams, notes) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # made again
 
 
-def _sums(train: np.ndarray, held_out: np.ndarray, said: list[str]) -> dict[str, int]:
-    streams = zip(PARTS, (train, held_out), strict=True)
-    words = zlib.crc32(json.dumps(said).encode())
-    return {part: zlib.crc32(ids) for part, ids in streams} | {"words": words}
+def _sums(streams: list[np.ndarray], notes: list[str]) -> dict:
+    """sums.json: the notes and every checksum."""
+    sums = {name: zlib.crc32(ids) for name, ids in zip(STREAMS, streams, strict=True)}
+    return sums | {"words": zlib.crc32(json.dumps(notes).encode()), "said": notes}
 
 
-def write(folder: Path, train: np.ndarray, held_out: np.ndarray, said: list[str] = ()) -> None:
+def write(folder: Path, train: np.ndarray, held_out: np.ndarray, notes: list[str] = ()) -> None:
     """Writes the streams, each [tokens]; nothing is left behind unless both could be."""
     made = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
     with contextlib.ExitStack() as undo:
@@ -60,11 +60,10 @@ def write(folder: Path, train: np.ndarray, held_out: np.ndarray, said: list[str]
         if made:
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
-        for part, ids in zip(PARTS, (train, held_out), strict=True):
-            _write_ids(folder / f"{part}.npy", ids)
-        sums = _sums(train, held_out, list(said)) | {"said": list(said)}
+        for name, ids in zip(STREAMS, (train, held_out), strict=True):
+            _write_ids(folder / f"{name}.npy", ids)
         with files.replacing(folder / "sums.json") as f:
-            f.write(json.dumps(sums).encode())
+            f.write(json.dumps(_sums([train, held_out], list(notes))).encode())
         undo.pop_all()
 
 

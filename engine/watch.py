@@ -9,7 +9,7 @@ What.  Every step leaves one JSON line in metrics.jsonl, which is the source of 
     relations, layers           with relation blocks: {Q/Q, K/K, V/V: mean KL over layers}, and
                                 [the sum of the three in each layer]
     next_token_kl               with relation blocks, before its weight
-    relation_loss               in stage 2, of the native blocks beside the long ones
+    relation_loss               in stage 2, of the auxiliary native blocks
     lookups                     with --lookups, the share of the step's blocks (in stage 2: of the
                                 long ones) that are look-up documents
 
@@ -75,9 +75,7 @@ class Figures:
 
     def agree(self, world, stop: bool, save: bool) -> tuple[bool, bool]:
         """Means over all processes; (does any want to stop, does the first want to save)."""
-        asked = torch.tensor(
-            [float(stop), float(save)], device=self.sums.device, dtype=torch.float64
-        )
+        asked = self.sums.new_tensor([stop, save])
         means = world.mean(torch.cat([asked, self.sums])).cpu()
         next_token, relation, kl = means[2:5].tolist()
         self.loss = next_token if self.predicts else relation
@@ -111,9 +109,9 @@ class Watch:
         stage = self.stages[number]
         self.number, self.recent, self.losses = number, [], []
         self.bar = tqdm(
-            initial=first,
-            total=stage.steps,
             desc=stage.name,
+            total=stage.steps,
+            initial=first,
             unit=" steps",
             disable=None,
             dynamic_ncols=True,
@@ -131,13 +129,10 @@ class Watch:
     ) -> None:
         """Logs and shows one step."""
         stage, work = self.stages[self.number], self.work[self.number]
-        rate = work / seconds
-        self.recent = [*self.recent[-19:], rate]
+        self.recent = [*self.recent[-19:], work / seconds]
         later = zip(self.work[self.number + 1 :], self.stages[self.number + 1 :], strict=True)
         left = (stage.steps - step - 1) * work + sum(w * s.steps for w, s in later)
-        tokens = stage.T * stage.batch + (
-            stage.auxiliary.T * stage.auxiliary.batch if stage.auxiliary else 0
-        )
+        tokens = sum(part.T * part.batch for part in (stage, stage.auxiliary) if part)
         row = {
             "total": total,
             "stage": stage.name,
@@ -145,14 +140,13 @@ class Watch:
             "loss": figures.loss,
             "grad_norm": norm,
             "lr": lr,
-        }
-        row |= {"seconds": round(seconds, 4), "tokens_per_second": round(tokens / seconds)}
-        row |= {
-            "tflops": rate / 1e12,
-            "mfu": rate / (self.peak * self.processes),
+            "seconds": round(seconds, 4),
+            "tokens_per_second": round(tokens / seconds),
+            "tflops": work / seconds / 1e12,
+            "mfu": work / seconds / (self.peak * self.processes),
             "gib": cost.peak_memory(device),
+            "eta_seconds": round(left / sorted(self.recent)[len(self.recent) // 2], 1),
         }
-        row["eta_seconds"] = round(left / sorted(self.recent)[len(self.recent) // 2], 1)
         if figures.parts is not None:
             row["relations"] = dict(zip(RELATIONS, figures.parts.mean(0).tolist(), strict=True))
             row["layers"] = figures.parts.sum(-1).tolist()
@@ -164,30 +158,23 @@ class Watch:
             documents = [bool(chosen(seed, first + i, self.share)) for i in range(stage.batch)]
             row["lookups"] = sum(documents) / stage.batch
         print(json.dumps(row), file=self.log, flush=True)
-        self._say(row, stage)
+        self._show(row, stage)
         self._warn(row["loss"], stage)
         shown = {k: row[k] for k in SHOWN if k in row} | row.get("relations", {})
         self.boards.write(stage.name, step, row["total"], shown)
 
-    def _say(self, row: dict, stage) -> None:
+    def _show(self, row: dict, stage) -> None:
         """The bar, or a line; what does not fit the terminal is left out from the end."""
         shown = [f"loss {row['loss']:.4f}", f"ETA {cost.clock(row['eta_seconds'])}"]
         shown += [f"{row['tokens_per_second']:,} tokens/s", f"MFU {row['mfu']:.0%}"]
         shown += [f"{name} {value:.3g}" for name, value in row.get("relations", {}).items()]
         times = "" if self.weight == 1 else f"{self.weight:g} x "
         shown += [f"{times}KL {row['next_token_kl']:.3g}"] if row.get("next_token_kl") else []
-        shown += [
-            f"norm {row['grad_norm']:.2f}",
-            f"lr {row['lr']:.2g}",
-            f"{row['tflops']:.3g} TFLOP/s",
-        ]
-        shown += [f"{row['gib']:.1f} GiB"]
-        last = row["step"] + 1 == stage.steps
-        if self.bar.disable and (last or row["step"] % max(1, stage.steps // 20) == 0):
-            print(
-                f"{stage.name} step {row['step'] + 1}/{stage.steps}: {', '.join(shown)}",
-                flush=True,
-            )
+        shown += [f"norm {row['grad_norm']:.2f}", f"lr {row['lr']:.2g}"]
+        shown += [f"{row['tflops']:.3g} TFLOP/s", f"{row['gib']:.1f} GiB"]
+        n = row["step"] + 1
+        if self.bar.disable and (n == stage.steps or (n - 1) % max(1, stage.steps // 20) == 0):
+            print(f"{stage.name} step {n}/{stage.steps}: {', '.join(shown)}", flush=True)
         room = shutil.get_terminal_size().columns - 60  # tqdm's own part
         while len(shown) > 2 and len(", ".join(shown)) > room:
             shown.pop()
@@ -197,10 +184,11 @@ class Watch:
     def _warn(self, loss: float, stage) -> None:
         """Once per stage, when the loss stands clearly above where it began."""
         self.losses.append(loss)
-        began, now = self.losses[:3], self.losses[-10:]  # few: a high rate does harm at once
-        if len(self.losses) == max(20, stage.steps // 5) and sum(now) / len(now) > 1.2 * sum(
-            began
-        ) / len(began):
+        if len(self.losses) != max(20, stage.steps // 5):
+            return
+        # Three at the start: a rate that is too high does harm at once
+        began, now = self.losses[:3], self.losses[-10:]
+        if sum(now) / len(now) > 1.2 * sum(began) / len(began):
             print(f"\nwarning: the loss of {stage.name} rose from {began[0]:.3f} to {now[-1]:.3f}; "
                   f"lower --lr{stage.name[-1]} (now {stage.lr:g})", flush=True)  # fmt: skip
 
@@ -228,8 +216,7 @@ def refuse_non_finite(
     """Raises ValueError, on all ranks, naming step, layer and blocks where loss or gradient is NaN
     or infinite.
 
-    figures and norm are the means over all ranks; ids [B, T + 1] some of
-    this rank's blocks.
+    figures and norm are the means over all ranks; ids [B, T + 1] some of this rank's blocks.
     """
     losses = (figures.loss, figures.relation_loss or 0.0)
     if all(map(math.isfinite, (*losses, norm))):
@@ -241,14 +228,11 @@ def refuse_non_finite(
         layer = int(world.min(_first_bad_layer(student, ids)))
         where = f", layer {layer}" if layer < student.config.n_layer else ", after the last layer"
     else:  # a backward runs from the last layer down: the last bad gradient was the first to go bad
-        names = list(weights)
-        bad = [
-            i
-            for i, p in enumerate(weights.values())
-            if p.grad is not None and not torch.isfinite(parallel.local(p.grad)).all()
-        ]
+        grads = [p.grad for p in weights.values()]
+        finite = [g is None or bool(torch.isfinite(parallel.local(g)).all()) for g in grads]
+        bad = [i for i, good in enumerate(finite) if not good]
         last = -int(world.min(-max(bad, default=-1)))
-        where = f", in the gradient of {names[last]}" if last >= 0 else ""
+        where = f", in the gradient of {list(weights)[last]}" if last >= 0 else ""
     remedy = f"start anew, in another --out, with a lower --lr{stage.name[-1]}"
     if not at.total:
         remedy = "no weight has changed yet: the teacher's, or --logit-weight or --lora-alpha, is "

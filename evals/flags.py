@@ -13,11 +13,12 @@ import sys
 
 import torch
 
-from engine.flags import check_device, count, folder, one_sentence, path, positive, seed
+from engine.flags import check_device, count, folder, new_parser, path, positive, seed
 from evals.ruler_tasks import TASKS
 from hub import download
 
-SAMPLES, NEW_TOKENS = 32, 100
+# Of flags that are None where they are not given, as they change nothing by themselves
+DEFAULTS = {"samples": 32, "new_tokens": 100, "blocks": 8, "ruler_seed": 42}
 # The most that is taken for what somebody means: prompts are made before a model is asked
 MOST = {"lengths": 1 << 24, "samples": 100_000}
 # What each flag is of: it changes nothing without one of these
@@ -30,45 +31,28 @@ NEEDS = {
     "samples": ("ruler", "passkey"),
     "lengths": ("ppl", "positions", "passkey", "ruler"),
     "predictions": ("out",),
-    "layers": ("against",),
 }
-# What --prompt, which measures nothing, leaves no room for
-MEASURING = (
-    "against",
-    "out",
-    "cache",
-    "data",
-    "text_field",
-    "no_text",
-    "native",
-    "scale",
-    "blocks",
-    "tasks",
-)
-MEASURING += ("ppl", "positions", "passkey", "ruler", *NEEDS)
+# What --prompt, which measures nothing, has a use for
+CONTINUING = ("model", "device", "dtype", "seed", "prompt", "new_tokens")
 
 
 def parse(argv: list[str] | None, about: str) -> argparse.Namespace:
     """The arguments of an evaluation, complete and in range. Raises ValueError in one sentence."""
-    p = argparse.ArgumentParser(
-        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    p.error = one_sentence  # instead of argparse's page of usage
+    p = new_parser(about)
     _add_flags(p)
     args = p.parse_args(argv)
     _check(args)
     args.command = shlex.join(["python", "eval.py", *(sys.argv[1:] if argv is None else argv)])
     args.model = download.resolve(args.model)
     args.against = download.resolve(args.against) if args.against else None
-    defaults = {"samples": SAMPLES, "new_tokens": NEW_TOKENS, "blocks": 8, "ruler_seed": 42}
-    for key, value in defaults.items():
-        setattr(args, key, value if getattr(args, key) is None else getattr(args, key))
+    for key, value in DEFAULTS.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
     args.lengths = sorted(set(args.lengths)) if args.lengths else None
     return args
 
 
 def _add_flags(p: argparse.ArgumentParser) -> None:
-    """Every flag. Those that change nothing by themselves have None as their default."""
     add = p.add_argument
     add("--model", type=path, required=True, help="the directory to score")
     add("--against", type=path, help="its teacher: adds the columns teacher and untrained")
@@ -80,7 +64,7 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--seed", type=seed, default=0, help="of look-ups and confidence intervals (0)")
     add("--predictions", action="store_true", help="also write every item's scores, under --out")
     add("--prompt", help="continue this text, and measure nothing; - reads standard input")
-    add("--new-tokens", type=count, help=f"of --prompt, at most ({NEW_TOKENS})")
+    add("--new-tokens", type=count, help=f"of --prompt, at most ({DEFAULTS['new_tokens']})")
     add = p.add_argument_group("held-out text").add_argument
     add("--data", type=path, nargs="+", default=[], help="text (sympy's sources)")
     add("--text-field", help="of rows, where it is not `text` or a chat's `messages`")
@@ -102,7 +86,7 @@ def _add_flags(p: argparse.ArgumentParser) -> None:
     add("--ruler", nargs="*", metavar="TASK", help="RULER, or some of its tasks")
     add("--ruler-data", type=path, help="folder with RULER's word lists, essays and QA sets")
     add("--ruler-seed", type=seed, help="of RULER's and passkey's prompts (42, as RULER's)")
-    usual = f"{SAMPLES}; RULER: 500, PI's passkey: 320"
+    usual = f"{DEFAULTS['samples']}; RULER: 500, PI's passkey: 320"
     add("--samples", type=count, help=f"prompts per task and length ({usual})")
     add = p.add_argument_group("diagnosis").add_argument
     add("--layers", action="store_true", help="relation KL by layer, relation and head")
@@ -121,8 +105,8 @@ def _flag(key: str) -> str:
 def _check(args: argparse.Namespace) -> None:
     check_device(args.device)
     if args.prompt is not None:
-        for key in MEASURING:
-            if _given(args, key):
+        for key in vars(args):
+            if key not in CONTINUING and _given(args, key):
                 raise ValueError(
                     f"--prompt continues a text and measures nothing: leave {_flag(key)} out"
                 )

@@ -30,14 +30,16 @@ class Item:
 
     requests: tuple[tuple[str, str], ...]
     gold: int
-    characters: tuple[int, ...]  # of each choice, for the normed accuracy
+
+    @property
+    def characters(self) -> tuple[int, ...]:
+        """Of each continuation, without its space, for the normed accuracy."""
+        return tuple(max(1, len(continuation) - 1) for _, continuation in self.requests)
 
 
 def text(row: dict, key: str) -> str:
-    return _text(row[key], key)
-
-
-def _text(value, key: str) -> str:
+    """Raises ValueError where it is none."""
+    value = row[key]
     if not isinstance(value, str):
         raise ValueError(f"{key} is {value!r}, not text")
     try:
@@ -51,7 +53,7 @@ def texts(row: dict, key: str) -> list[str]:
     """A list of texts. Raises ValueError where it is none, or empty."""
     if not isinstance(row[key], list) or not row[key]:
         raise ValueError(f"{key} is {row[key]!r}, not a list of texts")
-    return [_text(value, key) for value in row[key]]
+    return [text({key: value}, key) for value in row[key]]
 
 
 def number(row: dict, key: str) -> int:
@@ -68,8 +70,14 @@ def choose(context: str, choices: list[str], gold: int) -> Item:
     """One context, one answer to choose. Raises ValueError where `gold` numbers no choice."""
     if not 0 <= gold < len(choices):
         raise ValueError(f"the answer is number {gold} of {len(choices)} choices")
-    characters = tuple(max(1, len(c)) for c in choices)
-    return Item(tuple((context, " " + c) for c in choices), gold, characters)
+    return Item(tuple((context, " " + c) for c in choices), gold)
+
+
+def choose_context(contexts: list[str], continuation: str, gold: int) -> Item:
+    """One continuation after each context. Raises ValueError where gold is none of them."""
+    if not 0 <= gold < len(contexts):
+        raise ValueError(f"the answer is number {gold} of {len(contexts)} contexts")
+    return Item(tuple((context, continuation) for context in contexts), gold)
 
 
 def labelled(row: dict, context: str, answer: str) -> Item:
@@ -85,7 +93,7 @@ def labelled(row: dict, context: str, answer: str) -> Item:
 
 def pair(row: dict) -> Item:
     continuation = " " + text(row, "continuation").removeprefix(" ")
-    return Item(((text(row, "context"), continuation),), 0, (len(continuation) - 1,))
+    return Item(((text(row, "context"), continuation),), 0)
 
 
 def plain(row: dict) -> Item:
@@ -185,14 +193,6 @@ def wsc273(row: dict) -> Item:
 def options(row: dict) -> Item:
     rest = " " + text(row, "continuation").removeprefix(" ")
     return choose_context(texts(row, "context_options"), rest, number(row, "gold"))
-
-
-def choose_context(contexts: list[str], continuation: str, gold: int) -> Item:
-    """One continuation after each context. Raises ValueError where gold is none of them."""
-    if not 0 <= gold < len(contexts):
-        raise ValueError(f"the answer is number {gold} of {len(contexts)} contexts")
-    requests = tuple((context, continuation) for context in contexts)
-    return Item(requests, gold, (1,) * len(contexts))
 
 
 def boolq(row: dict) -> Item:

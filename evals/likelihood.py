@@ -40,8 +40,6 @@ from evals.tasks import ACC, NORMED, PERPLEXITY, Task
 from hub.tokenizer import Tokenizer
 from model import Llama
 
-# ---------------------------------------------------------------- requests
-
 
 @dataclass(frozen=True)
 class Request:
@@ -133,9 +131,6 @@ def _read(
     return token_scores(model, h, targets)
 
 
-# ---------------------------------------------------------------- tasks
-
-
 @dataclass(frozen=True)
 class Result:
     """What a model did with every item of a task, in the items' order."""
@@ -149,20 +144,16 @@ class Result:
 def score(model: Llama, requests: list[Request], task: Task) -> Result:
     """Every item of one task, scored; requests: task.pairs, encoded."""
     flat = iter(likelihoods(model, requests))
-    found = [[next(flat) for _ in item.requests] for item in task.items]
-    logps, greedy = ([np.asarray([pair[k] for pair in each]) for each in found] for k in (0, 1))
-    best = [
-        int(np.argmax(s)) if len(s) > 1 else int(g[0]) - 1
-        for s, g in zip(logps, greedy, strict=True)
-    ]
-    normed = [
-        int(np.argmax(s / np.asarray(item.characters)))
-        for s, item in zip(logps, task.items, strict=True)
-    ]
+    logps, greedy, best, normed = [], [], [], []
+    for item in task.items:
+        s, is_greedy = map(np.asarray, zip(*(next(flat) for _ in item.requests), strict=True))
+        logps.append(s)
+        greedy.append(is_greedy)
+        best.append(int(np.argmax(s)) if len(s) > 1 else int(is_greedy[0]) - 1)
+        normed.append(int(np.argmax(s / item.characters)))
     gold = np.asarray([item.gold for item in task.items])
-    single = all(len(item.requests) == 1 for item in task.items)
     values = {ACC: (np.asarray(best) == gold).astype(np.float64)}
-    if single:
+    if all(len(item.requests) == 1 for item in task.items):
         values[PERPLEXITY] = np.concatenate(logps)
     else:
         values[NORMED] = (np.asarray(normed) == gold).astype(np.float64)

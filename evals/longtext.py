@@ -41,20 +41,14 @@ from model import Llama
 STRIDE = 256
 BINS = 64  # of the curve of loss by position
 
-# ---------------------------------------------------------------- sliding-window perplexity
-
 
 def documents(paths: list[Path], tokenizer: Tokenizer, length: int, most: int) -> list[np.ndarray]:
     """The first length + 1 ids of up to `most` documents that have them, each [length + 1] int64.
 
     Raises ValueError where none has.
     """
-    try:
-        found = data.find_files(paths)
-    except ValueError as e:
-        raise ValueError(str(e).replace("--data ", "--documents ")) from None
     out, longest = [], 0
-    for _, text in data.documents(found):
+    for _, text in data.documents(data.find_files(paths, flag="--documents")):
         ids = text if isinstance(text, np.ndarray) else tokenizer.encode(text, bos=True)
         longest = max(longest, len(ids))
         if len(ids) > length:
@@ -117,9 +111,6 @@ def sliding_window(subject: Subject, scores: Scores) -> None:
             losses = np.stack([sliding_loss(model, ids, width) for ids in bar])  # all as long
             bits[name] = float(losses.sum() / math.log(2) / size)
             scores.add(name, row, values=-losses, **about, **{"bits per byte": bits})
-
-
-# ---------------------------------------------------------------- loss by position
 
 
 def loss_by_position(subject: Subject, scores: Scores) -> None:

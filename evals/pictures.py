@@ -5,33 +5,19 @@ One function per picture: `bars` (the headline figures and what was kept of each
 layer, relation and head). A column has one colour in all of them. A bar of length zero still has
 its number at its end, so "0 %" and "not measured" look different.
 
-matplotlib's Figure without pyplot: no global state and no display.
-
 Limits.  Made to be read at full width of a page; the figures themselves are in report.json.
 """
 
-import io
 import math
 
 import numpy as np
 
+from engine.curves import canvas, png
 from relation_kl import RELATIONS
 
+DPI = 130
 # teacher, untrained, then students
 COLOURS = ["#4c72b0", "#c44e52", "#dd8452", "#55a868", "#8172b3"]
-
-
-def canvas(wide: float, tall: float):
-    """An empty figure of so many inches."""
-    from matplotlib.figure import Figure  # here: an evaluation without --out needs no pictures
-
-    return Figure(figsize=(wide, tall), layout="constrained")
-
-
-def png(figure) -> bytes:
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=130)
-    return out.getvalue()
 
 
 def colour(i: int) -> str:
@@ -63,12 +49,12 @@ def bars(
         _rows(axis, title, rows)
     if drawn:
         axis = figure.add_subplot(grid[:, 1])
-        _kept(axis, drawn)
+        _retention(axis, drawn)
         _rows(axis, "kept of the teacher (%), 95 % interval", list(drawn))
     labels = [f"{n} ({100 * shares[n]:.0f} % recovered)" if n in shares else n for n in columns]
     handles = figure.axes[0].containers
     figure.legend(handles, labels, fontsize=9, frameon=False, loc="outside upper left", ncols=5)
-    return png(figure)
+    return png(figure, DPI)
 
 
 def _rows(axis, title: str, rows: list[str]) -> None:
@@ -95,7 +81,7 @@ def _bars(axis, columns: dict[str, dict[str, float]], names: list[str], times: f
         axis.set_xlim(0, 112)
 
 
-def _kept(axis, drawn: dict[str, dict]) -> None:
+def _retention(axis, drawn: dict[str, dict]) -> None:
     """The student's share of the teacher in each row, with its interval."""
     for y, found in enumerate(drawn.values()):
         (share,) = found["kept"].values()
@@ -121,7 +107,7 @@ def positions(curve: dict[str, list], native: int) -> bytes:
     axis.set_title("Does more context help? Loss by position", fontsize=10, loc="left")
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(frameon=False, fontsize=9, loc="outside right upper")
-    return png(figure)
+    return png(figure, DPI)
 
 
 def passkey(grid: dict[str, list]) -> bytes:
@@ -143,7 +129,7 @@ def passkey(grid: dict[str, list]) -> bytes:
     axes[0].set_ylabel("depth of the key")
     figure.supxlabel("length of the prompt (tokens)", fontsize=9)
     figure.colorbar(image, ax=list(axes), label="share of keys found")
-    return png(figure)
+    return png(figure, DPI)
 
 
 def layers(found: dict[str, np.ndarray]) -> bytes:
@@ -173,4 +159,4 @@ def layers(found: dict[str, np.ndarray]) -> bytes:
     for axis in axes[-1]:
         axis.set_xlabel("head", fontsize=9)
     figure.colorbar(image, ax=axes, label="relation KL (nats per row)")
-    return png(figure)
+    return png(figure, DPI)

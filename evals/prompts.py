@@ -132,7 +132,13 @@ def ruler_means(subject: Subject, scores: Scores) -> None:
             value = ruler_tasks.score(task, found, [s.outputs for s in made]) / 100
             about = {"values": right, "version": version, "seed": prompts.seed}
             scores.add(name, f"RULER {task} at {length}", value, **about)
-            scores.write_items(f"{name}.{task}.{length}", _items(made, found, right))
+            items = zip(made, found, right.tolist(), strict=True)
+            rows = (
+                {"index": s.index, "outputs": s.outputs, "prediction": answer}
+                | {"score": mark, "tokens": s.length}
+                for s, answer, mark in items
+            )
+            scores.write_items(f"{name}.{task}.{length}", rows)
     for length, done in versions.items():
         whole = set(done) == set(ruler_tasks.RULER_TASKS)
         kind = "13" if whole else "1 task" if len(done) == 1 else f"{len(done)} tasks"
@@ -143,12 +149,3 @@ def ruler_means(subject: Subject, scores: Scores) -> None:
             scores.add(name, f"RULER mean of {kind} at {length}", np.mean(each), **about)
     variants = {task: version for done in versions.values() for task, version in done.items()}
     scores.notes += [f"RULER {task}: {version}." for task, version in variants.items()]
-
-
-def _items(
-    samples: list[ruler.Sample], found: list[str], right: np.ndarray
-) -> Iterator[dict[str, object]]:
-    """Of each sample the references, the answer, and what it scored."""
-    for s, answer, r in zip(samples, found, right.tolist(), strict=True):
-        row = {"index": s.index, "outputs": s.outputs, "prediction": answer}
-        yield row | {"score": r, "tokens": s.length}

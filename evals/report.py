@@ -110,9 +110,6 @@ def mean_and_error(row: str, x: np.ndarray) -> tuple[float, float | None]:
     return mean, error
 
 
-# ---------------------------------------------------------------- text
-
-
 def table(columns: dict[str, dict[str, float]], shares: dict[str, float]) -> str:
     """A Markdown table that is also aligned for a terminal."""
     names = list(columns)
@@ -190,9 +187,6 @@ def _figure(key: str, value: float | None) -> str:
     if "tokens" in key:
         return f"{value:,.0f}"
     return f"{value:.3f}" if abs(value) < 100 else f"{value:,.0f}"
-
-
-# ---------------------------------------------------------------- files
 
 
 def write(out, columns: dict[str, dict[str, float]], about: dict, more: dict | None = None) -> str:

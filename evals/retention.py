@@ -43,8 +43,7 @@ LOST = 0.01  # nats: less, of the untrained student, is within what other text g
 def recovered(columns: dict[str, dict[str, float]]) -> dict[str, float]:
     """{column: share of the lost loss won back}, for all columns but teacher and untrained.
 
-    1: as good as the teacher. Empty where those two are not there, and where the untrained student
-    lost less than LOST nats: the share would be one noise over another.
+    1: as good as the teacher. Empty where those two are not there, or less than LOST was lost.
     """
     top, bottom = (columns.get(name, {}).get(LOSS) for name in (TEACHER, UNTRAINED))
     if top is None or bottom is None or not bottom - top >= LOST:

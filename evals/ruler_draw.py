@@ -3,12 +3,9 @@
 How it is computed.  As NVIDIA's scripts do, from a Random(seed) and a RandomState(seed) that are
 drawn from in the same order. A recipe draws a prompt and its answers around a number of haystack
 units (lines, essay words, listed words, documents). A binary search over fresh draws finds the most
-units with
-
-    tokens(prompt + answer_prefix) + max_new_tokens <= length                                  (1)
-
-then each sample is drawn anew and, where it breaks (1), again with `step` fewer units. fwe has no
-haystack: words are added, and on overflow taken away, a 32nd of the length at a time.
+units that fit the length; then each sample is drawn anew and, where it does not fit, again with
+`step` fewer units. fwe has no haystack: words are added, and on overflow taken away, a 32nd of the
+length at a time.
 
 Limits.  No draw may change: the golden digests of tests/test_ruler.py hold each.
 
@@ -57,8 +54,7 @@ class Setup:
         self.short = self.length < 4096
 
     def shuffled(self, items: list) -> list:
-        # RULER shuffles every list with the first seed anew
-        random.Random(self.seed).shuffle(items)
+        random.Random(self.seed).shuffle(items)  # RULER begins with the seed anew for each list
         return items
 
 
@@ -117,9 +113,6 @@ def _largest(recipe: Recipe, count: Callable, length: int, budget: int) -> int:
         else:
             high = middle - 1
     return best
-
-
-# The recipes, one a kind
 
 
 def _niah(row: Task, setup: Setup) -> Recipe:
@@ -300,9 +293,6 @@ def _passkey(row: Task, setup: Setup) -> Recipe:
 
 
 RECIPES = {"niah": _niah, "vt": _vt, "cwe": _cwe, "qa": _qa, "passkey": _passkey}
-
-
-# fwe, which has no haystack
 
 
 def coded_words(row: Task, setup: Setup) -> list[tuple]:

@@ -88,9 +88,6 @@ def fetch(*names: str) -> str:
     return f'python -c "from datasets import load_dataset; {"; ".join(writes)}"'
 
 
-# ---------------------------------------------------------------- files
-
-
 def find(words: list[str], folder: Path | None, limit: int | None) -> tuple[list[Task], list[str]]:
     """(tasks, what is left out and why) of what was asked for.
 

@@ -24,7 +24,7 @@ import json
 import re
 from pathlib import Path
 
-from hub.files import own
+from hub.files import file_of
 
 # What a stage of engine/plan.py does, by its objective
 _OBJECTIVES = {
@@ -70,8 +70,10 @@ def model_card(
         f"{_count(s['steps'] * s['batch'] * s['T'])} tokens | {s['lr']:g} |"
         for s in stages
     ]
+    keys = {"model_name": f"{name}-{length}"} | (licence or {})
+    keys |= {"base_model": base_model} if base_model else {}
     parts = [
-        _front_matter(f"{name}-{length}", base_model, licence or {}),
+        _front_matter("transformers", keys, "long-context, rope-scaling"),
         f"# {title}",
         f"Positions: {before} -> {after}.",
         f"Trained in {count} ({objectives}); {frozen}. {terms}",
@@ -87,11 +89,8 @@ def model_card(
 
 def adapter_card(name: str, positions: dict, base_model: str | None = None) -> str:
     """The README of a LoRA adapter: what PEFT cannot restore, the positions, as keys to set."""
-    lines = ["---", "library_name: peft", "pipeline_tag: text-generation"]
-    if base_model:
-        lines.append(f"base_model: {_quoted(base_model)}")
-    lines += ["tags: [lora, long-context, rope-scaling]", "---"]
-    return "\n".join(lines) + (
+    keys = {"base_model": base_model} if base_model else {}
+    return _front_matter("peft", keys, "lora, long-context, rope-scaling") + (
         f"\n# A LoRA adapter for {_plain(name)}, in PEFT's format\n\n"
         "It was trained under stretched positions: set these keys in the base model's config.json\n"
         f"before loading it.\n\n```json\n{json.dumps(positions, indent=1)}\n```\n"
@@ -118,7 +117,7 @@ def licence_of(path: Path) -> dict[str, str]:
 
     {} where there is no card, or none with a licence.
     """
-    file = own(path, "README.md")
+    file = file_of(path, "README.md")
     readme = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     front = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", readme, re.DOTALL)
     found = {}
@@ -130,14 +129,11 @@ def licence_of(path: Path) -> dict[str, str]:
     return found if "license" in found else {}
 
 
-def _front_matter(name: str, base_model: str | None, licence: dict[str, str]) -> str:
+def _front_matter(library: str, keys: dict[str, str], tags: str) -> str:
     """YAML in which what others wrote stands as JSON strings, which YAML takes literally."""
-    keys = {"model_name": name} | licence
-    if base_model:
-        keys["base_model"] = base_model
     given = [f"{k}: {_quoted(v)}" for k, v in keys.items()]
-    fixed = ["library_name: transformers", "pipeline_tag: text-generation"]
-    return "\n".join(["---", *fixed, *given, "tags: [long-context, rope-scaling]", "---"])
+    fixed = [f"library_name: {library}", "pipeline_tag: text-generation"]
+    return "\n".join(["---", *fixed, *given, f"tags: [{tags}]", "---"])
 
 
 def _quoted(text: str) -> str:
@@ -159,82 +155,54 @@ def _count(tokens: int) -> str:
     return str(tokens)
 
 
-def _commands(length: int, kind: str) -> str:
-    text = """## Use
+# Clients that were seen to read a kind of positions wrongly; docs/clients.md
+_UNREAD = {
+    "linear": "Not in TGI and ONNX Runtime GenAI, which ignore linear scaling without a word.",
+    "yarn": "Not in ONNX Runtime GenAI and by Ollama's own converter, which drop yarn without a "
+    "word (give Ollama the GGUF file); CTranslate2 refuses it.",
+    "llama3": "Not in CTranslate2, which computes llama3 scaling wrong.",
+    "dynamic": "Dynamic positions are computed from the length at hand, which transformers and "
+    "mlx-lm do right:\nvLLM's table of positions ends at the native length, and llama.cpp's "
+    "converter and ExLlamaV2 drop\nthe scaling silently.",
+}
 
-transformers (4.57 and 5; config.json holds both of their dialects):
 
-```python
+_TRANSFORMERS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("DIRECTORY", dtype="auto", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")
-```
-"""
-    mlx = """
-mlx-lm:
+tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")"""
 
-```bash
-mlx_lm.generate --model DIRECTORY --prompt "..."
-```
-"""
+
+def _commands(length: int, kind: str) -> str:
+    both = "transformers (4.57 and 5; config.json holds both of their dialects)"
+    parts = ["## Use", _block(both, _TRANSFORMERS, "python")]
     if kind == "dynamic":
-        text += """
-Dynamic positions are computed from the length at hand, which transformers and mlx-lm do right:
-vLLM's table of positions ends at the native length, and llama.cpp's converter and ExLlamaV2 drop
-the scaling silently.
-"""
-        return text + mlx + _evaluate(length)
-    why, sglang, unread = "", "", {"linear": _LINEAR, "yarn": _YARN, "llama3": _LLAMA3}.get(kind)
-    if kind == "linear":
+        parts.append(_UNREAD[kind])
+    else:
         why = " (the length must be given: under linear scaling it would be multiplied once more)"
-        sglang = f"""
-SGLang, for the same reason:
-
-```bash
-python -m sglang.launch_server --model-path DIRECTORY --context-length {length}
-```
-"""
-    text += f"""
-vLLM{why}:
-
-```bash
-vllm serve DIRECTORY --max-model-len {length}
-```
-{sglang}
-llama.cpp:
-
-```bash
-python convert_hf_to_gguf.py DIRECTORY --outfile model.gguf
-llama-cli -m model.gguf -c {length}
-```
-"""
-    return text + mlx + (f"\n{unread}\n" if unread else "") + _evaluate(length)
-
-
-# Clients that were seen to read a kind wrongly; docs/clients.md
-_LINEAR = "Not in TGI and ONNX Runtime GenAI, which ignore linear scaling without a word."
-_YARN = (
-    "Not in ONNX Runtime GenAI and by Ollama's own converter, which drop yarn without a word (give "
-    "Ollama the GGUF file); CTranslate2 refuses it."
-)
-_LLAMA3 = "Not in CTranslate2, which computes llama3 scaling wrong."
+        vllm = "vLLM" + why * (kind == "linear")
+        parts.append(_block(vllm, f"vllm serve DIRECTORY --max-model-len {length}"))
+        if kind == "linear":
+            serve = "python -m sglang.launch_server --model-path DIRECTORY"
+            command = f"{serve} --context-length {length}"
+            parts.append(_block("SGLang, for the same reason", command))
+        convert = "python convert_hf_to_gguf.py DIRECTORY --outfile model.gguf"
+        parts.append(_block("llama.cpp", f"{convert}\nllama-cli -m model.gguf -c {length}"))
+    parts.append(_block("mlx-lm", 'mlx_lm.generate --model DIRECTORY --prompt "..."'))
+    if kind in _UNREAD and kind != "dynamic":
+        parts.append(_UNREAD[kind])
+    harness = (
+        f"lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} \\\n"
+        "    --tasks lambada_openai,piqa,arc_easy,openbookqa"
+    )
+    parts += [
+        _block("lm-evaluation-harness", harness),
+        "Which program reads which kind of positions, and how that was found: docs/clients.md of "
+        "LinearARD,\nthe program that made this directory.",
+        _block("To the Hub", "hf upload YOUR-NAME/MODEL DIRECTORY"),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
-def _evaluate(length: int) -> str:
-    return f"""
-lm-evaluation-harness:
-
-```bash
-lm_eval --model hf --model_args pretrained=DIRECTORY,max_length={length} \\
-    --tasks lambada_openai,piqa,arc_easy,openbookqa
-```
-
-Which program reads which kind of positions, and how that was found: docs/clients.md of LinearARD,
-the program that made this directory.
-
-To the Hub:
-
-```bash
-hf upload YOUR-NAME/MODEL DIRECTORY
-```
-"""
+def _block(title: str, code: str, language: str = "bash") -> str:
+    return f"{title}:\n\n```{language}\n{code}\n```"

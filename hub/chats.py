@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 
 from hub import files
+from hub.checkpoint import TEMPLATES
 from hub.tokenizer import Tokenizer
 
 _ROLES = {
@@ -41,7 +42,6 @@ _ROLES = {
     "observation": "tool",
 }
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # what others call the same
-_MORE = "additional_chat_templates"
 
 
 class ChatRefused(ValueError):
@@ -58,7 +58,7 @@ class Chats:
         self.tokenizer, self.path = tokenizer, tokenizer.path
         self.names = _special_tokens(self.path)
         self.sources = _sources(self.path)
-        fast = files.own(self.path, "tokenizer.json")
+        fast = files.file_of(self.path, "tokenizer.json")
         held = [self.sources, self.names, files.digest(fast) if fast.is_file() else ""]
         self.digest = hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
         self.compiled: dict = {}
@@ -85,9 +85,9 @@ class Chats:
 
     def _template(self, name: str):
         if name not in self.sources:
-            said = f", only {', '.join(sorted(self.sources))}" if self.sources else ""
+            others = f", only {', '.join(sorted(self.sources))}" if self.sources else ""
             raise ValueError(
-                f"it is a chat, and {self.path} has no chat template{said}; put the "
+                f"it is a chat, and {self.path} has no chat template{others}; put the "
                 "chat_template.jinja of the model there, or give plain text"
             )
         if name not in self.compiled:
@@ -130,17 +130,11 @@ def _tools(tools) -> list | None:
 # ---- the files of a model
 
 
-def _settings(path: Path) -> dict:
-    file = files.own(path, "tokenizer_config.json")
-    return files.read_json(file) if file.is_file() else {}
-
-
 def _special_tokens(path: Path) -> dict[str, str]:
     """bos_token and the like, as a template knows them."""
-    given = _settings(path)
-    older = files.own(path, "special_tokens_map.json")
-    if "added_tokens_decoder" not in given and older.is_file():
-        given = given | files.read_json(older)
+    given = files.json_of(path, "tokenizer_config.json")
+    if "added_tokens_decoder" not in given:
+        given |= files.json_of(path, "special_tokens_map.json")
     out = {}
     for name, token in given.items():
         token = token.get("content") if isinstance(token, dict) else token
@@ -151,12 +145,9 @@ def _special_tokens(path: Path) -> dict[str, str]:
 
 def _sources(path: Path) -> dict[str, str]:
     """The templates by name."""
-    more = path / _MORE
-    found = {"default": files.own(path, "chat_template.jinja")}
-    if more.is_dir():
-        names = sorted(f.name for f in more.glob("*.jinja"))
-        found |= {n.removesuffix(".jinja"): files.own(path, n, inside=_MORE) for n in names}
-    out = {}
+    found, out = {"default": files.file_of(path, "chat_template.jinja")}, {}
+    for name in sorted(f.name for f in (path / TEMPLATES).glob("*.jinja")):
+        found[name.removesuffix(".jinja")] = files.file_of(path, name, inside=TEMPLATES)
     for name, file in found.items():
         if file.is_file():
             files.refuse_pointer(file)
@@ -164,7 +155,7 @@ def _sources(path: Path) -> dict[str, str]:
                 out[name] = file.read_bytes().decode(errors="replace")
     if out:
         return out
-    given = _settings(path).get("chat_template")
+    given = files.json_of(path, "tokenizer_config.json").get("chat_template")
     if isinstance(given, str):
         return {"default": given}
     try:

@@ -34,19 +34,15 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards  # which comes with tokenizers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hub.files import atomic_directory, own, parse_json, read_json, reading, refuse_pointer
+from hub import files
 
 SINGLE = "model.safetensors"
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -93,8 +89,8 @@ def read_config(path: Path) -> dict:
         if path.name.endswith((".safetensors", ".json")):
             whole += f", such as {path.absolute().parent}"
         raise ValueError(whole)
-    file = own(path, "config.json")
-    if own(path, "adapter_config.json").is_file():
+    file = files.file_of(path, "config.json")
+    if files.file_of(path, "adapter_config.json").is_file():
         raise ValueError(_adapter(path, file.is_file()))
     if not file.is_file() and path.is_dir():
         inside = [p.parent.name for p in path.glob("*/config.json")]
@@ -104,15 +100,15 @@ def read_config(path: Path) -> dict:
                 f"{path} holds no config.json, but {_some(sorted(inside))} in it "
                 f"do{'es' * (len(inside) == 1)}: give {path / last}"
             )
-    config, settings = read_json(file), own(path, "tokenizer_config.json")
-    stated = read_json(settings).get("model_max_length") if settings.is_file() else None
+    config = files.read_json(file)
+    stated = files.json_of(path, "tokenizer_config.json").get("model_max_length")
     if type(stated) is int and stated < 2**31:  # decides what a linear teacher's length is
         config.setdefault("model_max_length", stated)
     return config
 
 
 def _adapter(path: Path, whole: bool) -> str:
-    base = read_json(own(path, "adapter_config.json")).get("base_model_name_or_path")
+    base = files.json_of(path, "adapter_config.json").get("base_model_name_or_path")
     if whole:
         return (
             f"{path} holds a model and an adapter (adapter_config.json, of {base}), of which "
@@ -134,9 +130,9 @@ def open_safetensors(file: Path):
 
     Raises ValueError in one sentence that names the file, for an error while it is open as well.
     """
-    refuse_pointer(file)
+    files.refuse_pointer(file)
     try:
-        with reading(file), safe_open(file, framework="pt", device="cpu") as f:
+        with files.reading(file), safe_open(file, framework="pt", device="cpu") as f:
             yield f
     except SafetensorError as e:
         reason = " ".join(str(e).split())[:200]
@@ -153,7 +149,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         out = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     with path.open("rb") as f:  # of two equal names safetensors takes the last: refused
         length = int.from_bytes(f.read(8), "little")
-        parse_json(f.read(length), f"the header of {path}")
+        files.parse_json(f.read(length), f"the header of {path}")
     return out
 
 
@@ -162,33 +158,24 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
     Raises ValueError where files, index and headers do not agree.
     """
-    index, single = own(path, "model.safetensors.index.json"), SINGLE
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(v, str) for v in weight_map.values()
-        ):
-            raise ValueError(f"{index} has no weight_map from tensor names to file names")
-        files = sorted(set(weight_map.values()))
-    elif own(path, single).is_file():
-        weight_map, files = None, [single]
-    else:
-        raise ValueError(_no_weights(path))
+    index, single = files.file_of(path, f"{SINGLE}.index.json"), files.file_of(path, SINGLE)
+    if not index.is_file():
+        if not single.is_file():
+            raise ValueError(_no_weights(path))
+        return {name: (single, *held) for name, held in read_header(single).items()}
+    weight_map = files.read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map from tensor names to file names")
     found = {}
-    for name in files:
+    for name in sorted(set(weight_map.values())):
         file = _shard(path, name)
-        for tensor, (dtype, shape) in read_header(file).items():
-            if tensor in found:
-                raise ValueError(
-                    f"tensor {tensor!r} stands in both {found[tensor][0].name} and {name}"
-                )
-            if weight_map is not None and weight_map.get(tensor) != name:
+        for tensor, held in read_header(file).items():
+            if weight_map.get(tensor) != name:  # so that none stands in two shards
                 raise ValueError(
                     f"tensor {tensor!r} is in {name}, but the index says {weight_map.get(tensor)!r}"
                 )
-            found[tensor] = (file, dtype, shape)
-    absent = sorted(set(weight_map or ()) - set(found))
-    if absent:
+            found[tensor] = (file, *held)
+    if absent := sorted(set(weight_map) - set(found)):
         raise ValueError(f"the index names {_some(absent)}, which the shards do not hold")
     return found
 
@@ -199,30 +186,27 @@ def _shard(path: Path, name: str) -> Path:
         raise ValueError(
             f"the index names the shard {name!r}; shards must be .safetensors files in {path}"
         )
-    file = own(path, name)
-    if not file.is_file():
+    if not (file := files.file_of(path, name)).is_file():
         raise ValueError(f"{path / name} is missing; download the directory again")
     return file
 
 
+_INSTEAD = {  # files that others keep weights in: what to do about them
+    "pytorch_model*.bin": "has only pytorch_model.bin, a pickle, which can run code and is never "
+    "opened; download the model's safetensors, or convert it once with transformers' "
+    "save_pretrained",
+    "*.gguf": "has weights in llama.cpp's format (.gguf) only; give the directory of safetensors "
+    "they were made of",
+    "consolidated*": "is in Meta's own format; use the repository's Hugging Face version (its name "
+    "ends in -hf)",
+}
+
+
 def _no_weights(path: Path) -> str:
-    if any(path.glob("pytorch_model*.bin")):
-        return (
-            f"{path} has only pytorch_model.bin, a pickle, which can run code and is never opened; "
-            "download the model's safetensors, or convert it once with transformers' "
-            "save_pretrained"
-        )
-    if any(path.glob("*.gguf")):
-        return (
-            f"{path} has weights in llama.cpp's format (.gguf) only; give the directory of "
-            "safetensors they were made of"
-        )
-    if any(path.glob("consolidated*")):
-        return (
-            f"{path} is in Meta's own format; use the repository's Hugging Face version (its name "
-            "ends in -hf)"
-        )
-    return f"{path} holds no model.safetensors and no model.safetensors.index.json"
+    for pattern, remedy in _INSTEAD.items():
+        if any(path.glob(pattern)):
+            return f"{path} {remedy}"
+    return f"{path} holds no {SINGLE} and no {SINGLE}.index.json"
 
 
 def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
@@ -232,9 +216,8 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
     """
     found = find_tensors(path)
     _refuse_second_model(path, found)
-    wanted = {
-        name: tuple(p.shape) for name, p in model.named_parameters()
-    }  # a tied head appears once
+    # A tied head appears once
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     _refuse_other_formats(path, found, wanted)
     if model.config.tied and "lm_head.weight" in found:  # some writers store the tied copy too
         _refuse_own_head(path, found)
@@ -247,9 +230,8 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
         if n in found and found[n][2] != s
     ]
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
-    wrong += [
-        f"{n} has dtype {found[n][1]}" for n in wanted if n in found and found[n][1] not in _DTYPES
-    ]
+    dtypes = {n: found[n][1] for n in wanted if n in found}
+    wrong += [f"{n} has dtype {dtype}" for n, dtype in dtypes.items() if dtype not in _DTYPES]
     faults = {"missing": missing, "not in the model": extra, "of another shape or dtype": wrong}
     if missing == ["lm_head.weight"] and not extra and not wrong:
         raise ValueError(
@@ -263,17 +245,13 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
 
 def _refuse_second_model(path: Path, found: dict) -> None:
     """A whole file beside an index of others: transformers reads the file, we read the shards."""
-    single = own(path, SINGLE)
+    single = files.file_of(path, SINGLE)
     shards = {file for file, _, _ in found.values()}
     if not single.is_file() or shards == {single}:
         return
     held = read_header(single)
     same = held == {name: (dtype, shape) for name, (_, dtype, shape) in found.items()}
-    for name in held if same else ():
-        if not _equal((single, name), (found[name][0], name)):
-            same = False
-            break
-    if not same:
+    if not same or not all(_equal((single, name), (found[name][0], name)) for name in held):
         raise ValueError(
             f"{path} holds two models: {SINGLE}, and the shards that "
             f"{SINGLE}.index.json names; move the one that is not meant elsewhere"
@@ -295,17 +273,10 @@ def _refuse_own_head(path: Path, found: dict) -> None:
     )
 
 
-def _equal(*places: tuple[Path, str], rows: int = 4096) -> bool:
-    """Whether two tensors of one shape, each (file, name), hold the same numbers; `rows` at a time,
-    so that a large one takes no memory."""
-    with contextlib.ExitStack() as stack:
-        a, b = (
-            stack.enter_context(open_safetensors(file)).get_slice(name) for file, name in places
-        )
-        if not a.get_shape():
-            return bool(a[...] == b[...])
-        starts = range(0, a.get_shape()[0], rows)
-        return all((a[i : i + rows] == b[i : i + rows]).all() for i in starts)
+def _equal(first: tuple[Path, str], second: tuple[Path, str]) -> bool:
+    """Whether two tensors, each (file, name), hold the same numbers; they are mapped, not read."""
+    with open_safetensors(first[0]) as f, open_safetensors(second[0]) as g:
+        return torch.equal(f.get_tensor(first[1]), g.get_tensor(second[1]))
 
 
 def _refuse_other_formats(path: Path, found: dict, wanted: dict) -> None:
@@ -318,15 +289,15 @@ def _refuse_other_formats(path: Path, found: dict, wanted: dict) -> None:
             "trained and exported here are full weights: give the original model"
         )
     for name in found:
-        held = [prefix for prefix in _WRAPPERS if prefix in name]
+        prefixes = [prefix for prefix in _WRAPPERS if prefix in name]
         bare = name
-        for prefix in held:
+        for prefix in prefixes:
             bare = bare.replace(prefix, "")
         if name not in wanted and bare in wanted:
-            authors = " and ".join(_WRAPPERS[prefix] for prefix in held)
+            authors = " and ".join(_WRAPPERS[prefix] for prefix in prefixes)
             raise ValueError(
-                f"the names of the tensors in {path} hold {' and '.join(map(repr, held))}, as in "
-                f"{name}, which {authors} adds; save the model inside it again"
+                f"the names of the tensors in {path} hold {' and '.join(map(repr, prefixes))}, as "
+                f"in {name}, which {authors} adds; save the model inside it again"
             )
 
 
@@ -339,18 +310,15 @@ def load_weights(model: nn.Module, path: Path, *, dtype: torch.dtype | None, dev
     for file in sorted(set(found.values())):
         with open_safetensors(file) as f:
             for name in (n for n in found if found[n] == file):
-                _place(model, name, f.get_tensor(name), dtype, device)
-
-
-def _place(
-    model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype | None, device: str
-) -> None:
-    low, high = torch.aminmax(tensor)  # NaN goes through both; no copy of the tensor is made
-    if not (torch.isfinite(low) and torch.isfinite(high)):
-        raise ValueError(
-            f"tensor {name} holds NaN or infinity; the file is damaged, or training diverged"
-        )
-    set_parameter(model, name, tensor.to(device=device, dtype=dtype or tensor.dtype))
+                tensor = f.get_tensor(name)
+                low, high = torch.aminmax(tensor)  # NaN goes through both; no copy is made
+                if not (torch.isfinite(low) and torch.isfinite(high)):
+                    raise ValueError(
+                        f"tensor {name} holds NaN or infinity; the file is damaged, or training "
+                        "diverged"
+                    )
+                value = tensor.to(device=device, dtype=dtype or tensor.dtype)
+                set_parameter(model, name, value)
 
 
 def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
@@ -374,7 +342,7 @@ def save_pretrained(model, path: str | Path, **how) -> None:
     """Writes a Hugging Face directory that appears whole or not at all; `how`: see
     write_pretrained.
     """
-    with atomic_directory(Path(path)) as work:
+    with files.atomic_directory(Path(path)) as work:
         write_pretrained(model, work, **how)
 
 
@@ -420,8 +388,8 @@ def copied_files(source: Path) -> dict[str, Path]:
     Raises ValueError where a link leads out of the directory.
     """
     more = sorted(p.name for p in (source / TEMPLATES).glob("*.jinja"))
-    found = {name: own(source, name) for name in (*TOKENIZER_FILES, *NOTICES)}
-    found |= {f"{TEMPLATES}/{name}": own(source, name, inside=TEMPLATES) for name in more}
+    found = {name: files.file_of(source, name) for name in (*TOKENIZER_FILES, *NOTICES)}
+    found |= {f"{TEMPLATES}/{name}": files.file_of(source, name, inside=TEMPLATES) for name in more}
     return {name: file for name, file in found.items() if file.is_file()}
 
 
@@ -429,29 +397,23 @@ def _copy_tokenizer(source: Path, work: Path, length: int) -> None:
     for name, file in copied_files(source).items():
         (work / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, work / name)
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        settings = work / name
-        if settings.is_file():
-            settings.write_bytes(_lengthened(settings.read_bytes(), length))
-    fast = work / "tokenizer.json"
-    if fast.is_file():
-        fast.write_bytes(_uncut(fast.read_bytes()))
+    changes = {"tokenizer_config.json": _lengthened, "generation_config.json": _lengthened}
+    for name, change in (changes | {"tokenizer.json": _uncut}).items():
+        if (file := work / name).is_file():
+            file.write_bytes(change(file.read_bytes(), length))
 
 
 def _lengthened(data: bytes, length: int) -> bytes:
     """Settings in which every length that is stated is `length` tokens, and without auto_map, which
-    names code; every other byte stays."""
-    old = parse_json(data, "settings")
+    names code."""
+
+    def number(m: re.Match) -> bytes:
+        return m[1] + str(length).encode() if float(m[2]) < 1e18 else m[0]
+
+    old = files.parse_json(data, "settings")
     new = {k: v for k, v in _raised(old, length).items() if k != "auto_map"}
-    if new == old:
-        return data
-    number = rb'("(?:' + "|".join(_LENGTHS).encode() + rb')"\s*:\s*)([-+.\deE]+)'
-    changed = re.sub(
-        number, lambda m: m[1] + str(length).encode() if float(m[2]) < 1e18 else m[0], data
-    )
-    if parse_json(changed, "settings") == new:
-        return changed
-    return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
+    stated = rb'("(?:' + "|".join(_LENGTHS).encode() + rb')"\s*:\s*)([-+.\deE]+)'
+    return _rewritten(data, old, new, re.sub(stated, number, data))
 
 
 def _raised(value, length: int):
@@ -466,39 +428,30 @@ def _raised(value, length: int):
     }
 
 
-def _uncut(data: bytes) -> bytes:
+def _uncut(data: bytes, length: int) -> bytes:
     """A tokenizer.json that does not cut texts, as some do that were saved while cutting."""
-    old = parse_json(data, "tokenizer.json")
-    if not old.get("truncation"):
+    old = files.parse_json(data, "tokenizer.json")
+    new = old | {"truncation": None} if old.get("truncation") else old
+    short = re.sub(rb'"truncation"\s*:\s*\{[^{}]*\}', b'"truncation": null', data, count=1)
+    return _rewritten(data, old, new, short)
+
+
+def _rewritten(data: bytes, old: dict, new: dict, edited: bytes) -> bytes:
+    """The bytes of `new`: as few as can be differ from `data`, which holds `old`."""
+    if new == old:
         return data
-    changed = re.sub(rb'"truncation"\s*:\s*\{[^{}]*\}', b'"truncation": null', data, count=1)
-    new = old | {"truncation": None}
-    if parse_json(changed, "tokenizer.json") == new:
-        return changed
+    if files.parse_json(edited, "settings") == new:
+        return edited
     return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def _write_shards(tensors: dict[str, Tensor], work: Path, shard_bytes: int) -> None:
-    shards, room = [{}], shard_bytes
-    for name, tensor in tensors.items():
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    if len(shards) == 1:
-        save_file(tensors, work / "model.safetensors", metadata={"format": "pt"})
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, work / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for t in tensors.values())},
-        "weight_map": weight_map,
-    }
-    (work / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({n: tensors[n] for n in names}, work / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (work / f"{SINGLE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _check_written(model, work: Path, tensors: dict[str, Tensor]) -> None:

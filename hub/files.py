@@ -1,11 +1,11 @@
 """Files as this program reads and writes them: JSON distrusted, writes atomic, disk errors in a
 sentence.
 
-What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON. `own`
-names a file of a model's directory, and refuses links that lead out of it. `replacing` and
-`atomic_directory` write beside the name, sync and rename: a kill at any moment leaves the old state
-or the new. `disk_sentences` turns a full, read-only or failing disk into one sentence that says
-what is still intact.
+What.  `read_json` takes one JSON object and refuses what is huge, deep, doubled or not JSON.
+`file_of` names a file of a model's directory, and refuses links that lead out of it. `replacing`
+and `atomic_directory` write under another name, sync and rename: a kill at any moment leaves the
+old state or the new. `disk_sentences` turns a full, read-only or failing disk into one sentence
+that says what is still intact.
 
 Temporary names are unpredictable and made exclusively, so that no link that someone planted under
 such a name is ever followed, and nothing is ever removed because its name looks like ours.
@@ -49,11 +49,8 @@ def reading(path: Path):
 
 def digest(file: Path) -> str:
     """sha256 of a file's contents, in hexadecimal."""
-    value = hashlib.sha256()
     with reading(file), file.open("rb") as f:
-        while piece := f.read(1 << 24):
-            value.update(piece)
-    return value.hexdigest()
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict:
@@ -69,7 +66,7 @@ def read_json(path: Path) -> dict:
         return parse_json(path.read_bytes(), str(path))
 
 
-def own(path: Path, name: str, inside: str = "") -> Path:
+def file_of(path: Path, name: str, inside: str = "") -> Path:
     """The file `name` of the directory `path`, or of its folder `inside`, links resolved.
 
     Raises ValueError where they lead out of it, to nothing or in a circle. A directory of the Hub's
@@ -103,6 +100,12 @@ def refuse_lost_link(path: Path) -> None:
     """
     if os.path.islink(path) and not os.path.exists(path):
         raise ValueError(f"{path} is a link that leads nowhere; copy the file there")
+
+
+def json_of(path: Path, name: str) -> dict:
+    """The JSON object in a file of the directory `path`; {} where it is not there."""
+    file = file_of(path, name)
+    return read_json(file) if file.is_file() else {}
 
 
 def parse_json(data: bytes, name: str) -> dict:
@@ -199,50 +202,45 @@ def refuse_pointer(file: Path) -> None:
             )
 
 
-class _Pieces(io.RawIOBase):
-    """A file whose contents come in pieces of bytes."""
+class _Zstd(io.RawIOBase):
+    """A .zst file unpacked, frame by frame. Reading it raises EOFError where it is damaged or cut.
 
-    def __init__(self, pieces: Iterator[bytes]):
-        self.pieces, self.left = pieces, b""
+    The package's own reader takes a frame that is cut short for a whole one.
+    """
+
+    def __init__(self, file: Path):
+        try:
+            import zstandard
+        except ImportError:
+            raise ValueError(
+                f"{file} needs the package zstandard: pip install zstandard, or unpack it"
+            ) from None
+        self.library, self.packed_file = zstandard, file.open("rb")
+        self.packed, self.unpacked, self.frame = b"", b"", None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, room) -> int:
-        while not self.left:
-            try:
-                self.left = next(self.pieces)
-            except StopIteration:
+        while not self.unpacked:
+            self.packed = self.packed or self.packed_file.read(1 << 16)
+            if not self.packed and self.frame:
+                raise EOFError("it ends in the middle of a frame")
+            if not self.packed:
                 return 0
-        n = min(len(room), len(self.left))
-        room[:n], self.left = self.left[:n], self.left[n:]
+            frame = self.frame or self.library.ZstdDecompressor().decompressobj()
+            try:
+                self.unpacked = frame.decompress(self.packed)
+            except self.library.ZstdError as e:
+                raise EOFError(str(e)) from None
+            self.packed, self.frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        n = min(len(room), len(self.unpacked))
+        room[:n], self.unpacked = self.unpacked[:n], self.unpacked[n:]
         return n
 
-
-def _unpacked_zstd(file: Path) -> Iterator[bytes]:
-    """A .zst file unpacked, frame by frame. Raises EOFError where it is damaged or cut short.
-
-    The package's own reader stops at the end of the first frame, and takes a frame that is cut
-    short for a whole one.
-    """
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError(
-            f"{file} needs the package zstandard: pip install zstandard, or unpack it"
-        ) from None
-    frame = None
-    with file.open("rb") as f:
-        while piece := f.read(1 << 16):
-            while piece:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                try:
-                    yield frame.decompress(piece)
-                except zstandard.ZstdError as e:
-                    raise EOFError(str(e)) from None
-                piece, frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-    if frame:
-        raise EOFError("it ends in the middle of a frame")
+    def close(self) -> None:
+        self.packed_file.close()
+        super().close()
 
 
 def open_text(file: Path, newline: str | None = None) -> io.TextIOBase:
@@ -256,7 +254,7 @@ def open_text(file: Path, newline: str | None = None) -> io.TextIOBase:
     if packed == ".gz":
         return gzip.open(file, "rt", **given)
     if packed == ".zst":
-        return io.TextIOWrapper(io.BufferedReader(_Pieces(_unpacked_zstd(file))), **given)
+        return io.TextIOWrapper(io.BufferedReader(_Zstd(file)), **given)
     return file.open(**given)
 
 
@@ -267,7 +265,7 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
     skipped.
     Raises ValueError naming the line that is no JSON object, or what is wrong with the file.
     """
-    said, it = (f"not a {row}, ", f"not a {row}, it is ") if row else ("", "")
+    wrong, it = (f"not a {row}, ", f"not a {row}, it is ") if row else ("", "")
     with open_text(file) as f:
         try:
             for number, line in enumerate(f, 1):
@@ -282,7 +280,7 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
                     no = f"{it}no" if row else "not"
                     raise ValueError(f"{where}: {no} JSON ({e.msg})") from None
                 except ValueError as e:  # an integer of more digits than Python reads
-                    raise ValueError(f"{where}: {said}{str(e).split(';')[0]}") from None
+                    raise ValueError(f"{where}: {wrong}{str(e).split(';')[0]}") from None
                 if not isinstance(value, dict):
                     raise ValueError(f"{where}: {it or 'it is '}no JSON object")
                 yield number, value
@@ -318,8 +316,8 @@ def _within(name, folder: Path) -> bool:
 
 
 def disk_sentence(e: OSError, folder: Path) -> str:
-    said = f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO).lower()}"
+    sentence = f"cannot write to {folder}: {os.strerror(e.errno or errno.EIO).lower()}"
     if e.errno in (errno.EACCES, errno.EROFS):
-        return said
+        return sentence
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return f"{said} ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"
+    return f"{sentence} ({shutil.disk_usage(there).free / 2**20:.0f} MiB free)"

@@ -20,11 +20,11 @@ Refused when it is loaded, in a sentence: a vocabulary with holes or one that is
 file must end where the special tokens begin, and agree with a tokenizer.json beside it), an id of
 text outside the model's vocabulary, a splitting rule that does not work, text that cannot be
 encoded. A special token beyond the vocabulary, such as a <pad> that was added without a row in the
-embeddings, is taken, as no text produces it, and `note` says so.
+embeddings, is taken, as no text produces it; `note` says so.
 
 Limits.  Special tokens inside a text are read as ordinary characters ("<|end|>" is seven of them),
 so that no document can inject one; only what a chat template wrote (encode_chat) is read with them.
- Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. An id that
+Half a surrogate pair, which JSON can hold and UTF-8 cannot, becomes U+FFFD. An id that
 the vocabulary lacks, as models with padded embeddings can generate, decodes to nothing. tiktoken's
 time grows with the square of a run without spaces, so runs are cut at 25 000 characters, as in
 LLaMA-3's own code.
@@ -40,7 +40,8 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
-from itertools import islice
+from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 
 from hub import files
@@ -58,41 +59,35 @@ _PROBE = "The quick brown fox's\n\n\tdef f(x):\n    return x + 12345  # na"
 _PROBE += "\u00efve \u2603 \u6771\u4eac\r\n"
 
 
+@dataclass(eq=False)
 class Tokenizer:
-    """encode(text) -> ids, decode(ids) -> text.
+    """encode(text) -> ids, decode(ids) -> text. What is called raw is the library's own.
 
-    size: the largest id plus 1; bos_id (None: the family uses none); eos_id, which ends a document,
-    and stop_ids, any of which ends a generated text; digest: of the files that decide what a text
-    becomes; kind: the library; path: the model's directory; note: what its export should say.
+    size: the largest id plus 1. note: what an export with this tokenizer should say.
     """
 
-    def __init__(
-        self,
-        encode: Callable[[str], list[int]],
-        decode: Callable[[list[int]], str],
-        batch: Callable[[list[str]], list[list[int]]],
-        known: set[int],
-        bos_id: int | None,
-        eos_id: int,
-        digest: str,
-        kind: str,
-        of_text: int | None = None,
-        chat: Callable[[str], list[int]] | None = None,
-    ):
-        """of_text: the ids of texts are below it, where special tokens stand beyond.
+    raw_encode: Callable[[str], list[int]]  # special tokens are ordinary characters
+    raw_decode: Callable[[list[int]], str]
+    raw_batch: Callable[[list[str]], list[list[int]]]
+    known: set[int]  # every id
+    bos_id: int | None  # None: the family uses none
+    eos_id: int  # ends a document
+    digest: str  # of the files that decide what a text becomes
+    kind: str  # the library
+    of_text: int  # the ids of texts are below it; special tokens may stand beyond
+    raw_chat: Callable[[str], list[int]] | None = None  # reads special tokens; None: it cannot
+    stop_ids: frozenset[int] = frozenset()  # any of them ends a generated text
+    path: Path = Path()  # the model's directory
+    note: str = ""
 
-        chat: encodes with special tokens; None: it cannot.
-        """
-        self._encode, self._decode, self._batch, self._known = encode, decode, batch, known
-        self._chat, self.size, self.bos_id, self.eos_id = chat, max(known) + 1, bos_id, eos_id
-        self.of_text, self.digest, self.kind = of_text or self.size, digest, kind
-        self.path, self.note, self.stop_ids = Path(), "", frozenset[int]()
+    def __post_init__(self):
+        self.size = max(self.known) + 1
 
     def drop_from(self, size: int, file: Path) -> None:
         """Forgets the special tokens that a model of `size` embeddings has none for."""
-        beyond = sorted(i for i in self._known if i >= size)
-        self._known = {i for i in self._known if i < size}
-        self.size = max(self._known) + 1
+        beyond = sorted(i for i in self.known if i >= size)
+        self.known = {i for i in self.known if i < size}
+        self.size = max(self.known) + 1
         self.note = (
             f"{file.name} names {len(beyond)} special token{'s' * (len(beyond) > 1)} from id "
             f"{beyond[0]} on, beyond the model's vocab_size {size}: no text produces them, and no "
@@ -102,30 +97,32 @@ class Tokenizer:
     def encode(self, text: str, bos: bool = False) -> list[int]:
         first = [self.bos_id] if bos and self.bos_id is not None else []
         with _in_a_sentence("the tokenizer cannot encode a text"):
-            return first + self._encode(_whole(text))
+            return first + self.raw_encode(_whole(text))
 
     def encode_chat(self, text: str) -> list[int]:
         """The ids of what a chat template wrote: special tokens are read, and nothing is added.
 
         Raises ValueError where only a sentencepiece model is there, which cannot.
         """
-        if self._chat is None:
+        if self.raw_chat is None:
             raise ValueError(
                 f"chats need the tokenizer.json of {self.path}; put the one of its Hugging Face "
                 "version there"
             )
         with _in_a_sentence("the tokenizer cannot encode a chat"):
-            return self._chat(_whole(text))
+            return self.raw_chat(_whole(text))
 
     def decode(self, ids: list[int]) -> str:
-        return self._decode([i for i in ids if i in self._known])
+        return self.raw_decode([i for i in ids if i in self.known])
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Each text as a whole document: the family's BOS, the ids, the end token. In parallel
         where possible."""
         first = [] if self.bos_id is None else [self.bos_id]
         with _in_a_sentence("the tokenizer cannot encode a text"):
-            return [[*first, *ids, self.eos_id] for ids in self._batch([_whole(t) for t in texts])]
+            return [
+                [*first, *ids, self.eos_id] for ids in self.raw_batch([_whole(t) for t in texts])
+            ]
 
     def encode_long(self, text: str, size: int = PIECE) -> Iterator[list[int]]:
         """The ids of encode_documents([text])[0], a piece of about `size` characters at a time."""
@@ -135,8 +132,8 @@ class Tokenizer:
             while start < len(text):
                 end = self._cut(text, start + size, size)
                 lead = text[max(0, start - _AROUND) : start]  # read again, and its ids dropped
-                before = self._encode(lead) if lead else []
-                ids = self._encode(lead + text[start:end])
+                before = self.raw_encode(lead) if lead else []
+                ids = self.raw_encode(lead + text[start:end])
                 assert ids[: len(before)] == before, "a cut is where the ids part"
                 yield ids[len(before) :]
                 start = end
@@ -148,8 +145,8 @@ class Tokenizer:
             for found in islice(_CUT.finditer(text, start), 64):
                 cut = found.end() if found[0] == "\n" else found.start()
                 begin = max(0, cut - _AROUND)
-                left = self._encode(text[begin:cut])
-                around = self._encode(text[begin : cut + _AROUND])
+                left = self.raw_encode(text[begin:cut])
+                around = self.raw_encode(text[begin : cut + _AROUND])
                 if left and around[: len(left)] == left:
                     return cut
             start += size
@@ -159,41 +156,39 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory. Raises ValueError naming what is wrong and the remedy."""
     path = Path(path)
-    config = files.read_json(files.own(path, "config.json"))
-    extra = files.own(path, "tokenizer_config.json")
-    settings = files.read_json(extra) if extra.is_file() else {}
+    config = files.read_json(files.file_of(path, "config.json"))
+    settings = files.json_of(path, "tokenizer_config.json")
     for name in ("add_bos_token", "add_prefix_space"):
         if settings.get(name) not in (None, True, False):
-            raise ValueError(f"{extra} has {name} {settings[name]!r}; true or false")
-    tokenizer = _load(path, config, settings)
+            file = path / "tokenizer_config.json"
+            raise ValueError(f"{file} has {name} {settings[name]!r}; true or false")
+    tokenizer, file = _load(path, config, settings)
+    _check(tokenizer, file, config, settings)
     tokenizer.path, tokenizer.stop_ids = path, _stops(path, config, tokenizer.eos_id)
     return tokenizer
 
 
-def _load(path: Path, config: dict, settings: dict) -> Tokenizer:
-    """By the first of the three formats that is there."""
-    fast = files.own(path, "tokenizer.json")
-    for name in ("tokenizer.tiktoken", "tokenizer.model", "tokenizer.json"):
-        if (file := files.own(path, name)).is_file():
-            files.refuse_pointer(file)
-    for name in ("tokenizer.tiktoken", "tokenizer.model"):
-        file = files.own(path, name)
-        if file.is_file() and (ranks := _ranks(file)) is not None:
-            beside = _read_fast(fast) if fast.is_file() else None
-            return _probed(_tiktoken(file, ranks, beside, config, settings), file, config, settings)
-    if fast.is_file():
-        return _probed(_fast(fast, config), fast, config, settings)
-    file = files.own(path, "tokenizer.model")
-    if file.is_file():
-        return _probed(_sentencepiece(file, config, settings), file, config, settings)
+def _load(path: Path, config: dict, settings: dict) -> tuple[Tokenizer, Path]:
+    """By the first of the three formats that is there, and the file that it is in."""
+    names = ("tokenizer.tiktoken", "tokenizer.model", "tokenizer.json")
+    found = {name: file for name in names if (file := files.file_of(path, name)).is_file()}
+    for file in found.values():
+        files.refuse_pointer(file)
+    fast = found.pop("tokenizer.json", None)
+    for file in found.values():
+        if (ranks := _ranks(file)) is not None:
+            return _tiktoken(file, ranks, fast, config, settings), file
+    if fast:
+        return _fast(fast, config), fast
+    for file in found.values():
+        return _sentencepiece(file, config, settings), file
     raise ValueError(
         f"{path} has no tokenizer.json, tokenizer.model or tokenizer.tiktoken; copy the model's "
-        "own "
-        "there"
+        "own there"
     )
 
 
-def _probed(tokenizer: Tokenizer, file: Path, config: dict, settings: dict) -> Tokenizer:
+def _check(tokenizer: Tokenizer, file: Path, config: dict, settings: dict) -> None:
     """Refuses what would end in a traceback or in nonsense later."""
     size = config.get("vocab_size")
     bos = tokenizer.bos_id
@@ -216,7 +211,6 @@ def _probed(tokenizer: Tokenizer, file: Path, config: dict, settings: dict) -> T
         ids = tokenizer.encode(_PROBE)
         if not ids or not tokenizer.decode(ids):
             raise ValueError("it makes nothing of a plain text")
-    return tokenizer
 
 
 def _is_id(value, size) -> bool:
@@ -250,17 +244,17 @@ def _in_a_sentence(what: str):
 
 def _stops(path: Path, config: dict, eos: int) -> frozenset[int]:
     """The end tokens of config.json and generation_config.json, of which LLaMA 3's has several."""
-    file, found = files.own(path, "generation_config.json"), {eos}
-    for given in (config, files.read_json(file) if file.is_file() else {}):
+    found = {eos}
+    for given in (config, files.json_of(path, "generation_config.json")):
         ids = given.get("eos_token_id")
-        for i in ids if isinstance(ids, list) else [ids]:
-            if i is not None and type(i) is not int:
-                raise ValueError(
-                    f"{path} has eos_token_id {ids!r} in config.json or generation_config.json; "
-                    "give an id or a list of ids"
-                )
-            found |= {i} if i is not None else set()
-    return frozenset(found)
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(i is None or type(i) is int for i in ids):
+            raise ValueError(
+                f"{path} has eos_token_id {given['eos_token_id']!r} in config.json or "
+                "generation_config.json; give an id or a list of ids"
+            )
+        found.update(ids)
+    return frozenset(found - {None})
 
 
 def _eos(config: dict) -> int:
@@ -308,18 +302,16 @@ def _fast(file: Path, config: dict) -> Tokenizer:
             raise ValueError("its vocabulary is empty")
         special = {i for i, token in fast.get_added_tokens_decoder().items() if token.special}
     return Tokenizer(
-        encode=lambda text: fast.encode(text, add_special_tokens=False).ids,
-        decode=lambda ids: fast.decode(ids, skip_special_tokens=False),
-        batch=lambda texts: [
-            e.ids for e in fast.encode_batch_fast(texts, add_special_tokens=False)
-        ],
+        raw_encode=lambda text: fast.encode(text, add_special_tokens=False).ids,
+        raw_decode=lambda ids: fast.decode(ids, skip_special_tokens=False),
+        raw_batch=lambda ts: [e.ids for e in fast.encode_batch_fast(ts, add_special_tokens=False)],
         known=known,
         bos_id=bos,
         eos_id=_eos(config),
-        digest=hashlib.sha256(file.read_bytes()).hexdigest(),
+        digest=files.digest(file),
         kind="tokenizers",
         of_text=max(known - special, default=-1) + 1,
-        chat=_chat_of_fast(file),
+        raw_chat=_chat_of_fast(file),
     )
 
 
@@ -370,7 +362,10 @@ def _specials(file: Path, ranks: dict[bytes, int], config: dict, settings: dict)
     return special
 
 
-def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> Tokenizer:
+def _tiktoken(
+    file: Path, ranks: dict[bytes, int], fast: Path | None, config: dict, settings: dict
+) -> Tokenizer:
+    """fast: the tokenizer.json of the same directory, which must be the same vocabulary."""
     import regex  # of tiktoken's own needs
     import tiktoken
 
@@ -386,44 +381,33 @@ def _tiktoken(file: Path, ranks: dict, beside, config: dict, settings: dict) -> 
             digest.hexdigest(), pat_str=words, mergeable_ranks=ranks, special_tokens=special
         )
 
-    def encode(text: str) -> list[int]:
-        out, start = [], 0
-        for run in _LONG_RUN.finditer(text):
-            out += enc.encode_ordinary(text[start : run.end()])
-            start = run.end()
-        return out + enc.encode_ordinary(text[start:])
+    def encode(text: str, run=enc.encode_ordinary) -> list[int]:
+        ends = [0, *(m.end() for m in _LONG_RUN.finditer(text)), len(text)]
+        return [i for a, b in pairwise(ends) for i in run(text[a:b])]
 
-    def chat(text: str) -> list[int]:
-        out, start = [], 0
-        for run in _LONG_RUN.finditer(text):
-            out += enc.encode(text[start : run.end()], allowed_special="all")
-            start = run.end()
-        return out + enc.encode(text[start:], allowed_special="all")
-
-    if beside is not None:
-        _agree(file, encode, beside)
-        bos, chat = _bos_of_fast(beside), _chat_of_fast(file.parent / "tokenizer.json")
+    if fast:
+        other = _read_fast(fast)
+        with _in_a_sentence(f"{file} and the tokenizer.json beside it"):
+            if encode(_PROBE) != other.encode(_PROBE, add_special_tokens=False).ids:
+                raise ValueError(
+                    "they give a text other ids; remove the one that is not the model's"
+                )
+        bos, chat = _bos_of_fast(other), _chat_of_fast(fast)
     else:
+        chat = functools.partial(encode, run=functools.partial(enc.encode, allowed_special="all"))
         bos = None if settings.get("add_bos_token") is False else config.get("bos_token_id")
     return Tokenizer(
-        encode=encode,
-        decode=enc.decode,
-        batch=lambda texts: [encode(t) for t in texts],
+        raw_encode=encode,
+        raw_decode=enc.decode,
+        raw_batch=lambda texts: [encode(t) for t in texts],
         known={*ranks.values(), *special.values()},
         bos_id=bos,
         eos_id=_eos(config),
         digest=digest.hexdigest(),
         kind="tiktoken",
         of_text=len(ranks),
-        chat=chat,
+        raw_chat=chat,
     )
-
-
-def _agree(file: Path, encode, beside) -> None:
-    """Two files in one directory must be one vocabulary."""
-    with _in_a_sentence(f"{file} and the tokenizer.json beside it"):
-        if encode(_PROBE) != beside.encode(_PROBE, add_special_tokens=False).ids:
-            raise ValueError("they give a text other ids; remove the one that is not the model's")
 
 
 def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
@@ -439,10 +423,11 @@ def _sentencepiece(file: Path, config: dict, settings: dict) -> Tokenizer:
         if settings.get("add_prefix_space") is False:
             sp.override_normalizer_spec(add_dummy_prefix=False)
     return Tokenizer(
-        encode=lambda text: sp.encode(text),
-        decode=lambda ids: sp.decode(ids),
-        batch=lambda texts: sp.encode(texts),
+        raw_encode=sp.encode,
+        raw_decode=sp.decode,
+        raw_batch=sp.encode,  # of a list it gives a list
         known=set(range(sp.vocab_size())),
+        of_text=sp.vocab_size(),
         bos_id=sp.bos_id() if settings.get("add_bos_token", True) and sp.bos_id() >= 0 else None,
         eos_id=_eos(config),
         digest=hashlib.sha256(

@@ -445,8 +445,8 @@ def test_long_documents_are_tokenised_in_pieces_with_the_same_ids(tokenizer, tmp
     monkeypatch.setattr(data, "PIECE", 5000)
     monkeypatch.setattr(tokenizer.encode_long.__func__, "__defaults__", (5000,))
     longest = []
-    plain = tokenizer._encode
-    monkeypatch.setattr(tokenizer, "_encode", lambda t: longest.append(len(t)) or plain(t))
+    plain = tokenizer.raw_encode
+    monkeypatch.setattr(tokenizer, "raw_encode", lambda t: longest.append(len(t)) or plain(t))
     pieces = data.load_corpus([tmp_path / "x.txt"], tokenizer, tmp_path / "other", quiet=True)
     assert np.array_equal(whole.train, pieces.train)
     assert np.array_equal(whole.held_out, pieces.held_out)
@@ -456,10 +456,10 @@ def test_long_documents_are_tokenised_in_pieces_with_the_same_ids(tokenizer, tmp
 def test_documents_are_tokenised_by_characters_not_by_number(tokenizer, tmp_path, monkeypatch):
     for i in range(40):
         (tmp_path / f"{i:02}.txt").write_text(f"{i} words " * 100)
-    batches, plain = [], tokenizer._batch
+    batches, plain = [], tokenizer.raw_batch
     monkeypatch.setattr(data, "_CHARACTERS", 3000)
     monkeypatch.setattr(
-        tokenizer, "_batch", lambda texts: batches.append(sum(map(len, texts))) or plain(texts)
+        tokenizer, "raw_batch", lambda texts: batches.append(sum(map(len, texts))) or plain(texts)
     )
     corpus_of([tmp_path], tokenizer, tmp_path)
     assert len(batches) > 5 and max(batches) < 3000 + 1000

@@ -72,12 +72,12 @@ def test_links_inside_the_directory_and_into_the_hubs_blobs_are_its_own(tmp_path
     (blobs / "hash").write_text("{}")
     (snapshot / "config.json").symlink_to("../../blobs/hash")
     (snapshot / "inner.json").symlink_to("config.json")
-    assert files.own(snapshot, "config.json") == blobs / "hash"
-    assert files.own(snapshot, "inner.json") == blobs / "hash"
-    assert not files.own(snapshot, "absent.json").exists()
+    assert files.file_of(snapshot, "config.json") == blobs / "hash"
+    assert files.file_of(snapshot, "inner.json") == blobs / "hash"
+    assert not files.file_of(snapshot, "absent.json").exists()
     (blobs / "hash").unlink()
     with pytest.raises(ValueError, match=NOWHERE):
-        files.own(snapshot, "config.json")
+        files.file_of(snapshot, "config.json")
 
 
 @pytest.mark.parametrize("leads", [leads for leads in LINKS if leads != "out"])

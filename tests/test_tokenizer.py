@@ -52,6 +52,22 @@ def test_two_vocabularies_in_one_directory_are_refused(tmp_path):
         load_tokenizer(path)
 
 
+def test_both_files_of_a_model_in_the_hubs_cache_are_found(tmp_path):
+    """Its files are links to blobs, from which no other file of the model can be named."""
+    names = ("tokenizer.tiktoken", "tokenizer.json", "tokenizer_config.json")
+    plain = directory(tmp_path / "plain", *names)
+    snapshot, blobs = tmp_path / "snapshots" / "abc", tmp_path / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(plain.iterdir()):
+        shutil.copyfile(file, blobs / str(i))
+        (snapshot / file.name).symlink_to(blobs / str(i))
+    for path in (plain, snapshot):
+        tokenizer = load_tokenizer(path)
+        assert tokenizer.kind == "tiktoken"
+        assert tokenizer.encode_chat("one two") == tokenizer.encode("one two")
+
+
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.tiktoken"])
 @pytest.mark.parametrize("bos", [-1, 4096, 99999999, 2**40])
 def test_a_bos_outside_the_vocabulary_is_refused(tmp_path, bos, name):
