@@ -66,7 +66,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import flags, lora, parallel
+from engine import flags, lora, parallel, quant
 from engine.cost import Stage
 from engine.plan import Plan, make_plan
 from engine.run import Run
@@ -246,9 +246,11 @@ def make_models(plan: Plan, world: parallel.World):
     The student's tensors are the teacher's, but for float32 copies of q, k and v, or adapters.
     """
     args = plan.args
-    place = "cpu" if args.shard else str(plan.device)
+    place = "cpu" if args.shard or args.bits else str(plan.device)
     teacher = Llama.from_pretrained(args.teacher, dtype=plan.dtype, device=place)
     student = make_student(teacher, plan.longer, trained=() if args.lora_rank else TRAINED)
+    if args.bits:
+        quant.pack(teacher, student, plan.device)
     if args.lora_rank:
         torch.manual_seed(args.seed)
         lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
@@ -307,9 +309,10 @@ def _write_models(run: Run, student: Llama, scores: str) -> None:
         base_model=download.repository_of(args.teacher),
         licence=licence_of(args.teacher),
     )
+    original = Llama.from_pretrained(args.teacher) if args.bits else None
     with out.directory("student") as work:
         checkpoint.write_pretrained(
-            lora.merge(student),
+            lora.merge(student, original),
             work,
             tokenizer_from=args.teacher,
             card=card,

@@ -3,14 +3,20 @@ stages.
 
     python -m bench step --model llama2-7b                     both stages, at 4096 and 32768 tokens
     python -m bench step --model demo --length 256 --stage 1    a CPU can do this one
+    python -m bench step --lora-rank 64 --stage 2 --length2 262144 --repeat 1    one long block
+    torchrun --nproc_per_node 4 -m bench step --batch 1 ...     a block over four GPUs; or --shard
 
 What.  The model is built on the device with random weights, so nothing is downloaded; speed does
 not depend on what the weights are. A step is train.py's (engine/step.py): forward and backward of
 one micro-batch after the other, the norm and clipping of the gradient, Adam. Memory settles by
-itself what is kept, computed again or moved to the host, as in train.py (engine/fit.py).
+itself what is kept, computed again or moved to the host, as in train.py (engine/fit.py), from what
+is free or, with --memory, from so many GiB, to which the allocator is then held.
 
 How it is timed.  Wall clock around a synchronised call, the median of --repeat after two to warm
-up, of at most WARM tokens of each block. The parts (in tiles: the optimiser and the rest):
+up, of at most WARM tokens of each block. A step in tiles that takes long says each TOLD seconds how
+many layers it has done; --limit stops it between two layers, so many seconds after the command
+began: the row then has the seconds of each layer and what a whole step would come to. The parts (in
+tiles or on several processes: the optimiser and the rest):
 
     teacher, student     each model's layers alone, at the step's shapes
     relation             the three losses of one layer forward and backward, times L
@@ -23,21 +29,25 @@ up, of at most WARM tokens of each block. The parts (in tiles: the optimiser and
                          the sum of kernel times in one profiled step; a GPU figure
 
 MFU is cost.flops (teacher, student, relations and backward; recomputation not counted) over the
-step's time and the rate of one large matrix product in the same run. Memory: peak of torch's
-allocator; on a CPU the process's resident set. The plan's own estimate stands beside it.
+step's time and the rate of one large matrix product in the same run; of several processes, over the
+rate of as many. Tokens per second are those of all. Memory is that of the process that has most:
+peak of torch's allocator; on a CPU, and for the host, the resident set, which has what is pinned in
+it. The plan's own estimate stands beside each.
 
 Limits.  Parts that are timed alone do not overlap as they might inside a step. No text is read and
-no state written.
+no state written. A GPU is told some layers ahead of what it does, but under --limit.
 """
 
 import gc
 import json
+import os
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from engine import cost, fit, lora, plan
+from engine import cost, fit, lora, parallel, plan, quant, tiles
 from engine.step import Step
 from hub import files
 from hub.checkpoint import set_parameter
@@ -69,6 +79,8 @@ def _shape(V, C, M, L, H, Hkv, length, theta=10000.0, tied=False) -> dict:
 
 
 WARM = 16384
+TOLD = 20  # seconds between two lines about a step at work
+BEGAN = time.perf_counter()
 SHAPES = {
     "llama2-7b": _shape(32000, 4096, 11008, 32, 32, 32, 4096),
     "llama3-8b": _shape(128256, 4096, 14336, 32, 32, 8, 8192, 500000.0),
@@ -100,6 +112,18 @@ def add_flags(parser) -> None:
     parser.add_argument(
         "--relations-alone", action="store_true", help="stage 1 without the next-token KL"
     )
+    parser.add_argument(
+        "--bits", type=int, choices=(4,), help="with --lora-rank: frozen weights in 4 bits"
+    )
+    parser.add_argument(
+        "--shard", action="store_true", help="under torchrun: cut the models over the GPUs"
+    )
+    parser.add_argument(
+        "--memory", type=float, metavar="GIB", help="as if the device had no more [what is free]"
+    )
+    parser.add_argument(
+        "--limit", type=float, metavar="SECONDS", help="stop between two layers after so long"
+    )
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="timed steps [5]")
 
 
@@ -108,49 +132,84 @@ def config_of(name: str) -> LlamaConfig:
     return LlamaConfig.from_hf(SHAPES[name] or files.read_json(file))
 
 
+def random_model(config: LlamaConfig, device: torch.device, dtype, bits: int | None = None):
+    """A frozen Llama of this shape with random weights. bits: it will be packed, and waits on the
+    CPU, its layers being one and the same.
+    """
+    with torch.device("meta"):
+        model = Llama(config)
+    place = torch.device("cpu") if bits else device
+    generator, made = torch.Generator(place).manual_seed(0), {}
+    for name, p in list(model.named_parameters()):
+        kind = name.split(".")[-2]
+        if kind not in made or not bits:
+            made[kind] = torch.ones(p.shape, device=place, dtype=dtype)
+            if p.dim() == 2:
+                made[kind].normal_(std=0.02, generator=generator)
+        set_parameter(model, name, made[kind])
+    return model.eval()
+
+
 def random_models(
-    config: LlamaConfig, rank: int | None, device: torch.device, dtype
+    config: LlamaConfig, rank: int | None, device: torch.device, dtype, bits: int | None = None
 ) -> tuple[Llama, Llama]:
     """(teacher, student) of this shape with random weights, the student ready to train."""
-    with torch.device("meta"):
-        teacher = Llama(config)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, p in list(teacher.named_parameters()):
-        w = torch.ones(p.shape, device=device, dtype=dtype)
-        if p.dim() == 2:
-            w.normal_(std=0.02, generator=generator)
-        set_parameter(teacher, name, w)
-    student = make_student(teacher.eval(), config.extended("linear", 8), () if rank else TRAINED)
+    teacher = random_model(config, device, dtype, bits)
+    student = make_student(teacher, config.extended("linear", 8), () if rank else TRAINED)
+    if bits:
+        quant.pack(teacher, student, device)
     if rank:
         lora.adapt(student, TRAINED, rank, 2.0 * rank, 0.0)
     return teacher, student
 
 
+def hold(gib: float | None, device: torch.device) -> None:
+    """Holds a GPU's allocator to so many GiB, if any."""
+    if gib and device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+
+
 class Timed:
     """One stage of one shape, ready to be called."""
 
-    def __init__(self, arguments, config: LlamaConfig, stage: cost.Stage, device: torch.device):
-        self.stage, self.device, self.rank = stage, device, arguments.lora_rank
-        self.dtype, _ = choose_dtype(device)
-        free, host = cost.free_memory(device), fit.host_share(device)
-        fused = choose_glue(device, self.dtype)[0] is not None
-        machine = fit.Machine(config, self.dtype, device, self.rank, False, 1, free, host, fused)
+    def __init__(self, arguments, config: LlamaConfig, stage: cost.Stage, world: parallel.World):
+        self.stage, self.world, self.device = stage, world, world.device
+        self.rank, self.bits = arguments.lora_rank, arguments.bits
+        self.dtype, _ = choose_dtype(self.device)
+        free = int(world.min(cost.free_memory(self.device)))
+        if arguments.memory:
+            free = min(free, int(arguments.memory * 2**30))
+        host = int(world.min(fit.host_share(self.device)))
+        having = self.rank, arguments.shard, world.size, free, host
+        fused = choose_glue(self.device, self.dtype)[0] is not None
+        machine = fit.Machine(config, self.dtype, self.device, *having, fused, self.bits)
         self.fit = fit.settle(machine, stage, arguments.micro)
-        self.teacher, self.student = random_models(config, self.rank, device, self.dtype)
-        self.ids = torch.randint(0, config.vocab_size, (stage.batch, stage.T + 1), device=device)
+        models = random_models(config, self.rank, self.device, self.dtype, self.bits)
+        self.teacher, self.student = models
+        self.units = parallel.shard(*models, world, self.dtype) if arguments.shard else None
+        P = self.fit.P
+        generator = torch.Generator().manual_seed(world.rank // P)  # those who share one read alike
+        shape = stage.batch * P // world.size, stage.T + 1
+        self.ids = torch.randint(0, config.vocab_size, shape, generator=generator).to(self.device)
+        began = time.perf_counter()
         self.step = self.make_step(graphs=False)
-        self.adam = torch.optim.AdamW(self.step.weights, lr=1e-6, fused=device.type == "cuda")
+        self.pinning = time.perf_counter() - began
+        fused = self.device.type == "cuda" and not arguments.shard
+        self.adam = torch.optim.AdamW(self.step.weights, lr=1e-6, fused=fused)
 
     def make_step(self, graphs: bool) -> Step:
         how = {"recomputed": self.fit.recomputed, "tiles": self.fit.tiles, "graphs": graphs}
         how |= {"dtype": self.dtype, "kl_weight": float(self.stage.logits)}
-        return Step(self.teacher, self.student, {}, **how)
+        return Step(self.teacher, self.student, {}, world=self.world, units=self.units, **how)
 
     def __call__(self, longest: int | None = None) -> None:
         """One step, of blocks of at most `longest` tokens."""
         self.step.zero()
-        for piece in self.ids[:, : longest and longest + 1].split(self.fit.micro):
-            self.step.backward(self.stage, piece, len(piece) / len(self.ids), False)
+        pieces = self.ids[:, : longest and longest + 1].split(self.fit.micro)
+        for i, piece in enumerate(pieces):
+            last = i + 1 == len(pieces)
+            self.step.backward(self.stage, piece, len(piece) / len(self.ids), last)
         self.update()
 
     def update(self) -> None:
@@ -181,19 +240,71 @@ class Timed:
                 relation_kl(x.requires_grad_(), y).mean().backward()
 
 
-def seconds(f, device: torch.device, repeat: int, warm=None) -> float:
-    """Seconds that a call takes: the median of `repeat`, after two of `warm`."""
-    taken = []
-    for _ in range(2):
-        (warm or f)()
+class TooLong(Exception):
+    """--limit is over."""
+
+
+class Layers:
+    """Around a step in tiles: how far it is and, with a limit, the seconds of each layer."""
+
+    def __init__(self, timed: Timed, limit: float | None):
+        self.world, self.limit, self.each = timed.world, limit, {"forward": [], "backward": []}
+        self.layers = timed.teacher.config.n_layer * -(-len(timed.ids) // timed.fit.micro)
+        self.plain = {}
+
+    def __enter__(self) -> "Layers":
+        self.began = self.last = self.told = time.perf_counter()
+        for name in self.each:
+            self.plain[name] = getattr(tiles.Layer, name)
+            setattr(tiles.Layer, name, self._counted(name))
+        return self
+
+    def __exit__(self, *error) -> None:
+        for name, function in self.plain.items():
+            setattr(tiles.Layer, name, function)
+
+    def _counted(self, name: str):
+        def run(layer, *args):
+            out = self.plain[name](layer, *args)
+            self._done(name)
+            return out
+
+        return run
+
+    def _done(self, name: str) -> None:
+        if self.limit and self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        now = time.perf_counter()
+        self.each[name].append(now - self.last)
+        self.last = now
+        if self.world.main and now - self.told > TOLD:
+            done = ", ".join(f"{len(each)} layers {name}" for name, each in self.each.items())
+            print(f"        {now - self.began:.0f} s: {done}", file=sys.stderr, flush=True)
+            self.told = now
+        if self.limit and self.world.min(self.limit - (now - BEGAN)) < 0:  # for all, or for none
+            raise TooLong
+
+    def whole(self) -> float | None:
+        """Seconds of all layers of a step, at the mean of those that were done; None without."""
+        if not all(self.each.values()):
+            return None
+        return self.layers * sum(sum(each) / len(each) for each in self.each.values())
+
+
+def seconds(f, timed: Timed, repeat: int, warm: int = 2) -> float:
+    """Seconds that a call takes: the median of `repeat`, after `warm` others."""
+    taken, device = [], timed.device
+    for _ in range(warm):
+        f()
     for _ in range(repeat):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        timed.world.min(0.0)  # all begin together
         began = time.perf_counter()
         f()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        taken.append(time.perf_counter() - began)
+        taken.append(-timed.world.min(began - time.perf_counter()))  # of the slowest
     return sorted(taken)[len(taken) // 2]
 
 
@@ -208,46 +319,72 @@ def waiting(timed: Timed, whole: float) -> float | None:
     return max(0.0, 1 - busy / whole)
 
 
-def measure(timed: Timed, repeat: int, peak: float) -> dict:
-    """The row of one stage."""
-    device, c, stage = timed.device, timed.teacher.config, timed.stage
+def measure(timed: Timed, repeat: int, peak: float, limit: float | None = None) -> dict:
+    """The row of one stage. peak: of the product rate of one device, in flop/s."""
+    device, c, stage, world = timed.device, timed.teacher.config, timed.stage, timed.world
+    long = timed.fit.tiles is not None or timed.fit.P > 1
+    whole, layers = None, Layers(timed, limit)
+    for _ in range(2):
+        timed(WARM)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    whole = seconds(timed, device, repeat, lambda: timed(WARM))
-    gib, tiles = cost.peak_memory(device), timed.fit.tiles
-    parts = {}
-    if stage.objective == "relation" and not tiles:
-        parts["teacher forward"] = seconds(timed.teacher_forward, device, repeat)
-    if not tiles:
-        parts["student forward"] = seconds(timed.student_forward, device, repeat)
-    if stage.objective == "relation" and not tiles:
-        parts["relation"] = c.n_layer * seconds(timed.one_layers_relations, device, repeat)
-    parts["optimiser"] = seconds(timed.update, device, repeat)
-    parts["forward and backward" if tiles else "backward"] = whole - sum(parts.values())
-    work = sum(cost.flops(c, stage, timed.rank).values())
+    try:
+        with layers:
+            whole = seconds(timed, timed, repeat, warm=0)
+    except TooLong:
+        print(f"        stopped by --limit after {layers.last - layers.began:.0f} s")
     row = {
         "stage": stage.name,
         "T": stage.T,
         "batch": stage.batch,
         "micro": timed.fit.micro,
         "lora_rank": timed.rank,
+        "bits": timed.bits,
+        "processes": world.size,
+        "shard": timed.units is not None,
+        "per_block": timed.fit.P,
     }
     row |= {
         "recomputed": timed.fit.recomputed,
         "memory": timed.fit.describe(c.n_layer),
-        "seconds": whole,
-        "tokens_per_second": stage.tokens / whole,
+        "whole": whole is not None,
+        "seconds": layers.whole() if whole is None else whole,
     }
-    row |= {"tflops": work / whole / 1e12, "mfu": work / whole / peak, "peak_tflops": peak / 1e12}
-    busy = None if tiles else waiting(timed, whole)
-    row |= {"parts": parts, "waiting": busy, "gib": gib}
+    if limit and long:
+        row["layers"] = {k: [round(s, 3) for s in each] for k, each in layers.each.items()}
+    work, all_peaks = sum(cost.flops(c, stage, timed.rank).values()), peak * world.size
+    if row["seconds"]:
+        rate = work / row["seconds"]
+        row |= {"tokens_per_second": stage.tokens / row["seconds"], "tflops": rate / 1e12}
+        row |= {"mfu": rate / all_peaks}
+    row |= {"peak_tflops": peak / 1e12, "gib": -world.min(-cost.peak_memory(device))}
     row["planned_gib"] = sum(timed.fit.need.values()) / 2**30
-    row["host_gib"] = tiles.host / 2**30 if tiles else 0.0
+    row["host_gib"] = -world.min(-cost.peak_memory(torch.device("cpu")))
+    row["planned_host_gib"] = timed.fit.tiles.host / 2**30 if timed.fit.tiles else 0.0
+    row["pinning_seconds"] = timed.pinning
+    row |= {"parts": {}, "waiting": None}
+    if whole is None:
+        return row
+    parts = row["parts"]
+    if not long and world.size == 1:
+        if stage.objective == "relation":
+            parts["teacher forward"] = seconds(timed.teacher_forward, timed, repeat)
+        parts["student forward"] = seconds(timed.student_forward, timed, repeat)
+        if stage.objective == "relation":
+            one = seconds(timed.one_layers_relations, timed, repeat)
+            parts["relation"] = c.n_layer * one
+        row["waiting"] = waiting(timed, whole)
+    parts["optimiser"] = seconds(timed.update, timed, repeat)
+    rest = "backward" if "student forward" in parts else "forward and backward"
+    parts[rest] = whole - sum(parts.values())
+    if long:
+        return row
+    timed.step.close()
     timed.step = timed.make_step(graphs=True)
     if timed.step.recorded:
         timed()  # records
-        row["graph_seconds"] = seconds(timed, device, repeat)
-        row["graph_mfu"] = work / row["graph_seconds"] / peak
+        row["graph_seconds"] = seconds(timed, timed, repeat)
+        row["graph_mfu"] = work / row["graph_seconds"] / all_peaks
     return row
 
 
@@ -276,14 +413,28 @@ def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:
 
 def bench_step(arguments, fixed: dict, log) -> None:
     """Prints and logs a row for each stage."""
-    for flag in ("length", "length2", "batch", "micro", "lora_rank", "repeat"):
-        if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
-            raise SystemExit(
-                f"--{flag.replace('_', '-')} is {getattr(arguments, flag)}; it must be at least 1"
-            )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = config_of(arguments.model)
-    peak = cost.peak_flops(device, choose_dtype(device)[0])
+    for flag in ("length", "length2", "batch", "micro", "lora_rank", "repeat", "memory", "limit"):
+        value = getattr(arguments, flag)
+        if value is not None and not value >= (0.001 if flag in ("memory", "limit") else 1):
+            raise SystemExit(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
+    if arguments.bits and (arguments.shard or not arguments.lora_rank):
+        raise SystemExit("--bits 4 goes with --lora-rank, and not with --shard")
+    try:
+        world = parallel.World("cuda" if torch.cuda.is_available() else "cpu")
+        _bench_step(arguments, fixed, log, world)
+    except ValueError as e:  # on all alike
+        raise SystemExit(str(e) if os.environ.get("RANK", "0") == "0" else 1) from None
+    world.exit(0)
+
+
+def _bench_step(arguments, fixed: dict, log, world: parallel.World) -> None:
+    device, config = world.device, config_of(arguments.model)
+    if arguments.shard and world.size == 1:
+        raise ValueError("--shard cuts the models over several processes: start it with torchrun")
+    if arguments.bits:
+        quant.check(device)
+    hold(arguments.memory, device)
+    peak = world.on_main(cost.peak_flops, device, choose_dtype(device)[0])
     print(", ".join(f"{k} {v}" for k, v in fixed.items()))
     print(
         f"{arguments.model}: {cost.parameters(config)[0]:,} parameters; one product: "
@@ -294,22 +445,34 @@ def bench_step(arguments, fixed: dict, log) -> None:
         if device.type == "cuda":
             torch.cuda.empty_cache()
         try:
-            row = measure(Timed(arguments, config, stage, device), arguments.repeat, peak)
+            timed = Timed(arguments, config, stage, world)
+            row = measure(timed, arguments.repeat, peak, arguments.limit)
         except torch.OutOfMemoryError:
-            raise SystemExit(str(plan.out_of_memory(stage, device))) from None
-        except ValueError as e:
-            raise SystemExit(str(e)) from None
-        print(json.dumps({"model": arguments.model, **row, **fixed}), file=log, flush=True)
+            raise plan.out_of_memory(stage, device) from None
+        timed = None
+        about = {"model": arguments.model, "memory_limit_gib": arguments.memory}
+        print(json.dumps({**about, **row, **fixed}), file=log, flush=True)
         print(_said(row), flush=True)
+        if not row["whole"]:
+            return
 
 
 def _said(r: dict) -> str:
-    lines = [
-        f"{r['stage']}  {r['batch']} x {r['T']:,} tokens, {r['memory']}: {r['seconds']:.3f} s, "
-        f"{r['tokens_per_second']:,.0f} tokens/s, "
-        f"{r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}, {r['gib']:.2f} GiB (planned "
-        f"{r['planned_gib']:.2f})"
-    ]
+    what = f"{r['stage']}  {r['batch']} x {r['T']:,} tokens, {r['memory']}: "
+    if r["processes"] > 1:
+        cut = "models cut over" if r["shard"] else "over"
+        what += f"{cut} {r['processes']} processes, "
+    if r["seconds"]:
+        done = "" if r["whole"] else " (from the layers that were done)"
+        in_all = " in all" if r["processes"] > 1 else ""
+        what += (
+            f"{r['seconds']:.3f} s{done}, {r['tokens_per_second']:,.0f} tokens/s{in_all}, "
+            f"{r['tflops']:.3g} TFLOP/s, MFU {r['mfu']:.1%}, "
+        )
+    what += f"{r['gib']:.2f} GiB (planned {r['planned_gib']:.2f})"
+    if r["planned_host_gib"]:
+        what += f", on the host {r['host_gib']:.1f} GiB (planned {r['planned_host_gib']:.1f})"
+    lines = [what]
     lines += [
         f"        {name:16}{s:10.4f} s {s / r['seconds']:7.1%}" for name, s in r["parts"].items()
     ]

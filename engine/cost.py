@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from engine.quant import BYTES as PACKED_BYTES
 from engine.sequence import repeats
 from engine.tiles import Tiles, calls_of_attention
 from kernel_cpu import numbers_kept
@@ -177,23 +178,28 @@ def memory(
     P: int = 1,
     fused: bool = False,
     gpu: bool = False,
+    bits: int | None = None,
 ) -> dict[str, int]:
     """Bytes by part for one process working on `micro` of its `per_rank` blocks at a time, the
     first `recomputed` layers computed again in the backward.
 
     shards: over how many --shard cuts; attention: what it computes in, `dtype` if None; tiles: how
-    a long block is done, of which P processes do a share each; fused: see layer_bytes. The peak is
-    where the parts are largest together: with one micro-batch, gradients come as layers' inputs go.
+    a long block is done, of which P processes do a share each; fused: see layer_bytes; bits: of
+    frozen matrices, if they are packed (engine/quant.py). The peak is where the parts are largest
+    together: with one micro-batch, gradients come as layers' inputs go.
     """
     b = dtype.itemsize
     everything, qkv = parameters(c)
     ends = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
     trained = trained_parameters(c, rank)
+    held = PACKED_BYTES if bits else b  # of a number in the layers
     parts = {
-        "frozen and shared weights": ends * b + (everything - qkv - ends) * b // shards,
-        "teacher's q, k, v": qkv * b // shards,
+        "frozen and shared weights": ends * b + int((everything - qkv - ends) * held) // shards,
+        "teacher's q, k, v": int(qkv * held) // shards,
         "trained weights, gradients, Adam": trained * 16 // shards,
     }
+    if bits:
+        parts["a matrix unpacked"] = c.width * max(c.mlp_width, c.n_head * c.head_dim) * b
     if shards > 1:  # the layer at work and the next one, gathered, and the gradients of one
         parts["gathered layers"] = (
             2 * (everything - ends + trained) * b + 4 * trained
@@ -228,7 +234,7 @@ def memory(
     if stage.auxiliary:  # one after the other: the larger of the two counts
         own = stage.auxiliary.batch
         few = at_a_time(stage.auxiliary, None, own)
-        more = rank, shards, attention, own, tiles, P, fused, gpu
+        more = rank, shards, attention, own, tiles, P, fused, gpu, bits
         other = memory(c, stage.auxiliary, dtype, few, recomputed, *more)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts

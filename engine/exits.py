@@ -27,7 +27,7 @@ import sys
 import time
 
 STOPPED = 3
-_GOES_ON = "--resume goes on from a state that was saved before; where none was, start again"
+GOES_ON = "--resume goes on from a state that was saved before; where none was, start again"
 
 
 class OutOfMemory(ValueError):
@@ -84,7 +84,7 @@ def _out_of_memory(e: BaseException) -> str:
 def run(main, program: str) -> None:
     """main(), and the exit code and sentence of how it ended."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
-    stopped = f"stopped; {_GOES_ON if program == 'train.py' else 'start again'}"
+    stopped = f"stopped; {GOES_ON if program == 'train.py' else 'start again'}"
     try:
         for number in SIGNALS:
             signal.signal(number, _stop)
@@ -107,6 +107,15 @@ def run(main, program: str) -> None:
         _end(program, _out_of_memory(e), 2, alone=True)
 
 
+def speak(sentence: str) -> None:
+    """On standard error, and where torchrun looks for the last lines of its own report."""
+    print(sentence, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        entry = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
+        with contextlib.suppress(OSError), open(file, "w") as f:
+            json.dump({"message": entry}, f)
+
+
 def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
     """Says the sentence and ends the process; alone: no other rank meets the same."""
     waits = not _FIRST and not alone
@@ -116,12 +125,7 @@ def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
         os._exit(0)
     if waits:  # torchrun ends all when rank 0 has ended; who is still here afterwards must speak
         time.sleep(5)
-    sentence = f"{program}: {' '.join(sentence.split())}"
-    print(sentence, file=sys.stderr, flush=True)
-    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        entry = {"message": sentence, "extraInfo": {"timestamp": int(time.time())}}
-        with contextlib.suppress(OSError), open(file, "w") as f:
-            json.dump({"message": entry}, f)
+    speak(f"{program}: {' '.join(sentence.split())}")
     sys.stdout.flush()
     os._exit(code)  # not sys.exit, which would wait for ranks that are still at work
 

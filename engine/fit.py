@@ -15,7 +15,8 @@ Where recomputing attention would cost more than projections twice, which long b
 that keep all outputs on the GPU go before recompute. With more processes than blocks a block is cut
 over several (engine/sequence.py), and always done in tiles.
 
-Where nothing fits, one sentence says what would: the longest block, or how many GPUs.
+Where nothing fits, one sentence says what would: the longest block, as it is and with the frozen
+weights in 4 bits, or how many GPUs.
 
 Limits.  A forecast (engine/cost.py), to some 5 % of the allocator's peak where it was measured.
 KEEP and ROOM leave what it loses between its blocks.
@@ -89,6 +90,7 @@ class Machine:
     free: int  # bytes of the device's memory
     host: int  # bytes of the host's that this process may take; 0 where the device is the host
     fused: bool = False  # norms and gates keep what kernel_glue.py's do
+    bits: int | None = None  # of the frozen weights, where they are packed (engine/quant.py)
 
     def shards(self) -> int:
         """Over how many processes the models are cut."""
@@ -161,7 +163,7 @@ def _need(
     ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
     attention = attention_dtype(m.dtype, m.device)
     gpu = m.device.type == "cuda"
-    more = m.rank, m.shards(), attention, per_rank, tiles, P, m.fused, gpu
+    more = m.rank, m.shards(), attention, per_rank, tiles, P, m.fused, gpu, m.bits
     parts = cost.memory(m.c, stage, m.dtype, blocks, recomputed, *more)
     return parts | {"a step's ids": 8 * per_rank * ids}
 
@@ -205,15 +207,24 @@ def refusal(m: Machine, stage: Stage, micro: int | None, P: int) -> str:
         ways.append(f"--batch{n} (now {stage.batch}) or --micro")
     if not m.rank:
         ways.append("train adapters with --lora-rank")
+    packed = dataclasses.replace(m, rank=m.rank or 64, bits=4, shard=False)
+    if not m.bits and (most := _longest(packed, stage, P)) > longest:
+        flags = "--bits 4" if m.rank else "--lora-rank and --bits 4"
+        ways.append(f"hold the frozen weights in 4 bits with {flags} (up to {most} tokens)")
     if more:
-        ways.append(f"start {more} processes with torchrun and --shard on as many GPUs")
-    else:
+        shard = "" if m.bits else " and --shard"
+        ways.append(f"start {more} processes with torchrun{shard} on as many GPUs")
+    elif not m.bits:
         ways.append("spread the model over several GPUs with torchrun and --shard")
     return f"{said}; {', '.join(ways)}, or use a larger machine"
 
 
 def _longest(m: Machine, stage: Stage, P: int) -> int:
-    """The most tokens, in multiples of 1024, that a block can have here; 0 if not even those."""
+    """The most tokens, in multiples of 1024, that a block can have here, or the stage's own; 0 if
+    not even those.
+    """
+    if _first(m, stage, None, P):
+        return stage.T
     fits, fails = 0, -(-stage.T // 1024)
     while fails - fits > 1:
         T = (fits + fails) // 2
@@ -233,7 +244,7 @@ def _more_gpus(m: Machine, stage: Stage, P: int) -> int | None:
             refuse_heads(m.c, shared)
         except ValueError:
             continue
-        larger = dataclasses.replace(m, processes=stage.batch * shared, shard=True)
+        larger = dataclasses.replace(m, processes=stage.batch * shared, shard=not m.bits)
         if _first(larger, stage, None, shared):
             return larger.processes
     return None

@@ -66,6 +66,12 @@ def parser(about: str) -> argparse.ArgumentParser:
     add("--lora-alpha", type=positive, help="their weight is alpha / rank (twice the rank)")
     add("--lora-dropout", type=share, help="on the adapters' input (0)")
     add(
+        "--bits",
+        type=int,
+        choices=(4,),
+        help="with --lora-rank: the frozen weights in 4 bits (NF4, by bitsandbytes)",
+    )
+    add(
         "--preset",
         choices=("authors", "demo"),
         help="authors: the paper's adapters and stage 1; demo: what no --teacher means",
@@ -120,6 +126,15 @@ def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argpa
         args.lora_alpha = 2.0 * args.lora_rank
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora-dropout is {args.lora_dropout:g}; it must be below 1")
+    if args.bits and not args.lora_rank:
+        raise ValueError("--bits 4 packs what does not learn, beside adapters: add --lora-rank")
+    if args.bits and args.shard:
+        raise ValueError(
+            "--bits 4 packs whole matrices, which --shard would cut over the processes: give one "
+            "of the two"
+        )
+    if args.bits:
+        require("bitsandbytes", "--bits 4")
     if args.relations == "none" and not args.logit_weight:
         raise ValueError("--relations none with --logit-weight 0 leaves stage 1 no loss: give one")
     if args.tensorboard:

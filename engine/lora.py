@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from hub import download, rope_json
 from hub.card import adapter_card
 from hub.checkpoint import set_parameter
-from model import Linear, Llama
+from model import Llama
 
 
-class LoraLinear(Linear):
-    """A frozen Linear that borrows another one's tensors, plus the trainable product B A."""
+class LoraLinear(nn.Module):
+    """A frozen Linear, borrowed as it is, plus the trainable product B A."""
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
-        device = base.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
+    def __init__(
+        self, frozen: nn.Module, rank: int, alpha: float, dropout: float, device: torch.device
+    ):
+        super().__init__()
+        self.frozen = frozen  # model.Linear, or engine/quant.py's Packed
+        self.lora_A = nn.Parameter(torch.empty(rank, frozen.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.scale, self.dropout = alpha / rank, dropout
 
@@ -46,11 +46,11 @@ class LoraLinear(Linear):
         training = torch.is_grad_enabled()  # scoring runs without
         inner = F.dropout(x, self.dropout, training=training)
         added = F.linear(F.linear(inner, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
-        return super().forward(x) + added * self.scale
+        return self.frozen(x) + added * self.scale
 
-    def merged(self) -> Tensor:
-        """The weight with the adapter in it, [outputs, inputs] float32."""
-        return self.weight.float() + self.scale * (self.lora_B @ self.lora_A)
+    def product(self) -> Tensor:
+        """What the adapter adds to the weight, [outputs, inputs] float32."""
+        return self.scale * (self.lora_B @ self.lora_A).detach()
 
 
 def adapt(
@@ -75,15 +75,16 @@ def adapt(
             setattr(
                 layer.self_attn,
                 name,
-                LoraLinear(getattr(layer.self_attn, name), rank, alpha, dropout),
+                LoraLinear(getattr(layer.self_attn, name), rank, alpha, dropout, student.device),
             )
     return student
 
 
-def merge(student: Llama) -> Llama:
+def merge(student: Llama, original: Llama | None = None) -> Llama:
     """A plain Llama with W + (alpha / r) B A in float32; everything else is shared.
 
-    Without adapters: `student`.
+    original: whose W and other tensors are taken, where the student's are packed in 4 bits. Without
+    adapters: `student`.
     """
     if not any(isinstance(m, LoraLinear) for m in student.modules()):
         return student
@@ -91,13 +92,12 @@ def merge(student: Llama) -> Llama:
         plain = Llama(student.config)
     for name in [n for n, _ in plain.named_parameters()]:
         owner, _, leaf = name.rpartition(".")
-        source = student.get_submodule(owner)
-        value = (
-            source.merged()
-            if isinstance(source, LoraLinear) and leaf == "weight"
-            else getattr(source, leaf)
-        )
-        set_parameter(plain, name, value.detach())
+        adapted = student.get_submodule(owner)
+        held = original.get_submodule(owner) if original else getattr(adapted, "frozen", adapted)
+        value = getattr(held, leaf).detach()
+        if leaf == "weight" and isinstance(adapted, LoraLinear):
+            value = value.float() + adapted.product().to(value.device)
+        set_parameter(plain, name, value)
     return plain.eval()
 
 

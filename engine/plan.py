@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine import cost, data, folder
+from engine import cost, data, folder, quant
 from engine.cost import Stage, clock, flops, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from engine.fit import ROOM, Fit, Machine, host_share, settle
@@ -85,21 +85,25 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     tokenizer = load_tokenizer(args.teacher)
     stages = make_stages(args, native, longer, defaults)
     check(args, native, longer, stages, world.size)
+    if args.bits:
+        quant.check(device)
     if args.resume or not args.dry_run:
         world.on_main(check_folder, args)
     free = int(world.min(cost.free_memory(device)))
     peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
     host = int(world.min(host_share(device)))
     kernels, why_glue = choose_glue(device, dtype)
-    machine = Machine(
-        native, dtype, device, args.lora_rank, args.shard, world.size, free, host, bool(kernels)
-    )
+    having = args.lora_rank, args.shard, world.size, free, host, bool(kernels), args.bits
+    machine = Machine(native, dtype, device, *having)
     fits = [settle(machine, stage, args.micro) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
     which = "kernel_glue.py's kernels" if kernels else "PyTorch's operators"
     print(f"between products: {which}, because {why_glue}")
+    if args.bits:
+        print("weights: the layers' matrices in 4 bits, in teacher and student alike; figures are "
+              "measured so, the export is made of the teacher's files")  # fmt: skip
     print(f"bits: {describe_bits(device, args.deterministic)}")
     impl, why_impl = relation_impl(args, native, fits[0].micro, stages[0].T, dtype, device)
     print(f"relation loss: {impl}, because {why_impl}")
@@ -245,8 +249,8 @@ def remedy(stage: Stage) -> str:
     n = stage.name[-1]
     return (
         f"lower --length{n} (now {stage.T}), --batch{n} (now {stage.batch}) or --micro, train "
-        "adapters with --lora-rank, spread the model over several GPUs with torchrun and --shard, "
-        "or use a larger machine"
+        "adapters with --lora-rank, and --bits 4 beside them, spread the model over several GPUs "
+        "with torchrun and --shard, or use a larger machine"
     )
 
 

@@ -87,7 +87,7 @@ class StopRequest:
 
 def matters(args: argparse.Namespace, stages: list) -> dict:
     """What decides the result, but for the contents of files: a resumed run must have the same."""
-    keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout")
+    keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "bits")
     keys += ("logit_weight", "relations", "authors_heads", "lookups", "eval_blocks", "dtype")
     out = {k: getattr(args, k) for k in keys}
     for s in stages:

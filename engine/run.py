@@ -32,6 +32,7 @@ from engine.cost import Stage
 from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World, lost
+from engine.peers import Watch
 from engine.plan import Plan
 from engine.sequence import processes_per_block
 from engine.states import Job, Saver
@@ -164,7 +165,8 @@ class Run:
         if self.world.main:
             self.watch.begin(self.at.stage, self.at.step)
         try:
-            with self.times("steps"):
+            self.peers = Watch(self.world)
+            with self.times("steps"), self.peers:
                 yield
         except (MemoryError, RuntimeError) as e:
             if exits.ran_out(e):
@@ -220,6 +222,8 @@ class Run:
         due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
         asked = bool(self.stop_request), due, self.saver.writing()
         self.stopping, self.saving, writing = self.figures.agree(self.world, *asked)
+        if self.stopping:
+            self.peers.end()  # the step has ended; saving takes its time
         if not writing:  # on any process
             with self.times("saving"):
                 self.saver.finish()
@@ -273,6 +277,7 @@ class Run:
 
     def stop(self) -> None:
         """Ends the process, as somebody asked, when the state is whole or time is up."""
+        self.peers.end()
         if whole := self._finish_in_time():
             self.save(self.optimiser)
             whole = self._finish_in_time()

@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from engine import graph, parallel
 from engine.cost import HEAD_CHUNK, Stage
 from engine.offload import Store
+from engine.quant import is_packed
 from engine.sequence import processes_per_block
 from engine.tiles import Pass, Tiles, begin, walk
 from model import Llama, by_chunks, trainable, widened
@@ -76,7 +77,7 @@ class Step:
         self.processes = world.size if world else 1
         self.tiles, self.noisy, self.store = tiles, dropout > 0, Store(student.device)
         self.store.reserve(tiles.host if tiles else 0)
-        recomputes = bool(recomputed) or tiles is not None
+        recomputes = bool(recomputed) or tiles is not None or is_packed(student)
         reduced = sum(w.nbytes for w in self.weights) if self.processes > 1 else 0
         record, why = graph.wanted(student.device, reduced, bool(units), recomputes, dropout)
         self.recorded = record and graphs

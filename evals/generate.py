@@ -1,7 +1,8 @@
 """Text out: greedy generation with a key/value cache.
 
 How it is computed.  The prompts are read once, in one batch, by the forward that training uses
-(prefill), and their keys and values are cached. Then every step reads one token per sequence: its
+(prefill), CHUNK tokens of each at a time, and their keys and values are cached: so beside the cache
+a long prompt takes the memory of a short one. Then every step reads one token per sequence: its
 query against the cached keys, each sequence at its position. The cache is
 [B, Hkv, prompt + new, D] per layer; shorter prompts are padded on the right, where nothing looks.
 
@@ -16,12 +17,14 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from engine.cost import free_memory
 from hub.tokenizer import Tokenizer
 from model import Llama
 from rope import rotation
 
+CHUNK = 4096  # tokens of a prompt that go through the layers together
 BY_LENGTH = ("dynamic", "longrope")  # kinds of position whose frequencies depend on the length
 
 
@@ -31,24 +34,36 @@ class LayerCache:
     All layers share one tensor of lengths.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, room: int, lengths: Tensor, window: int | None):
-        """k, v [B, Hkv, T, D]: the prompts', right-padded."""
-        B, heads, T, D = k.shape
-        self.k, self.v = k.new_zeros(B, heads, room, D), v.new_zeros(B, heads, room, D)
-        self.k[:, :, :T], self.v[:, :, :T] = k, v
-        self.lengths, self.window = lengths, window
-        self.tokens = T  # of a sequence that is alone
+    def __init__(self, model: Llama, lengths: Tensor, longest: int, room: int):
+        c, shape = model.config, (len(lengths), model.config.n_kv_head, room, model.config.head_dim)
+        self.k, self.v = (torch.zeros(shape, dtype=model.dtype, device=model.device) for _ in "kv")
+        self.lengths, self.window = lengths, c.window
+        self.read, self.longest = 0, longest  # tokens of the prompts, right-padded
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds one position per sequence, k and v [B, Hkv, 1, D].
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Adds k and v [B, Hkv, t, D]: the next t of the prompts, then one position per sequence.
 
-        Returns all keys, all values and who is seen [B, 1, 1, room]. A sequence that is alone sees
-        all that is returned, and needs no mask: fused attention takes none for shared keys.
+        Returns keys and values [B, Hkv, S, D], and who is seen, as Attention.attend takes it.
         """
-        if len(k) == 1:
-            self.k[:, :, self.tokens], self.v[:, :, self.tokens] = k[:, :, 0], v[:, :, 0]
-            self.tokens += 1
-            seen = slice(max(0, self.tokens - (self.window or self.tokens)), self.tokens)
+        return self._prompts(k, v) if self.read < self.longest else self._one(k, v)
+
+    def _prompts(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        a, b = self.read, self.read + k.shape[2]
+        self.k[:, :, a:b], self.v[:, :, a:b], self.read = k, v, b
+        if a == 0:
+            return k, v, None
+        first = max(0, a + 1 - (self.window or b))  # that anybody here sees
+        seen = causal_lower_right(b - a, b - first)
+        if self.window and self.window < b:
+            i, j = (torch.arange(x, b, device=k.device) for x in (a, first))
+            seen = (i[:, None] >= j) & (i[:, None] - j < self.window)
+        return self.k[:, :, first:b], self.v[:, :, first:b], seen
+
+    def _one(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if len(k) == 1:  # alone it sees all; fused attention takes no mask for shared keys
+            self.k[:, :, self.read], self.v[:, :, self.read] = k[:, :, 0], v[:, :, 0]
+            self.read += 1
+            seen = slice(max(0, self.read - (self.window or self.read)), self.read)
             return self.k[:, :, seen], self.v[:, :, seen], None
         rows = torch.arange(k.shape[0], device=k.device)
         self.k[rows, :, self.lengths], self.v[rows, :, self.lengths] = k[:, :, 0], v[:, :, 0]
@@ -63,6 +78,22 @@ def cache_bytes(model: Llama, B: int, room: int) -> int:
     """Of the keys and values of B sequences of `room` tokens."""
     c = model.config
     return 2 * c.n_layer * B * c.n_kv_head * room * c.head_dim * model.dtype.itemsize
+
+
+def prefill(model: Llama, ids: Tensor, lengths: Tensor, caches: list[LayerCache]) -> Tensor:
+    """Reads prompts, ids [B, T] of lengths [B], into empty caches; h [B, C] of each one's last
+    token, before the last norm.
+    """
+    (B, T), ends = ids.shape, lengths - 1
+    out = torch.empty(B, model.config.width, dtype=model.dtype, device=ids.device)
+    cos, sin = model.cos_sin(T, out)
+    for a in range(0, T, CHUNK):
+        h, turn = model.embed(ids[:, a : a + CHUNK]), (cos[a : a + CHUNK], sin[a : a + CHUNK])
+        for layer, cache in zip(model.model.layers, caches, strict=True):
+            h, _ = layer(h, turn, cache)
+        (here,) = torch.where((a <= ends) & (ends < a + CHUNK))
+        out[here] = h[here, ends[here] - a]
+    return out
 
 
 @torch.no_grad()
@@ -89,10 +120,8 @@ def steps(
     for row, prompt in enumerate(prompts):
         ids[row, : len(prompt)] = torch.tensor(prompt)
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    caches = []
-    for h, (_, k, v) in model.walk(ids.to(device)):  # noqa: B007 - the last h is wanted
-        caches.append(LayerCache(k, v, longest + new, lengths, c.window))
-    h = h[torch.arange(B, device=device), lengths - 1]  # [B, C]
+    caches = [LayerCache(model, lengths, longest, longest + new) for _ in range(c.n_layer)]
+    h = prefill(model, ids.to(device), lengths, caches)
     for n in range(new):
         token = model.lm_head(model.model.norm(h))[:, :vocabulary].argmax(-1)
         yield token

@@ -86,7 +86,7 @@ def likelihoods(
 
     tokens: how many go through the model at a time, padding included.
     """
-    tokens = tokens or batch_tokens(model.device)
+    tokens = tokens or batch_tokens(model)
     requests = [request.cut(model.config.rope.length) for request in requests]
     readers: dict[tuple[int, ...], list[int]] = {}  # an input -> the requests that it answers
     for i, request in enumerate(requests):

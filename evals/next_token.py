@@ -21,9 +21,11 @@ from engine.tiles import hidden
 from model import Llama
 
 
-def batch_tokens(device: torch.device) -> int:
-    """Tokens to read at a time: enough to fill a GPU; few enough for a CPU's caches."""
-    return 65536 if device.type == "cuda" else 2048
+def batch_tokens(model: Llama) -> int:
+    """Tokens to read at a time: enough to fill a GPU, of a wide model some 3 GiB; few enough for a
+    CPU's caches.
+    """
+    return min(65536, 2**26 // model.config.width) if model.device.type == "cuda" else 2048
 
 
 def token_scores(model: Llama, h: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +55,7 @@ def block_scores(
     """
     n, T = len(blocks), blocks.shape[1] - 1
     at = torch.arange(T).expand(n, T) if at is None else at
-    losses, right, rows = [], [], max(1, batch_tokens(model.device) // T)
+    losses, right, rows = [], [], max(1, batch_tokens(model) // T)
     for ids, where in zip(blocks.split(rows), at.split(rows), strict=True):
         ids, where = ids.to(model.device), where.to(model.device)
         h = hidden(model, ids[:, :-1], P)  # [rows, T, C]

@@ -70,7 +70,7 @@ def answers(model: Llama, tokenizer: Tokenizer, samples: list[ruler.Sample]) -> 
     bar = tqdm(total=len(samples), unit=" prompts", leave=False, disable=None)
     while order:
         # More than are read at a time elsewhere: every new token is read by itself
-        rows = max(1, max(8192, batch_tokens(model.device)) // len(prompts[order[0]]))
+        rows = max(1, max(8192, batch_tokens(model)) // len(prompts[order[0]]))
         batch, order = order[:rows], order[rows:]
         new, asked = max(samples[i].max_new_tokens for i in batch), [prompts[i] for i in batch]
         wrote = generate(model, asked, new, tokenizer.stop_ids, tokenizer.size)

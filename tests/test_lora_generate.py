@@ -95,8 +95,11 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("chunk", [4096, 7])
 @pytest.mark.parametrize("name", KINDS)
-def test_cache_and_no_cache_give_the_same_tokens(name):
+def test_cache_and_no_cache_give_the_same_tokens(name, chunk, monkeypatch):
+    """A prompt read whole, or some tokens at a time."""
+    monkeypatch.setattr(generate, "CHUNK", chunk)
     model = random_model(**KINDS[name])
     prompts = [IDS[0, :7].tolist(), IDS[1].tolist(), IDS[0, :1].tolist()]
     batched = generate.generate(model, prompts, 16)
@@ -106,6 +109,27 @@ def test_cache_and_no_cache_give_the_same_tokens(name):
             with torch.no_grad():
                 ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
         assert got == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("name", [*KINDS, "dynamic"])
+def test_a_prompt_in_chunks_is_the_prompt_read_whole(name, monkeypatch):
+    """In float64, to rounding: what follows, and all that is cached."""
+    dynamic = {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+    model = random_model(**(KINDS | {"dynamic": dynamic | {"max_position_embeddings": 16}})[name])
+    model, lengths, found = model.double(), torch.tensor([40, 9]), []
+    for chunk in (4096, 1, 7, 8):
+        monkeypatch.setattr(generate, "CHUNK", chunk)
+        caches = [generate.LayerCache(model, lengths, 40, 44) for _ in model.model.layers]
+        with torch.no_grad():
+            h = generate.prefill(model, IDS, lengths, caches)
+        found.append(
+            torch.cat([x.flatten() for x in (h, *(y for c in caches for y in (c.k, c.v)))])
+        )
+    whole = model.hidden(IDS)
+    assert (model.model.norm(h)[0] - whole[0, 39]).norm() <= 1e-12 * whole[0, 39].norm()
+    assert (model.model.norm(h)[1] - whole[1, 8]).norm() <= 1e-12 * whole[1, 8].norm()
+    for x in found[1:]:
+        assert (x - found[0]).norm() <= 1e-12 * found[0].norm()
 
 
 def test_generation_stops_at_the_end_token():

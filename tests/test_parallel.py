@@ -5,6 +5,7 @@ losses, weights and states to rounding, under gloo on the CPU.
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -234,8 +235,8 @@ def test_a_block_over_two_processes_gives_the_result_of_one(full, small, text_di
     assert "each block over 2 processes" in said
 
 
-def test_a_run_interrupted_on_four_processes_goes_on_with_one(full, small, text_dir, tmp_path):
-    """In the middle of stage 2, whose blocks two processes share."""
+def test_a_run_interrupted_on_four_processes_goes_on_with_fewer(full, small, text_dir, tmp_path):
+    """In the middle of stage 2, whose blocks two processes share; with two and with one."""
     out = tmp_path / "out"
     run = start(4, small, text_dir, out)
     log = out / "metrics.jsonl"
@@ -245,8 +246,10 @@ def test_a_run_interrupted_on_four_processes_goes_on_with_one(full, small, text_
     run.send_signal(signal.SIGTERM)
     run.communicate(timeout=120)
     assert states.load_info(states.latest(out / "state"))["total"] > STEPS1
-    finish(start(1, small, text_dir, out, "--resume"))
-    same_to_rounding(full, out)
+    shutil.copytree(out, tmp_path / "copy")
+    for processes, folder in ((1, out), (2, tmp_path / "copy")):
+        finish(start(processes, small, text_dir, folder, "--resume"))
+        same_to_rounding(full, folder)
 
 
 def test_a_lost_process_ends_all_others_with_one_sentence(small, text_dir, tmp_path):
@@ -267,6 +270,46 @@ def test_a_lost_process_ends_all_others_with_one_sentence(small, text_dir, tmp_p
     assert (
         "[rank" not in errors and states.load_info(states.latest(out / "state"))["total"] > STEPS1
     )
+
+
+STUCK = """
+import ctypes, signal, sys
+sys.path.insert(0, ROOT)
+from engine import exits, peers
+peers.PATIENCE = 2.0
+ends = peers.Watch.__exit__
+
+def waits(watch, kind, error, trace):  # gloo saw that a process is gone; NCCL's kernels go on
+    if isinstance(error, RuntimeError):
+        signal.pthread_sigmask(signal.SIG_BLOCK, exits.SIGNALS)
+        while True:
+            ctypes.CDLL(None).pause()  # no Python runs in this thread any more
+    ends(watch)
+
+peers.Watch.__exit__ = waits
+import train
+exits.run(train.main, "train.py")
+"""
+
+
+def test_a_lost_process_ends_those_that_wait_for_their_gpu(small, text_dir, tmp_path):
+    """As NCCL would have them wait, in the middle of an all-to-all: one sentence, the state kept."""
+    out, script = tmp_path / "out", tmp_path / "train.py"
+    script.write_text(STUCK.replace("ROOT", repr(str(ROOT))))
+    long = ["--tokens2", "200000", "--save-minutes", "0"]
+    run = start(4, small, text_dir, out, *long, script=script)
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") > STEPS1 + 1):
+        time.sleep(0.01)
+        assert run.poll() is None, run.communicate()
+    listed = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text()
+    began = time.time()
+    os.kill(int(listed.split()[2]), signal.SIGKILL)
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 1 and time.time() - began < 60
+    said = [line for line in errors.splitlines() if line.startswith("train.py:")]
+    assert len(said) == 1 and "another process" in said[0] and "--resume" in said[0], errors
+    assert states.load_info(states.latest(out / "state"))["total"] > STEPS1
 
 
 def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):

@@ -4,18 +4,22 @@ counts.
 
 import argparse
 import json
+import os
 import re
+import subprocess
+import sys
 import weakref
 
 import pytest
 import torch
-from conftest import random_model
+from conftest import ROOT, random_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_file
 import train
+from bench import prefill as bench_prefill
 from bench import step as bench_step
 from engine import cost, fit, lora, offload, plan, step
 from engine import tiles as tiles_file
@@ -232,6 +236,74 @@ def test_bench_step_on_a_cpu(tmp_path, monkeypatch, rank, capsys):
         assert r["tokens_per_second"] == pytest.approx(r["batch"] * r["T"] / r["seconds"])
     assert "relation" in rows[0]["parts"] and "relation" not in rows[1]["parts"]
     assert "MFU" in capsys.readouterr().out
+
+
+def bench_row(tmp_path, processes: int, *more: str) -> tuple[dict, str]:
+    """Of one stage of the demo's model, by the command; what it said."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    flags = ["--model", "demo", "--lora-rank", "2", "--repeat", "1", "--out", str(tmp_path)]
+    run = subprocess.run(
+        [*launch, "-m", "bench", "step", *flags, *more],
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    (line,) = (tmp_path / "step.jsonl").read_text().splitlines()
+    assert run.stdout.count("MFU") == 1, "rank 0 alone speaks"
+    return json.loads(line), run.stdout
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["a block over both", "sharded"])
+def test_bench_step_over_two_processes(tmp_path, cut):
+    shape = ["--shard", "--batch", "2", "--stage", "1", "--length", "32"]
+    if not cut:
+        shape = ["--batch", "1", "--stage", "2", "--length2", "96"]
+    row, said = bench_row(tmp_path, 2, *shape)
+    assert (row["processes"], row["shard"], row["per_block"]) == (2, cut, 1 if cut else 2)
+    assert row["mfu"] == pytest.approx(row["tflops"] / (2 * row["peak_tflops"]))
+    assert row["tokens_per_second"] == pytest.approx(row["batch"] * row["T"] / row["seconds"])
+    assert "tokens/s in all" in said and row["whole"] and 0 < row["gib"] <= row["host_gib"]
+
+
+def test_bench_step_says_how_far_it_is_and_stops_at_its_limit(tmp_path, monkeypatch, capsys):
+    """As if a step took minutes, and this were all the memory there is."""
+    shape = bench_step._shape(512, 64, 160, 4, 4, 2, 64)
+    monkeypatch.setitem(bench_step.SHAPES, "demo", shape)
+    monkeypatch.setattr(bench_step, "TOLD", 0)
+    parser, rows = argparse.ArgumentParser(), []
+    bench_step.add_flags(parser)
+    flags = ["--model", "demo", "--length2", "4096", "--batch", "1", "--stage", "2"]
+    flags += ["--lora-rank", "2", "--repeat", "1", "--memory", "0.08"]
+    for limit in ("1000000", "0.001"):
+        arguments = parser.parse_args([*flags, "--limit", limit])
+        with (tmp_path / "step.jsonl").open("w") as log:
+            bench_step.bench_step(arguments, {}, log)
+        rows += map(json.loads, (tmp_path / "step.jsonl").read_text().splitlines())
+    (whole, cut), said = rows, capsys.readouterr()
+    assert "in tiles" in whole["memory"] and whole["planned_gib"] <= 0.08
+    assert (
+        whole["whole"] and len(whole["layers"]["forward"]) == len(whole["layers"]["backward"]) == 4
+    )
+    assert not cut["whole"] and cut["seconds"] is None and len(cut["layers"]["forward"]) == 1
+    assert "2 layers backward" in said.err and "stopped by --limit" in said.out
+
+
+def test_bench_prefill_on_a_cpu(tmp_path, monkeypatch, capsys):
+    shape = bench_step._shape(512, 64, 160, 2, 4, 2, 64)
+    monkeypatch.setitem(bench_step.SHAPES, "demo", shape)
+    parser = argparse.ArgumentParser()
+    bench_prefill.add_flags(parser)
+    with (tmp_path / "prefill.jsonl").open("w") as log:
+        arguments = parser.parse_args(["--model", "demo", "--length", "300", "--new", "3"])
+        bench_prefill.bench_prefill(arguments, {"device": "CPU"}, log)
+    scores, prompt = map(json.loads, (tmp_path / "prefill.jsonl").read_text().splitlines())
+    assert (scores["row"], prompt["row"]) == ("scores", "prompt")
+    for row in (scores, prompt):
+        assert row["T"] == 300 and row["tokens_per_second"] == pytest.approx(300 / row["seconds"])
+        assert row["gib"] > row["weights_gib"] > 0
+    assert prompt["new_seconds"] > 0 and prompt["cache_gib"] > 0
+    assert "each new token" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
