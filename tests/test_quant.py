@@ -12,7 +12,7 @@ from test_step import PLAIN, on_a_gpu, values_and_gradients
 
 import train
 from bench import step as bench_step
-from engine import cost, fit, flags, lora, quant, resume, step
+from engine import cost, fit, flags, lora, quant, states, step
 from engine.tiles import Tiles
 from model import TRAINED, Linear, Llama, make_student, trainable
 
@@ -219,7 +219,7 @@ def test_a_run_in_4_bits_and_its_export_from_the_original_files(
         with pytest.raises(stop):
             train.main(resumed)
     assert resume.StopRequest.__bool__ is stopped
-    state = load_file(resume.latest(tmp_path / "cut" / "state") / "state.safetensors")
+    state = load_file(states.latest(tmp_path / "cut" / "state") / "state.safetensors")
     assert all("lora_" in name for name in state)
     train.main([*resumed, "--resume"])
     original, adapter = load_file(small / "model.safetensors"), {}
