@@ -12,7 +12,7 @@ from test_step import PLAIN, on_a_gpu, values_and_gradients
 
 import train
 from bench import step as bench_step
-from engine import cost, fit, flags, lora, quant, states, step
+from engine import cost, fit, flags, lora, quant, resume, states, step
 from engine.tiles import Tiles
 from model import TRAINED, Linear, Llama, make_student, trainable
 
