@@ -32,15 +32,23 @@ that kernel_triton.py takes. Rows of a norm at most MOST numbers long.
 Source.  The transposes follow from the definitions; tests/test_glue.py holds all of it to float64.
 """
 
+import contextlib
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_host import INTERPRETED, on
+from kernel_host import INTERPRETED
 
 TILE = 4096  # numbers in a program's tile
 MOST = 2**15  # in a norm's row, which a program holds whole
+
+
+def _on(device: torch.device):
+    """The context in which a launch goes to `device`: none if it goes there anyway."""
+    here = device.type != "cuda" or device.index == torch.cuda.current_device()
+    return contextlib.nullcontext() if here else torch.cuda.device(device)
 
 
 @triton.jit
@@ -160,7 +168,7 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., width] contiguous, weight [width] -> as model.RMSNorm."""
     y, width, tile = torch.empty_like(x), x.shape[-1], _tile(x.shape[-1])
     rows = x.numel() // width
-    with on(x.device):
+    with _on(x.device):
         grid = (triton.cdiv(rows, tile["BT"]),)
         _norm_forward_kernel[grid](x, weight, y, rows, width, eps, **tile)
     return y
@@ -170,7 +178,7 @@ def norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> Tensor:
     """x and dy [..., width] contiguous -> dL/dx."""
     dx, width, tile = torch.empty_like(x), x.shape[-1], _tile(x.shape[-1])
     rows = x.numel() // width
-    with on(x.device):
+    with _on(x.device):
         grid = (triton.cdiv(rows, tile["BT"]),)
         _norm_backward_kernel[grid](x, weight, dy, dx, rows, width, eps, **tile)
     return dx
@@ -179,7 +187,7 @@ def norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> Tensor:
 def gate_forward(a: Tensor, b: Tensor) -> Tensor:
     """a and b [..., width] contiguous -> silu(a) b."""
     y = torch.empty_like(a)
-    with on(a.device):
+    with _on(a.device):
         grid = (triton.cdiv(a.numel(), TILE // 2),)
         _gate_forward_kernel[grid](a, b, y, a.numel(), BC=TILE // 2)
     return y
@@ -188,7 +196,7 @@ def gate_forward(a: Tensor, b: Tensor) -> Tensor:
 def gate_backward(a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """a, b and dy [..., width] contiguous -> dL/da, dL/db."""
     da, db = torch.empty_like(a), torch.empty_like(b)
-    with on(a.device):
+    with _on(a.device):
         grid = (triton.cdiv(a.numel(), TILE // 2),)
         _gate_backward_kernel[grid](a, b, dy, da, db, a.numel(), BC=TILE // 2)
     return da, db
@@ -205,7 +213,7 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         x = x.contiguous()
     y, tile = x.new_empty(B, T, H, D), _tile(D // 2)
     tile["BT"] = max(1, tile["BT"] // 2)  # two halves
-    with on(x.device):
+    with _on(x.device):
         grid = (triton.cdiv(B * T * H, tile["BT"]),)
         strides = x.stride(0), x.stride(1), x.stride(2), T * D if cos.dim() == 4 else 0
         numbers = B * T * H, H, T, D // 2
