@@ -118,7 +118,7 @@ BACKWARD = {64: (3, 4, (128, 72)), 128: (2, 3, (192, 104))}
 # (50 MB), one head aside. D -> bytes: what was fastest from 4096 to 32768 tokens (LOG.md).
 IN_FLIGHT_BYTES = {64: 36 * 2**20, 128: 18 * 2**20}
 # See short
-SHORT = 256  # tokens
+SHORT = {64: 512, 128: 256}  # D -> tokens
 MULTIPROCESSORS = 132  # an H100's and an H200's, as servers have them
 
 
@@ -769,17 +769,18 @@ def unsupported(
 
 
 def short(x: Tensor) -> bool:
-    """Whether kernel_triton.py is faster for x [B, H, T, D]: at up to SHORT tokens, or where the
-    backward has fewer programs than there are multiprocessors.
+    """Whether kernel_triton.py is faster for x [B, H, T, D]: at up to SHORT[D] tokens, or where
+    the backward has fewer programs than there are multiprocessors.
 
     A program here owns 256 rows forward and 128 or 192 backward, of kernel_triton.py 64 or 128: few
-    rows leave multiprocessors idle, and beginning takes as long as a few tiles. Of 100 shapes (1 to
-    288 heads of 128 to 8192 tokens, as CUDA graphs) this picks the slower kernel at 4, by 6 % at most
-    (LOG.md).
+    rows leave multiprocessors idle, and beginning takes as long as a few tiles. Of 102 shapes timed as
+    CUDA graphs (1 to 288 heads of 128 to 8192 tokens) this picks the slower kernel at 3, by 4 to 5 %.
+    But 100 of them have powers of two of tokens. Between, the last program's rows are partly empty:
+    there the pick may be slower by 16 % (D 64) or 27 % (D 128), as LOG.md computes and nobody timed.
     """
     B, H, T, D = x.shape
     programs = B * H * -(-T // (BS.value * BACKWARD[D][0]))
-    return T <= SHORT or programs < MULTIPROCESSORS
+    return SHORT[D] >= T or programs < MULTIPROCESSORS
 
 
 def _matrix(x: Tensor) -> tuple[tuple, tuple, bool] | None:

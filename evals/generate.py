@@ -110,6 +110,8 @@ def steps(
         raise ValueError("a prompt is empty; give at least one token, such as the model's BOS")
     c, device, B = model.config, model.device, len(prompts)
     longest = max(map(len, prompts))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what was freed before counts as free
     need, free = cache_bytes(model, B, longest + new), free_memory(device)
     if need > free:
         raise ValueError(

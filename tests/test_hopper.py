@@ -416,6 +416,12 @@ def test_the_plan_counts_what_the_backward_allocates(nowhere, monkeypatch):  # n
         (1, 9, 2816, 64, "hopper"),
         (1, 9, 2048, 128, "hopper"),  # 144 of 128 rows
         (1, 4, 4096, 128, "triton"),  # 128
+        (2, 36, 300, 64, "triton"),  # timed: 46 us, and 63 by the chip's own
+        (8, 9, 385, 64, "triton"),  # 57 and 71
+        (8, 36, 512, 64, "triton"),
+        (8, 36, 513, 64, "hopper"),
+        (8, 9, 1024, 64, "hopper"),  # 168 and 153
+        (8, 9, 512, 128, "hopper"),  # 115 and 97
         (8, 32, 256, 128, "triton"),  # beginning takes as long as the rows
         (8, 32, 257, 128, "hopper"),
     ],
