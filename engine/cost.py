@@ -267,18 +267,26 @@ def tiled_bytes(
     # one layer at work: h and dh, q, k and v; then the larger of two
     held = (models + 1) * C * b + qkv
     calls = calls_of_attention(micro, c.n_head // P, heads // P, stage.T)
-    # o, do, log-sum-exps; of some heads the gradients and the kernel's own sums in float32
-    attention = 2 * q + 4 * c.n_head + (qkv + 5 * q) // calls + related * qkv
-    relations = related * 2 * qkv * tokens
-    if related:
-        relations += workspace_bytes(micro, c.n_head // P, stage.T, c.head_dim)
-    exchange = 3 * q * (P > 1)
-    layer = held * tokens + max((attention + exchange) * tokens, relations)
-    logits = min(HEAD_CHUNK, tokens) * c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * related)
-    head = logits + tokens * (models + 2) * C * b
+    # o, do, log-sum-exps; in stage 1 the relations' gradients
+    attention = (2 * q + 4 * c.n_head + related * qkv) * tokens
+    # of some heads the gradients and the kernel's own sums in float32
+    some = (qkv + 5 * q) * tokens // calls
     tile = min(tiles.tokens, tokens) * (7 * c.mlp_width * b + 12 * C + 6 * C * b)
     tile += (8 + b) * trained_parameters(c, rank) // c.n_layer  # one layer's gradients, in sums
-    return on_gpu | {"a layer at work": max(layer, head), "a tile at work": tile}
+    # Some heads' backward begins when the last tile of do is done: the larger counts. With several
+    # processes the exchanges hold copies too; both and 3 q are what was not exceeded
+    attention += max(some, tile) if P == 1 else some + tile + 3 * q * tokens
+    relations = 0
+    if related:
+        relations = 2 * qkv * tokens + tile
+        relations += workspace_bytes(micro, c.n_head // P, stage.T, c.head_dim)
+    layer = held * tokens + max(attention, relations)
+    # The head comes after all layers: a chunk's logits and norm; h and its gradient, in chunks and
+    # whole; what the last layer kept
+    chunk = c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * related) + 12 * C
+    head = min(HEAD_CHUNK, tokens) * chunk + tokens * (models + 2) * C * b
+    head += tokens * (models * C * b + output_bytes(c, b))
+    return on_gpu | {"a layer at work": max(layer, head)}
 
 
 def output_bytes(c: LlamaConfig, b: int) -> int:

@@ -18,7 +18,7 @@ over several (engine/sequence.py), and always done in tiles.
 Where nothing fits, one sentence says what would: the longest block, as it is and with the frozen
 weights in 4 bits, or how many GPUs.
 
-Limits.  A forecast (engine/cost.py), to some 5 % of the allocator's peak where it was measured.
+Limits.  A forecast (engine/cost.py), within 8 % of the allocator's peak where it was measured.
 KEEP and ROOM leave what it loses between its blocks.
 
 Source.  The measured steps and peaks: LOG.md.
