@@ -206,6 +206,9 @@ def memory(
         ) // c.n_layer
     if tiles:
         kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
+        if micro == per_rank:  # of one micro-batch gradients come as what layers keep goes
+            held = kept["layers' inputs"] + kept["attention's outputs"]
+            parts["trained weights, gradients, Adam"] -= min(4 * trained // shards, held)
     else:
         more = recomputed, rank, attention, fused, gpu
         kept = activation_bytes(c, stage, dtype, micro, *more)
@@ -234,7 +237,7 @@ def memory(
     if stage.auxiliary:  # one after the other: the larger of the two counts
         own = stage.auxiliary.batch
         few = at_a_time(stage.auxiliary, None, own)
-        more = rank, shards, attention, own, tiles, P, fused, gpu, bits
+        more = rank, shards, attention, None, tiles, P, fused, gpu, bits  # gradients are there
         other = memory(c, stage.auxiliary, dtype, few, recomputed, *more)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
