@@ -47,7 +47,8 @@ where the time went) and student/, the Hugging Face directory; with --lora-rank 
 stay there under WANDB_MODE=offline. .linear-ard.json lists these; a run holds .linear-ard.lock.
 
 Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stopped by Ctrl-C,
-SIGTERM or SIGHUP, the state saved if training had begun. torchrun's own is 1 for all but 0.
+SIGTERM or SIGHUP, a state saved if training had begun and there was time. torchrun's own is 1 for
+all but 0.
 
 Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
 number of query heads even where keys are shared: --preset authors does as they do. For widths far

@@ -237,23 +237,29 @@ class Folder:
         if target.exists():
             refuse_strangers(target, self._inside(name))
         self.add(*(f"{name}/{f.relative_to(work)}" for f in work.rglob("*") if f.is_file()))
-        files.put_directory(work, target, self.room())
+        files.put_directory(work, target, replaced := self.room())
+        self._drop(replaced)
 
     def _inside(self, name: str) -> set[str]:
         """What the list has below `name`."""
         return {n.removeprefix(f"{name}/") for n in self.listed if n.startswith(f"{name}/")}
 
     def remove(self, name: str) -> None:
-        """Takes a folder away that holds nothing but what is on the list, its bytes beside what
-        the process does next: a disk may take a second for many gigabytes.
-        """
+        """Takes a folder away that holds nothing but what is on the list."""
         target = self.path / name
         inside = self._inside(name)
         if next(strangers(target, inside), None) is None:
-            target.rename((old := self.room()) / "old")
-            threading.Thread(target=shutil.rmtree, args=(old, True), daemon=True).start()
+            target.rename((removed := self.room()) / "old")
+            self._drop(removed)
             self.listed -= {f"{name}/{n}" for n in inside}
             self._write_mark()
+
+    @staticmethod
+    def _drop(room: Path) -> None:
+        """Deletes a folder that `room` made while the process goes on: a disk may take a second for
+        many gigabytes.
+        """
+        threading.Thread(target=shutil.rmtree, args=(room, True), daemon=True).start()
 
 
 def _take(file: Path) -> int:

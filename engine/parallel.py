@@ -7,10 +7,11 @@ What.  torchrun starts the same script N times and sets RANK, LOCAL_RANK and WOR
 them there is one process. Rank r of N takes the rows r B/N .. (r+1) B/N - 1 of each step's batch of
 B blocks, so that the blocks, their order and their mean are those of one process, and so are the
 losses, up to the rounding of sums in another order. NCCL on GPUs, gloo on CPUs. Rank 0 alone
-writes, prints and measures.
+prints, measures and writes, but for a state's files (states.py).
 
 Data parallel (the default).  Every rank holds both models. Gradients are summed in buckets as soon
-as the backward has made them, while the backward of the layers below goes on (`Reducer`).
+as the backward has made them, while the backward of the layers below goes on, or, after CUDA
+graphs, at a step's end (`Reducer`).
 
 Sharded (--shard).  For models that do not fit one GPU. Layer l of the teacher and layer l of the
 student share their frozen tensors, so the two are one FSDP2 unit, a `Unit`, in which every tensor,

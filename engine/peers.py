@@ -13,7 +13,7 @@ knows.
 
 Limits.  A stop that somebody asks for ends so too where a step takes longer than torchrun waits.
 NCCL between machines may notice by itself, and then aborts in its own words. Without torchrun
-nobody sends the signal.
+nobody sends the signal: then a stop may take as long as a step does, and nothing is watched.
 
 Source.  torch.distributed.elastic: the agent's shutdown of its workers.
 """
@@ -32,13 +32,14 @@ AFTER = 2.0  # more, of those that are not the first
 
 
 class Watch:
-    """While steps run, until `end`; both of the main thread. It does nothing in a run of one."""
+    """While steps run, until `end`; both of the main thread. It does nothing without torchrun."""
 
     def __init__(self, world: World):
         self.world, self.ended = world, threading.Event()
+        self.active = world.size > 1 and "TORCHELASTIC_RUN_ID" in os.environ
 
     def __enter__(self) -> "Watch":
-        if self.world.size > 1:
+        if self.active:
             reader, self.writer = os.pipe()
             os.set_blocking(self.writer, False)
             self.before = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
@@ -50,7 +51,7 @@ class Watch:
 
     def end(self) -> None:
         """A step has ended since the signal: what follows takes its own time."""
-        if self.world.size > 1 and not self.ended.is_set():
+        if self.active and not self.ended.is_set():
             self.ended.set()
             signal.set_wakeup_fd(self.before)
             os.close(self.writer)  # the reader reads the end

@@ -2,9 +2,9 @@
 one before.
 
 When.  A step ends with its line in metrics.jsonl. Every --save-minutes, on a stop, and when a stage
-is done and measured, a state (states.py) is copied and written beside what follows. --resume cuts
-the log back to the step of the state that it takes. So a kill costs the steps since the last state
-that was whole, and a measurement that was not over.
+is done, a state (states.py) is copied and written while the run goes on; a stage's is whole once
+the stage is measured. --resume cuts the log back to the step of the state that it takes. So a kill
+costs the steps since the last state that was whole, and a measurement that was not over.
 
 Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
 step is one of its number, so weights, moments and the step's number are the whole state: a resumed
@@ -40,7 +40,7 @@ from pathlib import Path
 
 import torch
 
-from engine import states
+from engine import exits, states
 from engine.folder import Folder
 from engine.states import Progress
 from hub import files
@@ -55,8 +55,7 @@ class StopRequest:
 
     def __init__(self):
         self.asked = 0.0
-        signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        self._before = {n: signal.signal(n, self._ask) for n in signals}
+        self._before = {n: signal.signal(n, self._ask) for n in exits.SIGNALS}
 
     def _ask(self, number, frame) -> None:
         if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.asked < 1:

@@ -11,10 +11,10 @@
 
 What must hold.  All processes take the same decisions: to stop, to save, to refuse a loss that is
 not finite (`agree`). All write a state's files; everything else rank 0 alone. Where models are cut
-over processes, all of them measure. A state is written every --save-minutes, on a stop, and when a
-stage is done and measured; one between stages holds weights alone, as the next stage begins with a
-new Adam. It is written beside what follows (states.py): a run waits for the copy, and for the state
-before where that is not whole yet.
+over processes, all of them measure. A state is begun every --save-minutes, on a stop, and when a
+stage is done; one between stages is whole once the stage is measured, and holds weights alone, as
+the next stage begins with a new Adam. It is written while the run goes on (states.py), which waits
+for the copy, and for the state before where that is not whole yet.
 
 Limits.  One run per folder at a time (folder.py); what a kill costs stands in resume.py.
 """
@@ -301,15 +301,15 @@ class Run:
     def _before(self) -> str:
         """What counts where the newest state does not."""
         last = self.saver.last
-        lost = self.at.total - (last.total if last else 0)
-        lost = f"{lost} step{'s are' if lost > 1 else ' is'} lost"
-        return f"the one {last.where(self.plan.stages)} counts, {lost}" if last else lost
+        n = self.at.total - (last.total if last else 0)
+        steps = f"{n} step{'s are' if n > 1 else ' is'} lost"
+        return f"the one {last.where(self.plan.stages)} counts, {steps}" if last else steps
 
     def _stopped(self, whole: bool) -> str:
-        said = f"stopped {self.at.where(self.plan.stages)}"
+        sentence = f"stopped {self.at.where(self.plan.stages)}"
         if not whole:
-            said += f", too late to write its state: {self._before()}"
-        return said + ("; --resume goes on" if self.saver.last else "; start again")
+            sentence += f", too late to write its state: {self._before()}"
+        return sentence + ("; --resume goes on" if self.saver.last else "; start again")
 
     def end_stage(self, stage: Stage, student: Llama) -> None:
         """Its column of the table, and a state without moments: the next stage has a new Adam."""

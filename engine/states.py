@@ -33,7 +33,6 @@ import os
 import re
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,19 +78,17 @@ class Job:
     """f(*args) in a thread, which ends with the process at the latest; its result, or its error."""
 
     def __init__(self, f, *args, thread: bool = True):
-        self.over, self.value, self.error, self.seconds = threading.Event(), None, None, 0.0
+        self.over, self.value, self.error = threading.Event(), None, None
         if thread:
             threading.Thread(target=self._run, args=(f, args), daemon=True).start()
         else:
             self._run(f, args)
 
     def _run(self, f, args) -> None:
-        began = time.perf_counter()
         try:
             self.value = f(*args)
         except Exception as e:  # raised in the thread that asks for the result
             self.error = e
-        self.seconds = time.perf_counter() - began
         self.over.set()
 
     def result(self):
@@ -181,9 +178,9 @@ class Saver:
     def __init__(self, out: Folder, world: World, depends: dict, at: Progress, overlap: bool):
         self.out, self.world, self.depends, self.overlap = out, world, depends, overlap
         self.last = replace(at) if at.state else None  # what the newest whole state knows
-        self.job, self.next = None, None  # the one that is being written
+        self.job, self.next = None, None  # of the state that is being written, and what it knows
         self.room = torch.empty(0, dtype=torch.uint8)  # the copy
-        self.touched = Job(bool)  # its pages are made
+        self.touched = Job(bool, thread=False)  # over once its pages are made; it has none yet
         self.gpu = world.device.type == "cuda"
         self.pinned: list[Tensor] = []
 
@@ -195,8 +192,9 @@ class Saver:
     def reserve(self, weights: dict[str, nn.Parameter]) -> None:
         """Begins to make room for weights and moments, beside what the process does next."""
         if self.overlap:
-            own = slices(weights, None, self.world)
-            alike = {f"{k}.{name}": t for k in ("weight", *MOMENTS) for name, t in own.items()}
+            tensors, kinds = slices(weights, None, self.world), ("weight", *MOMENTS)
+            # In the order of a state, and under longer names: no header of one is longer
+            alike = {f"{k}.{name}": t for name, t in tensors.items() for k in kinds}
             self.touched.result()
             self._grow(sum(t.nbytes for t in (_header(alike), *alike.values())))
 
