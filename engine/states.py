@@ -305,7 +305,7 @@ class Saver:
         return f"state/step-{self.next.total:08d}"
 
     def _publish(self, sums: list[list[int]]) -> None:
-        """The manifest, the name, and the end of the states before the last two."""
+        """The manifest, the name, and the end of all states but the last two."""
         at = self.next
         info = {"total": at.total, "stage": at.stage, "step": at.step, "columns": at.columns}
         info["files"] = {f"rank{r}.safetensors": each for r, each in enumerate(sums)}
@@ -314,8 +314,11 @@ class Saver:
         with files.disk_sentences(self.out.path, self.promise):
             (self.place / "state.json").write_text(json.dumps(info) + "\n")
             self.out.publish(self.place, self._name())
-            for old in found(self.out.path / "state")[KEEP:]:
-                self.out.remove(f"state/{old.name}")
+            there = [f"state/{state.name}" for state in found(self.out.path / "state")]
+            newest = there.index(self._name())
+            # Later ones are damaged, or this run would have begun there
+            for name in there[:newest] + there[newest + KEEP :]:
+                self.out.remove(name)
 
     def abandon(self) -> None:
         """What is being written is not waited for."""

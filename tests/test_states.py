@@ -377,6 +377,22 @@ measure, HeldOut.measure = HeldOut.measure, fail
     assert one == two
 
 
+def test_a_damaged_state_does_not_count_as_one_of_the_two_that_stay(tmp_path, capsys):
+    """It is later than those that the run writes that went on from the one before it."""
+    weights, adam = trained()
+    with Folder(tmp_path, "train.py") as out:
+        for total in (1, 9):
+            save(out, weights, adam, total, World("cpu"))
+        with (tmp_path / "state" / "step-00000009" / "rank0.safetensors").open("r+b") as f:
+            f.write(b"damage")
+        assert states.latest(tmp_path / "state").name == "step-00000001"
+        assert "rank0.safetensors is not as it was written" in capsys.readouterr().out
+        for total in (2, 3):
+            save(out, weights, adam, total, World("cpu"))
+    there = [state.name for state in states.found(tmp_path / "state")]
+    assert there == ["step-00000003", "step-00000002"]
+
+
 def test_a_state_of_another_version_is_named(tmp_path, capsys):
     weights, adam = trained()
     with Folder(tmp_path, "train.py") as out:
