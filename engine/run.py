@@ -151,6 +151,7 @@ class Run:
         for number in range(self.at.stage, len(self.plan.stages)):
             self.at.stage = number
             yield self.plan.stages[number]
+        self.saver.release()  # an export may need it
 
     @contextlib.contextmanager
     def training(self, stage: Stage, optimiser: torch.optim.Optimizer, step):
@@ -240,7 +241,7 @@ class Run:
                 self.at,
             )
         except ValueError:
-            self.saver.finish()  # what is good is kept
+            self.saver.finish()  # of a step whose numbers were good
             raise
 
     def log(self, n: int, norm: Tensor, lr: float) -> None:

@@ -324,6 +324,11 @@ class Saver:
         """What is being written is not waited for."""
         self.job = None
 
+    def release(self) -> None:
+        """Frees the memory of the copy; nothing may be at work."""
+        assert self.job is None
+        self.room = torch.empty(0, dtype=torch.uint8)
+
 
 # ---- reading
 

@@ -210,20 +210,25 @@ def refuse_pointer(file: Path) -> None:
             )
 
 
+def _zstandard(file: Path):
+    """The package that reads `file`. Raises ValueError where it is not installed."""
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(
+            f"{file} needs the package zstandard: pip install zstandard, or unpack it"
+        ) from None
+    return zstandard
+
+
 class _Zstd(io.RawIOBase):
     """A .zst file unpacked, frame by frame. Reading it raises EOFError where it is damaged or cut.
 
     The package's own reader takes a frame that is cut short for a whole one.
     """
 
-    def __init__(self, file: Path):
-        try:
-            import zstandard
-        except ImportError:
-            raise ValueError(
-                f"{file} needs the package zstandard: pip install zstandard, or unpack it"
-            ) from None
-        self.library, self.packed_file = zstandard, file.open("rb")
+    def __init__(self, library, packed_file: io.BufferedReader):
+        self.library, self.packed_file = library, packed_file
         self.packed, self.unpacked, self.frame = b"", b"", None
 
     def readable(self) -> bool:
@@ -262,7 +267,9 @@ def open_text(file: Path, newline: str | None = None) -> io.TextIOBase:
     if packed == ".gz":
         return gzip.open(file, "rt", **given)
     if packed == ".zst":
-        return io.TextIOWrapper(io.BufferedReader(_Zstd(file)), **given)
+        # Before the reader exists: Python 3.13 prints a traceback for one that was never opened
+        library, packed_file = _zstandard(file), file.open("rb")
+        return io.TextIOWrapper(io.BufferedReader(_Zstd(library, packed_file)), **given)
     return file.open(**given)
 
 

@@ -7,6 +7,7 @@ import gzip
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 
@@ -434,6 +435,18 @@ def test_a_package_that_is_missing_is_named(tokenizer, tmp_path, monkeypatch, na
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(ValueError, match=rf"{name} needs the package {package}: pip install"):
         corpus_of([tmp_path / name], tokenizer, tmp_path)
+
+
+def test_a_package_that_is_missing_is_all_that_is_said(tmp_path):
+    """No "Exception ignored" of a reader that was never opened: Python 3.13 prints it, earlier ones
+    under -X dev.
+    """
+    (tmp_path / "x.zst").write_bytes(b"x")
+    code = "import pathlib, sys; sys.modules['zstandard'] = None; from hub import files\n"
+    code += "try: files.open_text(pathlib.Path(sys.argv[1]))\nexcept ValueError as e: print(e)"
+    command = [sys.executable, "-X", "dev", "-c", code, str(tmp_path / "x.zst")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "needs the package zstandard" in run.stdout and "ignored" not in run.stderr, run.stderr
 
 
 def test_long_documents_are_tokenised_in_pieces_with_the_same_ids(tokenizer, tmp_path, monkeypatch):
