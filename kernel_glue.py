@@ -30,7 +30,8 @@ Names.  p_ pointers, o_ offsets, m_ a mask; BT rows of a program's tile, BC its 
 64 bits wide: 512K tokens of an MLP's 11,008 numbers are more than 2^31.
 
 Limits.  First derivatives; the weight of a norm must be frozen. float16, bfloat16, float32 on a GPU
-that kernel_triton.py takes. Rows of a norm at most MOST numbers long.
+that kernel_triton.py takes. One program holds a norm's row whole: 11,008 numbers is the most that
+was tried.
 
 Source.  The transposes follow from the definitions; tests/test_glue.py holds all of it to float64.
 """
@@ -45,7 +46,6 @@ from torch import Tensor
 from kernel_host import INTERPRETED
 
 TILE = 4096  # numbers in a program's tile
-MOST = 2**15  # in a norm's row, which a program holds whole
 
 
 def _on(device: torch.device):

@@ -170,6 +170,7 @@ def memory(
     dtype: torch.dtype,
     micro: int,
     recomputed: int,
+    *,
     rank: int | None = None,
     shards: int = 1,
     attention: torch.dtype | None = None,
@@ -207,11 +208,10 @@ def memory(
     if tiles:
         kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
         if micro == per_rank:  # of one micro-batch gradients come as what layers keep goes
-            held = kept["layers' inputs"] + kept["attention's outputs"]
-            parts["trained weights, gradients, Adam"] -= min(4 * trained // shards, held)
+            goes = kept["layers' inputs"] + kept["attention's outputs"]
+            parts["trained weights, gradients, Adam"] -= min(4 * trained // shards, goes)
     else:
-        more = recomputed, rank, attention, fused, gpu
-        kept = activation_bytes(c, stage, dtype, micro, *more)
+        kept = activation_bytes(c, stage, dtype, micro, recomputed, rank, attention, fused, gpu)
         if shards > 1 and b == 2:  # its copies are what is gathered
             copies = b * trained // c.n_layer
             kept["activations"] -= (c.n_layer - recomputed) * copies
@@ -224,7 +224,7 @@ def memory(
             inputs *= 2 if stage.objective == "relation" else 1
             layers, again = kept.pop("activations"), kept.pop("a layer again")
             # of one micro-batch gradients, which count with the weights, come as layers go
-            gradients = 4 * trained // shards if micro == (per_rank or 0) else 0
+            gradients = 4 * trained // shards if micro == per_rank else 0
             most = max(
                 layers + max(work, kept.pop("logits", 0)),  # where the backward begins,
                 inputs + again + work + gradients * (c.n_layer - recomputed) // c.n_layer,
@@ -237,8 +237,9 @@ def memory(
     if stage.auxiliary:  # one after the other: the larger of the two counts
         own = stage.auxiliary.batch
         few = at_a_time(stage.auxiliary, None, own)
-        more = rank, shards, attention, None, tiles, P, fused, gpu, bits  # gradients are there
-        other = memory(c, stage.auxiliary, dtype, few, recomputed, *more)
+        same = {"rank": rank, "shards": shards, "attention": attention, "tiles": tiles, "P": P}
+        same |= {"fused": fused, "gpu": gpu, "bits": bits}  # no per_rank: all gradients are there
+        other = memory(c, stage.auxiliary, dtype, few, recomputed, **same)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
 

@@ -161,10 +161,22 @@ def _need(
     P: int = 1,
 ) -> dict[str, int]:
     ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
-    attention = attention_dtype(m.dtype, m.device)
-    gpu = m.device.type == "cuda"
-    more = m.rank, m.shards(), attention, per_rank, tiles, P, m.fused, gpu, m.bits
-    parts = cost.memory(m.c, stage, m.dtype, blocks, recomputed, *more)
+    parts = cost.memory(
+        m.c,
+        stage,
+        m.dtype,
+        blocks,
+        recomputed,
+        rank=m.rank,
+        shards=m.shards(),
+        attention=attention_dtype(m.dtype, m.device),
+        per_rank=per_rank,
+        tiles=tiles,
+        P=P,
+        fused=m.fused,
+        gpu=m.device.type == "cuda",
+        bits=m.bits,
+    )
     return parts | {"a step's ids": 8 * per_rank * ids}
 
 
