@@ -1,10 +1,10 @@
 """What stands between a layer's products, element by element, as one Triton kernel each.
 
-What.  Norms, the MLP's gate and the rotation of q and k do a few operations per number. A GPU does
-those in the time of one product's last percent, and waits for memory: PyTorch reads and writes the
-whole tensor once per operator, some of them in float32. Here each reads its inputs once and writes
-its results once, and what is between stays in registers, in float32. model.py and rope.py have the
-definitions, which run wherever these kernels do not.
+What.  Norms, the MLP's gate and the rotation of q and k do a few operations per number. A GPU waits
+for memory there: PyTorch reads and writes the whole tensor once per operator, some of them in
+float32. Here each reads its inputs once and writes its results once, and what is between stays in
+registers, in float32. model.py and rope.py have the definitions, which run wherever these kernels
+do not.
 
     norm      y  = w * round(x r)                    r = (mean x^2 + eps)^-1/2, a row at a time
               dx = r (g - n mean(g n))               g = w dy, n = x r

@@ -127,9 +127,11 @@ def activation_bytes(
     fused: bool = False,
     gpu: bool = False,
 ) -> dict[str, int]:
-    """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or
-    logits; and of one layer while it is computed again, as the first `recomputed` are. dtype: of
-    the activations; attention: what it computes in, `dtype` if None; fused: see layer_bytes.
+    """Bytes that `micro` blocks keep for the backward, by part: layers; relations, logits; and one
+    of the first `recomputed` layers while it is computed again.
+
+    dtype: of the activations; attention: what it computes in, `dtype` if None; fused: see
+    layer_bytes; gpu: the relation loss keeps what the GPU's kernels do.
     """
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     wide = attention is not None and attention != dtype
@@ -185,9 +187,9 @@ def memory(
     first `recomputed` layers computed again in the backward.
 
     shards: over how many --shard cuts; attention: what it computes in, `dtype` if None; tiles: how
-    a long block is done, of which P processes do a share each; fused: see layer_bytes; bits: of
-    frozen matrices, if they are packed (engine/quant.py). The peak is where the parts are largest
-    together: with one micro-batch, gradients come as layers' inputs go.
+    a long block is done, of which P processes do a share each; fused, gpu: see activation_bytes;
+    bits: of frozen matrices, if they are packed (engine/quant.py). The peak is where the parts are
+    largest together: with one micro-batch, gradients come as layers' inputs go.
     """
     b = dtype.itemsize
     everything, qkv = parameters(c)

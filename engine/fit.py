@@ -5,8 +5,8 @@ What.  In this order, as each costs more time than the one before:
 
     keep             all that the backward needs, as many blocks at a time as fill 8192 tokens
     fewer blocks     at a time, down to FEWEST_TOKENS
-    recompute        as few layers as that takes again in their backward, the first ones, whose
-                     inputs are kept; with as many blocks at a time as that allows
+    recompute        the first layers again in their backward, which keep their inputs alone: as few
+                     as fit, with as many blocks at a time as that allows
     tiles            of tokens, a block at a time (engine/tiles.py): inputs of the last layers and
                      their attention outputs on the GPU, of those before in the host's memory, as
                      many outputs as there is room for; the others are computed again

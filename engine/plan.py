@@ -106,7 +106,8 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
         fused=bool(kernels),
         bits=args.bits,
     )
-    fits = [settle(machine, stage, args.micro) for stage in stages]
+    asked = 1 if args.lora_dropout else args.micro  # each block has its own noise
+    fits = [settle(machine, stage, asked) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
