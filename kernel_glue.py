@@ -211,7 +211,8 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     cos and sin [T, D] or [B, 1, T, D], contiguous, in x's dtype.
     """
     B, H, T, D = x.shape
-    assert cos.shape == sin.shape and cos.shape[-2:] == (T, D), (x.shape, cos.shape, sin.shape)
+    shapes = x.shape, cos.shape, sin.shape
+    assert cos.shape == sin.shape and cos.shape in ((T, D), (B, 1, T, D)), shapes
     if x.stride(-1) != 1:
         x = x.contiguous()
     y, tile = x.new_empty(B, T, H, D), _tile(D // 2)
