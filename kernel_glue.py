@@ -1,10 +1,10 @@
 """What stands between a layer's products, element by element, as one Triton kernel each.
 
-What.  Norms, the MLP's gate and the rotation of q and k do a few operations per number. A GPU does
-those in the time of one product's last percent, and waits for memory: PyTorch reads and writes the
-whole tensor once per operator, some of them in float32. Here each reads its inputs once and writes
-its results once, and what is between stays in registers, in float32. model.py and rope.py have the
-definitions, which run wherever these kernels do not.
+What.  Norms, the MLP's gate and the rotation of q and k do a few operations per number. A GPU waits
+for memory there: PyTorch reads and writes the whole tensor once per operator, some of them in
+float32. Here each reads its inputs once and writes its results once, and what is between stays in
+registers, in float32. model.py and rope.py have the definitions, which run wherever these kernels
+do not.
 
     norm      y  = w * round(x r)                    r = (mean x^2 + eps)^-1/2, a row at a time
               dx = r (g - n mean(g n))               g = w dy, n = x r
@@ -30,7 +30,8 @@ Names.  p_ pointers, o_ offsets, m_ a mask; BT rows of a program's tile, BC its 
 64 bits wide: 512K tokens of an MLP's 11,008 numbers are more than 2^31.
 
 Limits.  First derivatives; the weight of a norm must be frozen. float16, bfloat16, float32 on a GPU
-that kernel_triton.py takes. Rows of a norm at most MOST numbers long.
+that kernel_triton.py takes. One program holds a norm's row whole: 11,008 numbers is the most that
+was tried.
 
 Source.  The transposes follow from the definitions; tests/test_glue.py holds all of it to float64.
 """
@@ -45,7 +46,6 @@ from torch import Tensor
 from kernel_host import INTERPRETED
 
 TILE = 4096  # numbers in a program's tile
-MOST = 2**15  # in a norm's row, which a program holds whole
 
 
 def _on(device: torch.device):
@@ -211,7 +211,8 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
     cos and sin [T, D] or [B, 1, T, D], contiguous, in x's dtype.
     """
     B, H, T, D = x.shape
-    assert cos.shape == sin.shape and cos.shape[-2:] == (T, D), (x.shape, cos.shape, sin.shape)
+    shapes = x.shape, cos.shape, sin.shape
+    assert cos.shape == sin.shape and cos.shape in ((T, D), (B, 1, T, D)), shapes
     if x.stride(-1) != 1:
         x = x.contiguous()
     y, tile = x.new_empty(B, T, H, D), _tile(D // 2)

@@ -181,9 +181,18 @@ class Timed:
         if arguments.memory:
             free = min(free, int(arguments.memory * 2**30))
         host = int(world.min(fit.host_share(self.device)))
-        having = self.rank, arguments.shard, world.size, free, host
-        fused = choose_glue(self.device, self.dtype)[0] is not None
-        machine = fit.Machine(config, self.dtype, self.device, *having, fused, self.bits)
+        machine = fit.Machine(
+            config,
+            self.dtype,
+            self.device,
+            rank=self.rank,
+            shard=arguments.shard,
+            processes=world.size,
+            free=free,
+            host=host,
+            fused=choose_glue(self.device, self.dtype)[0] is not None,
+            bits=self.bits,
+        )
         self.fit = fit.settle(machine, stage, arguments.micro)
         models = random_models(config, self.rank, self.device, self.dtype, self.bits)
         self.teacher, self.student = models

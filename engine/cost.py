@@ -127,9 +127,11 @@ def activation_bytes(
     fused: bool = False,
     gpu: bool = False,
 ) -> dict[str, int]:
-    """Bytes that `micro` blocks keep for the backward: of layers, and beside them relations or
-    logits; and of one layer while it is computed again, as the first `recomputed` are. dtype: of
-    the activations; attention: what it computes in, `dtype` if None; fused: see layer_bytes.
+    """Bytes that `micro` blocks keep for the backward, by part: layers; relations, logits; and one
+    of the first `recomputed` layers while it is computed again.
+
+    dtype: of the activations; attention: what it computes in, `dtype` if None; fused: see
+    layer_bytes; gpu: the relation loss keeps what the GPU's kernels do.
     """
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     wide = attention is not None and attention != dtype
@@ -170,6 +172,7 @@ def memory(
     dtype: torch.dtype,
     micro: int,
     recomputed: int,
+    *,
     rank: int | None = None,
     shards: int = 1,
     attention: torch.dtype | None = None,
@@ -184,9 +187,9 @@ def memory(
     first `recomputed` layers computed again in the backward.
 
     shards: over how many --shard cuts; attention: what it computes in, `dtype` if None; tiles: how
-    a long block is done, of which P processes do a share each; fused: see layer_bytes; bits: of
-    frozen matrices, if they are packed (engine/quant.py). The peak is where the parts are largest
-    together: with one micro-batch, gradients come as layers' inputs go.
+    a long block is done, of which P processes do a share each; fused, gpu: see activation_bytes;
+    bits: of frozen matrices, if they are packed (engine/quant.py). The peak is where the parts are
+    largest together: with one micro-batch, gradients come as layers' inputs go.
     """
     b = dtype.itemsize
     everything, qkv = parameters(c)
@@ -207,11 +210,10 @@ def memory(
     if tiles:
         kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
         if micro == per_rank:  # of one micro-batch gradients come as what layers keep goes
-            held = kept["layers' inputs"] + kept["attention's outputs"]
-            parts["trained weights, gradients, Adam"] -= min(4 * trained // shards, held)
+            goes = kept["layers' inputs"] + kept["attention's outputs"]
+            parts["trained weights, gradients, Adam"] -= min(4 * trained // shards, goes)
     else:
-        more = recomputed, rank, attention, fused, gpu
-        kept = activation_bytes(c, stage, dtype, micro, *more)
+        kept = activation_bytes(c, stage, dtype, micro, recomputed, rank, attention, fused, gpu)
         if shards > 1 and b == 2:  # its copies are what is gathered
             copies = b * trained // c.n_layer
             kept["activations"] -= (c.n_layer - recomputed) * copies
@@ -224,7 +226,7 @@ def memory(
             inputs *= 2 if stage.objective == "relation" else 1
             layers, again = kept.pop("activations"), kept.pop("a layer again")
             # of one micro-batch gradients, which count with the weights, come as layers go
-            gradients = 4 * trained // shards if micro == (per_rank or 0) else 0
+            gradients = 4 * trained // shards if micro == per_rank else 0
             most = max(
                 layers + max(work, kept.pop("logits", 0)),  # where the backward begins,
                 inputs + again + work + gradients * (c.n_layer - recomputed) // c.n_layer,
@@ -237,8 +239,9 @@ def memory(
     if stage.auxiliary:  # one after the other: the larger of the two counts
         own = stage.auxiliary.batch
         few = at_a_time(stage.auxiliary, None, own)
-        more = rank, shards, attention, None, tiles, P, fused, gpu, bits  # gradients are there
-        other = memory(c, stage.auxiliary, dtype, few, recomputed, *more)
+        same = {"rank": rank, "shards": shards, "attention": attention, "tiles": tiles, "P": P}
+        same |= {"fused": fused, "gpu": gpu, "bits": bits}  # no per_rank: all gradients are there
+        other = memory(c, stage.auxiliary, dtype, few, recomputed, **same)
         parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
 

@@ -5,8 +5,8 @@ What.  In this order, as each costs more time than the one before:
 
     keep             all that the backward needs, as many blocks at a time as fill 8192 tokens
     fewer blocks     at a time, down to FEWEST_TOKENS
-    recompute        as few layers as that takes again in their backward, the first ones, whose
-                     inputs are kept; with as many blocks at a time as that allows
+    recompute        the first layers again in their backward, which keep their inputs alone: as few
+                     as fit, with as many blocks at a time as that allows
     tiles            of tokens, a block at a time (engine/tiles.py): inputs of the last layers and
                      their attention outputs on the GPU, of those before in the host's memory, as
                      many outputs as there is room for; the others are computed again
@@ -161,10 +161,22 @@ def _need(
     P: int = 1,
 ) -> dict[str, int]:
     ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
-    attention = attention_dtype(m.dtype, m.device)
-    gpu = m.device.type == "cuda"
-    more = m.rank, m.shards(), attention, per_rank, tiles, P, m.fused, gpu, m.bits
-    parts = cost.memory(m.c, stage, m.dtype, blocks, recomputed, *more)
+    parts = cost.memory(
+        m.c,
+        stage,
+        m.dtype,
+        blocks,
+        recomputed,
+        rank=m.rank,
+        shards=m.shards(),
+        attention=attention_dtype(m.dtype, m.device),
+        per_rank=per_rank,
+        tiles=tiles,
+        P=P,
+        fused=m.fused,
+        gpu=m.device.type == "cuda",
+        bits=m.bits,
+    )
     return parts | {"a step's ids": 8 * per_rank * ids}
 
 

@@ -10,9 +10,9 @@ dropped, so that the recorded backward adds to the same memory each time. All sh
 of memory, as they run one after another.
 
 When.  On a GPU, with no layer recomputed in the backward and no dropout, which draw random numbers
-on the host's word, and nothing exchanged with other processes in between: several processes sum
-their gradients after the last replay, which is worth it while these are small. Otherwise the
-function is called as it is; `wanted` says which, and why.
+on the host's word, no weights in 4 bits (engine/quant.py), and nothing exchanged with other
+processes in between: several processes sum their gradients after the last replay, which is worth it
+while these are small. Otherwise the function is called as it is; `wanted` says which, and why.
 
 Limits.  The pool holds a step's activations for as long as the stage lasts.
 
@@ -30,9 +30,16 @@ REDUCED = 2**28
 
 
 def wanted(
-    device: torch.device, reduced: int, sharded: bool, recomputed: bool, dropout: float
+    device: torch.device,
+    reduced: int,
+    sharded: bool,
+    recomputed: bool,
+    dropout: float,
+    packed: bool = False,
 ) -> tuple[bool, str]:
-    """(record steps as CUDA graphs?, why). reduced: bytes of gradients summed over processes."""
+    """(record steps as CUDA graphs?, why). reduced: bytes of gradients summed over processes;
+    packed: are frozen weights in 4 bits?
+    """
     if device.type != "cuda":
         return False, "there is no GPU"
     if sharded:
@@ -41,6 +48,8 @@ def wanted(
         return False, "processes exchange gradients inside the backward"
     if recomputed:
         return False, "layers are computed again in the backward"
+    if packed:
+        return False, "bitsandbytes unpacks the weights inside a step"
     if dropout:
         return False, "dropout draws its noise anew in each step"
     return True, "one launch per step instead of thousands"

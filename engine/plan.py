@@ -17,11 +17,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from engine import cost, data, folder, quant
-from engine.cost import Stage, clock, flops, parameters, trained_parameters
+from engine.cost import Stage, at_a_time, clock, flops, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from engine.fit import ROOM, Fit, Machine, host_share, settle
 from engine.machine import fix_order
 from engine.parallel import World
+from engine.sequence import processes_per_block
 from hub import checkpoint, files, rope_json
 from hub.tokenizer import Tokenizer, load_tokenizer
 from model import TRAINED, Llama, LlamaConfig, choose_glue
@@ -93,9 +94,20 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     peak = (args.peak_tflops or 0) * 1e12 or world.on_main(cost.peak_flops, device, dtype)
     host = int(world.min(host_share(device)))
     kernels, why_glue = choose_glue(device, dtype)
-    having = args.lora_rank, args.shard, world.size, free, host, bool(kernels), args.bits
-    machine = Machine(native, dtype, device, *having)
-    fits = [settle(machine, stage, args.micro) for stage in stages]
+    machine = Machine(
+        native,
+        dtype,
+        device,
+        rank=args.lora_rank,
+        shard=args.shard,
+        processes=world.size,
+        free=free,
+        host=host,
+        fused=bool(kernels),
+        bits=args.bits,
+    )
+    asked = 1 if args.lora_dropout else args.micro  # each block has its own noise
+    fits = [settle(machine, stage, asked) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
@@ -105,7 +117,9 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
         print("weights: the layers' matrices in 4 bits, in teacher and student alike; figures are "
               "measured so, the export is made of the teacher's files")  # fmt: skip
     print(f"bits: {describe_bits(device, args.deterministic)}")
-    impl, why_impl = relation_impl(args, native, fits[0].micro, stages[0].T, dtype, device)
+    impl, why_impl = relation_impl(
+        args, native, *relation_shape(args, stages[0], fits[0], world.size), dtype, device
+    )
     print(f"relation loss: {impl}, because {why_impl}")
     print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
     for stage, fit in zip(stages, fits, strict=True):
@@ -218,6 +232,19 @@ def check_text(corpus, stages: list[Stage], lookups) -> None:
                 corpus.blocks(s.T)
                 if lookups:
                     lookups.check(s.T)
+
+
+def relation_shape(
+    args: argparse.Namespace, stage: Stage, fit: Fit, processes: int
+) -> tuple[int, int]:
+    """(blocks at a time, tokens of each) of the relation loss in this stage or its auxiliary, as
+    Run.micro_batches has them.
+    """
+    asked = fit.micro
+    if stage.auxiliary:
+        stage, asked = stage.auxiliary, args.micro
+    per_rank = stage.batch * processes_per_block(stage.batch, processes) // processes
+    return at_a_time(stage, 1 if args.lora_dropout else asked, per_rank), stage.T
 
 
 def relation_impl(

@@ -77,9 +77,10 @@ class Step:
         self.processes = world.size if world else 1
         self.tiles, self.noisy, self.store = tiles, dropout > 0, Store(student.device)
         self.store.reserve(tiles.host if tiles else 0)
-        recomputes = bool(recomputed) or tiles is not None or is_packed(student)
+        recomputes, packed = bool(recomputed) or tiles is not None, is_packed(student)
         reduced = sum(w.nbytes for w in self.weights) if self.processes > 1 else 0
-        record, why = graph.wanted(student.device, reduced, bool(units), recomputes, dropout)
+        exchanged = reduced, bool(units)
+        record, why = graph.wanted(student.device, *exchanged, recomputes, dropout, packed)
         self.recorded = record and graphs
         self.reducer = None
         if world:

@@ -21,7 +21,7 @@ import model as model_file
 import train
 from bench import prefill as bench_prefill
 from bench import step as bench_step
-from engine import cost, fit, lora, offload, plan, step
+from engine import cost, fit, graph, lora, offload, plan, step
 from engine import tiles as tiles_file
 from engine.tiles import Tiles
 from model import TRAINED, make_student
@@ -102,8 +102,8 @@ def test_activations_are_what_autograd_keeps(shape, kind, rank, dtypes, monkeypa
     stage = stage_of(kind)
     kept = Kept([*teacher.parameters(), *student.parameters()])
     with saved_tensors_hooks(kept, lambda t: t):
-        loss_of(stage, teacher, student, dtype, False)
-    parts = cost.activation_bytes(student.config, stage, dtype, 2, False, rank, attention)
+        loss_of(stage, teacher, student, dtype, 0)
+    parts = cost.activation_bytes(student.config, stage, dtype, 2, 0, rank, attention)
     said = parts["activations"] + parts.get("relations", 0)
     if (
         "logits" in parts
@@ -180,7 +180,7 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
         model_file, "recompute", lambda f, *a, **_: f(*a)
     )  # the head's, made again, is not counted
     with FlopCounterMode(display=False) as counter:
-        loss_of(stage, teacher, student, torch.float32, False).backward()
+        loss_of(stage, teacher, student, torch.float32, 0).backward()
     parts = cost.flops(c, stage, rank)
     free = parts.pop("relation", 0)
     attention = 2 * c.head_dim * c.n_head * stage.T * stage.T * stage.batch
@@ -202,7 +202,7 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
 def test_sharding_divides_what_it_cuts():
     c = random_model().config
     whole, half = (
-        cost.memory(c, stage_of("relation"), torch.float32, 1, False, None, n) for n in (1, 2)
+        cost.memory(c, stage_of("relation"), torch.float32, 1, 0, shards=n) for n in (1, 2)
     )
     assert half["trained weights, gradients, Adam"] * 2 == whole["trained weights, gradients, Adam"]
     assert half["activations"] == whole["activations"] and half["gathered layers"] > 0
@@ -327,6 +327,26 @@ def test_the_defaults_make_sense_from_2k_to_128k(native, kind, gpu):
     assert steps["1"] >= plan.FEWEST_STEPS and steps["2"] >= (plan.FEWEST_STEPS if gpu else 4)
 
 
+def test_the_relation_loss_that_is_named_is_that_of_the_blocks_that_have_one():
+    """Stage 1's own, and of stage 2 the auxiliary ones."""
+    first = cost.Stage("stage1", "relation", 512, 16, 1, 1e-3)
+    second = cost.Stage("stage2", "next token", 4096, 2, 1, 1e-3, auxiliary=first)
+    args = argparse.Namespace(micro=None, lora_dropout=0.0)
+    settled = fit.Fit(micro=2, recomputed=0, need={})
+    assert plan.relation_shape(args, first, settled, 1) == (2, 512)
+    assert plan.relation_shape(args, second, settled, 1) == (16, 512)
+    assert plan.relation_shape(args, second, settled, 2) == (8, 512)
+    args = argparse.Namespace(micro=4, lora_dropout=0.0)
+    assert plan.relation_shape(args, second, settled, 2) == (4, 512)
+
+
+def test_a_step_that_is_not_recorded_says_why():
+    gpu = torch.device("cuda")
+    assert graph.wanted(gpu, 0, False, False, 0.0)[0]
+    recorded, why = graph.wanted(gpu, 0, False, False, 0.0, packed=True)
+    assert not recorded and "bitsandbytes" in why
+
+
 def test_a_stage_of_few_steps_is_warned_of():
     config = random_model().config
     student = config.extended("linear", 8)
@@ -405,7 +425,7 @@ def test_what_is_foretold_is_what_was_measured(
 ):
     c = bench_step.config_of(shape)
     stage = cost.Stage("stage", objective, T, blocks, 1, 1e-3, objective == "relation")
-    parts = cost.memory(c, stage, bf16, micro, 32 * again, None, shards, None, blocks)
+    parts = cost.memory(c, stage, bf16, micro, 32 * again, shards=shards, per_rank=blocks)
     assert sum(parts.values()) / 2**30 == pytest.approx(gib, rel=0.1)
 
 
@@ -428,8 +448,8 @@ IN_TILES = [
 def test_what_is_foretold_of_tiles_is_no_less_than_was_measured(gib, T, on_gpu, outputs, P, bits):
     c, tiles = bench_step.config_of("llama2-7b"), tiles_file.Tiles(4096, on_gpu, outputs)
     rank, bits = (None, None) if bits == "whole" else (64, bits)
-    more = rank, 1, None, 1, tiles, P, True, True, bits
-    parts = cost.memory(c, long_stage(T), bf16, 1, 0, *more)
+    how = {"tiles": tiles, "P": P, "per_rank": 1, "fused": True, "gpu": True}
+    parts = cost.memory(c, long_stage(T), bf16, 1, 0, rank=rank, bits=bits, **how)
     assert gib <= sum(parts.values()) / 2**30 <= 1.1 * gib
 
 

@@ -124,7 +124,7 @@ def test_the_plan_counts_the_bytes_of_packed_weights(bnb, stage):
         id(m): m.format.absmax.nbytes for m in teacher.modules() if isinstance(m, quant.Packed)
     }
     tiny = cost.Stage("stage", stage, 50, 2, 1, 1e-3)
-    parts = cost.memory(teacher.config, tiny, torch.bfloat16, 1, True, 4, bits=4)
+    parts = cost.memory(teacher.config, tiny, torch.bfloat16, 1, 1, rank=4, bits=4)
     said = parts["frozen and shared weights"] + parts["teacher's q, k, v"]
     assert said == pytest.approx(sum(held.values()), rel=0.02)
     assert parts["a matrix unpacked"] == 64 * 96 * 2
