@@ -3,8 +3,8 @@
 #
 #     TEACHER=path/to/teacher DATA=path/to/text runs/llama3-8b-32k.sh [more flags of train.py]
 #
-# Needs    one GPU of 80 GB: --dry-run estimates 36 GiB for stage 1 and 55 GiB for stage 2 (not measured).
-#          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, 36 GiB each (estimated).
+# Needs    one GPU of 80 GB: the plan says 67 GiB for stage 1 and 48 GiB for stage 2 (not measured).
+#          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 49 GiB each (the plan's).
 # Teacher  meta-llama/Meta-Llama-3-8B, a Hugging Face directory of safetensors.
 # Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
 # Time     not measured. 2.5e17 floating-point operations: 11 minutes at 400 TFLOP/s, scoring and export on top.

@@ -3,8 +3,8 @@
 #
 #     TEACHER=path/to/teacher DATA=path/to/text runs/mistral-7b-32k.sh [more flags of train.py]
 #
-# Needs    one GPU of 80 GB: --dry-run estimates 35 GiB for stage 1 and 48 GiB for stage 2 (not measured).
-#          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, 29 GiB each (estimated).
+# Needs    one GPU of 80 GB: the plan says 59 GiB for stage 1 and 41 GiB for stage 2 (not measured).
+#          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 40 GiB each (the plan's).
 # Teacher  mistralai/Mistral-7B-v0.1, a copy whose config.json says "max_position_embeddings": 8192. As published it
 #          says 32768, with attention over a sliding window of 4096; scale 4 is meant on top of 8192.
 # Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
