@@ -43,7 +43,7 @@ for version in $named; do
     elif [ $verb = test-fast ] && [ ! -e $venv/dev ] && ! small_torch "$version"; then
         echo "$found: not run, its torch comes with gigabytes of CUDA; make test-pythons installs it"
     elif make VENV=$venv PYTHON="$python" $verb >"$log" 2>&1; then
-        echo "$found: $(tail -n 1 "$log")"
+        echo "$found: $(grep -v ^make "$log" | tail -n 1)"
     else
         echo "$found: FAILED: $(grep -v ^make "$log" | tail -n 1); all of it is in $log"
         failed=1
