@@ -27,7 +27,8 @@ import sys
 import time
 
 STOPPED = 3
-GOES_ON = "--resume goes on from a state that was saved before; where none was, start again"
+GRACE = 25.0  # seconds for a stop under torchrun, which kills what is there after 30
+IF_SAVED = "--resume goes on from a state that was saved before; where none was, start again"
 
 
 class OutOfMemory(ValueError):
@@ -84,7 +85,7 @@ def _out_of_memory(e: BaseException) -> str:
 def run(main, program: str) -> None:
     """main(), and the exit code and sentence of how it ended."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
-    stopped = f"stopped; {GOES_ON if program == 'train.py' else 'start again'}"
+    stopped = f"stopped; {IF_SAVED if program == 'train.py' else 'start again'}"
     try:
         for number in SIGNALS:
             signal.signal(number, _stop)

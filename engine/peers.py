@@ -7,7 +7,7 @@ SIGTERM; but a process that waits for its GPU runs no Python, so no handler of o
 seconds later SIGKILL says nothing.
 
 How.  While steps run, the signal's C handler writes a byte to a pipe (signal.set_wakeup_fd), which
-a thread reads. If no step has ended PATIENCE seconds later, the thread ends the process. The first
+a thread reads. If no step has ended GRACE seconds later, the thread ends the process. The first
 rank says the sentence; the others, who wait a moment longer, only where it has not: the run's store
 knows.
 
@@ -27,8 +27,7 @@ import torch.distributed as dist
 from engine import exits
 from engine.parallel import World
 
-PATIENCE = 25.0  # seconds; torchrun kills after 30
-AFTER = 2.0  # more, of those that are not the first
+AFTER = 2.0  # seconds more, of those that are not the first
 
 
 class Watch:
@@ -57,7 +56,7 @@ class Watch:
             os.close(self.writer)  # the reader reads the end
 
     def _watch(self, reader: int) -> None:
-        patience = PATIENCE + AFTER * (not self.world.main)
+        patience = exits.GRACE + AFTER * (not self.world.main)
         while number := os.read(reader, 1):
             if number[0] in exits.SIGNALS and not self.ended.wait(patience):
                 self._give_up()
@@ -71,6 +70,6 @@ class Watch:
         if first:
             exits.speak(
                 f"{exits.PROGRAM}: another process of this run has ended, or a stop was asked for, "
-                f"and this step did not end within {PATIENCE:g} seconds; {exits.GOES_ON}"
+                f"and this step did not end within {exits.GRACE:g} seconds; {exits.IF_SAVED}"
             )
         os._exit(2 if first else 0)

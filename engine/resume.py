@@ -45,7 +45,6 @@ from engine.folder import Folder
 from engine.states import Progress
 from hub import files
 
-GRACE = 25.0  # seconds for a stop under torchrun
 _PLACES = ("teacher", "data")  # may be other ones: what lies there is compared by its contents
 TEACHERS_FILES = "teacher's files"
 
@@ -74,7 +73,7 @@ class StopRequest:
         """Seconds until this stop must be over; None where nobody said how many there are."""
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             return None
-        return max(0.0, GRACE - (time.monotonic() - self.asked if self.asked else 0.0))
+        return max(0.0, exits.GRACE - (time.monotonic() - self.asked if self.asked else 0.0))
 
     def close(self) -> None:
         for number, handler in self._before.items():

@@ -276,7 +276,7 @@ def until(run, said: str) -> None:
 def test_a_stop_that_leaves_no_time_counts_the_state_before(whole, small, text_dir, tmp_path):
     """torchrun's patience ends while the third state is being written."""
     out = tmp_path / "out"
-    slow = script(tmp_path / "train.py", SLOW.format(600), "resume.GRACE = 2.0", "run._QUIET = 0.2")
+    slow = script(tmp_path / "train.py", SLOW.format(600), "exits.GRACE = 2.0", "run._QUIET = 0.2")
     args = [*arguments(small, text_dir, out), "--save-minutes", "0"]
     run = shell(args, script=slow, env={"TORCHELASTIC_RUN_ID": "x"})
     until(run, "slow")
@@ -318,7 +318,7 @@ def test_a_stop_with_time_waits_for_a_slow_disk_and_says_so(whole, small, text_d
 
 def test_a_stop_before_any_state_is_whole_says_start_again(small, text_dir, tmp_path):
     slow = SLOW.format(600).replace("> 2", "> 0")
-    slow = script(tmp_path / "train.py", slow, "resume.GRACE = 1.0", "run._QUIET = 0.2")
+    slow = script(tmp_path / "train.py", slow, "exits.GRACE = 1.0", "run._QUIET = 0.2")
     args = [*arguments(small, text_dir, tmp_path / "out"), "--save-minutes", "0"]
     run = shell(args, script=slow, env={"TORCHELASTIC_RUN_ID": "x"})
     until(run, "slow")
