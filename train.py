@@ -258,7 +258,8 @@ def make_models(plan: Plan, world: parallel.World):
     else:  # the copies start from the stored numbers, not from their rounding to plan.dtype
         stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
         for name, value in stored.items():
-            student.get_parameter(name).data.copy_(value)
+            held = student.get_parameter(name).data
+            held.copy_(value.to(held.device))  # as it is stored: half the bytes
     units = parallel.shard(teacher, student, world, plan.dtype) if args.shard else None
     return teacher, student, units
 

@@ -32,7 +32,6 @@ import contextlib
 import json
 import os
 import re
-import struct
 import threading
 import zlib
 from collections.abc import Iterator
@@ -48,14 +47,13 @@ from engine import parallel
 from engine.cost import Stage
 from engine.folder import Folder
 from engine.parallel import World
-from hub import files
+from hub import checkpoint, files
 
 GOES_ON = ". The last saved state is kept: --resume goes on from it"
 CHUNK = 1 << 26  # bytes that are copied, written and summed at a time
 KEEP = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 _THREADS = 4  # that write, or read, at a time: one core's crc32 is slower than a disk
-_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
 _NAME = re.compile(r"step-\d{8}(-measured)?")  # -measured: with its stage's column, at its end
 
 
@@ -133,17 +131,7 @@ def refuse_non_finite(weights: dict[str, nn.Parameter], world: World) -> None:
 
 def _header(tensors: dict[str, Tensor]) -> Tensor:
     """The head of a safetensors file, as bytes [n]: where each of the tensors after it lies."""
-    entries, at = {}, 0
-    for name, t in tensors.items():
-        entries[name] = {
-            "dtype": _DTYPES[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [at, at + t.nbytes],
-        }
-        at += t.nbytes
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    return torch.frombuffer(bytearray(struct.pack("<Q", len(text)) + text), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(checkpoint.header(tensors)), dtype=torch.uint8)
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

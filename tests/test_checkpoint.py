@@ -2,12 +2,14 @@
 mutations.
 """
 
+import itertools
 import json
 import os
 import random
 import shutil
 import struct
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -297,19 +299,49 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path):
 
 
 def test_the_export_is_checked_by_reading_it_back(tmp_path, monkeypatch):
-    real = checkpoint.save_file
+    real = checkpoint._write_shards
 
-    def lossy(tensors, *rest, **more):
-        real(
-            {k: v + 0.1 if k == "model.norm.weight" else v for k, v in tensors.items()},
-            *rest,
-            **more,
-        )
+    def lossy(like, tensor_of, *rest):
+        def other(name):
+            return tensor_of(name) + 0.1 if name == "model.norm.weight" else tensor_of(name)
 
-    monkeypatch.setattr(checkpoint, "save_file", lossy)
+        return real(like, other, *rest)
+
+    monkeypatch.setattr(checkpoint, "_write_shards", lossy)
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
         checkpoint.save_pretrained(random_model(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
+def test_an_export_is_the_file_that_the_safetensors_package_writes(tmp_path, shard_bytes):
+    """Of every dtype, in odd sizes: where they lie is no multiple of eight bytes."""
+    model = random_model(tie_word_embeddings=False)
+    kinds = itertools.cycle([torch.bfloat16, torch.float64, torch.float16, torch.float32])
+    for p, kind in zip(model.parameters(), kinds, strict=False):
+        p.data = p.data.to(kind)
+    odd = {"model.norm.weight": torch.randn(33), "a": torch.randn(7, 3).bfloat16()}
+    like = dict(model.named_parameters()) | {k: torch.nn.Parameter(v) for k, v in odd.items()}
+    like = {k: v.detach() for k, v in like.items()} | {"b": torch.empty(0), "c": torch.tensor(1.5)}
+    with ThreadPoolExecutor() as pool:
+        for each in checkpoint._write_shards(like, like.__getitem__, tmp_path, shard_bytes, pool):
+            each.result()
+    written = sorted(tmp_path.glob("*.safetensors"))
+    assert (len(written) > 1) == (shard_bytes < 10**9)
+    for file in written:
+        save_file(load_file(file), tmp_path / "theirs", metadata={"format": "pt"})
+        assert file.read_bytes() == (tmp_path / "theirs").read_bytes()
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, like.pop(name))
+    assert not like
+
+
+def test_the_same_bits_are_told_apart_from_equal_numbers(tmp_path):
+    x = torch.randn(4, 16)
+    assert checkpoint._same_bits(x, x.clone()) and checkpoint._same_bits(x[0, 1:8], x[0, 1:8])
+    for other in (x + 1e-6 * torch.eye(4, 16), x.index_fill(1, torch.tensor(15), 0.0)):
+        assert not checkpoint._same_bits(x, other)
+    assert not checkpoint._same_bits(torch.zeros(8), -torch.zeros(8))
 
 
 def test_an_export_keeps_the_stored_bits_of_what_was_frozen_and_only_of_that(tmp_path):
