@@ -160,6 +160,7 @@ PRESETS = {
         "batch1": 1,
         "batch2": 1,
         "length2": 4096,
+        "eval_blocks": 8,  # its steps are few, its blocks short
     },
     "demo linear": {"tokens1": 380_000, "lr1": 2e-3, "tokens2": 270_000, "lr2": 1.5e-3},
     "demo yarn": {"tokens1": 140_000, "lr1": 5e-4, "tokens2": 82_000, "lr2": 3e-4},
@@ -212,7 +213,9 @@ def main(argv: list[str] | None = None) -> None:
         teacher, student, units = make_models(plan, world)
         weights, corpus = trainable(student), run.read_text()
         native = plan.native.rope.length
-        held_out = HeldOut(corpus, plan.tokenizer, native, args.scale, args.eval_blocks)
+        held_out = HeldOut(
+            corpus, plan.tokenizer, native, args.scale, plan.blocks, documents=plan.blocks
+        )
         run.begin(weights, held_out)  # where the newest state says
         run.measure(report.TEACHER, teacher)
         run.measure(report.UNTRAINED, student)

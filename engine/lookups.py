@@ -26,6 +26,8 @@ from torch import Tensor
 from hub.tokenizer import Tokenizer
 
 PAIRS = 8
+# Of the documents that recall is measured on: native lengths, and how many of each at most
+LENGTHS, DOCUMENTS = (1, 2, 4, 8), 8
 _WORD = re.compile(r" [a-z]{4,9}")
 
 

@@ -20,6 +20,7 @@ from engine import cost, data, folder, quant
 from engine.cost import Stage, at_a_time, clock, flops, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from engine.fit import ROOM, Fit, Machine, host_share, settle
+from engine.lookups import DOCUMENTS, LENGTHS
 from engine.machine import fix_order
 from engine.parallel import World
 from engine.sequence import blocks_per_process
@@ -30,6 +31,7 @@ from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
 
+SHARE = 1 / 20  # of the steps' work, for the table
 FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
 
@@ -48,6 +50,7 @@ class Plan:
     impl: str  # of the relation loss
     peak: float  # flop/s of one device
     overlap: bool  # a state is written while steps go on
+    blocks: int  # long ones that the table reads
 
     @property
     def fused(self) -> bool:
@@ -127,7 +130,33 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     copy = 12 * trained_parameters(native, args.lora_rank) // world.size  # with Adam's moments
     overlap = copy <= spare_on_host(machine, fits)
     print(describe_saving(copy, overlap))
-    return Plan(args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak, overlap)
+    blocks, share = table_blocks(args, native, stages)
+    print(describe_table(blocks, round(native.rope.length * args.scale), len(stages), share))
+    return Plan(
+        args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak, overlap, blocks
+    )
+
+
+def table_blocks(
+    args: argparse.Namespace, c: LlamaConfig, stages: list[Stage]
+) -> tuple[int, float]:
+    """(long blocks that the table reads, and look-up documents of each length up to DOCUMENTS; what
+    they cost, as a share of the steps' work).
+
+    Where --eval-blocks is left out: as many, from one to DOCUMENTS, as cost SHARE.
+    """
+
+    def forward(T: int) -> float:
+        return flops(c, Stage("", "next token", T, batch=1, steps=1, lr=0.0))["student forward"]
+
+    native, scale, columns = c.rope.length, args.scale, 2 + len(stages)
+    block = columns * (forward(round(scale * native)) + scale * forward(native))
+    documents = columns * sum(forward(times * native) for times in LENGTHS if times <= scale)
+    steps = sum(sum(flops(c, s, args.lora_rank).values()) * s.steps for s in stages)
+    n = args.eval_blocks
+    if n is None:
+        n = max(1, min(DOCUMENTS, int(SHARE * steps / (block + documents))))
+    return n, (n * block + min(n, DOCUMENTS) * documents) / steps
 
 
 def spare_on_host(m: Machine, fits: list[Fit]) -> int:
@@ -365,6 +394,18 @@ def describe_saving(copy: int, overlap: bool) -> str:
     if overlap:
         return f"saving      while steps go on, from a copy of {size(copy)} in the host's memory"
     return f"saving      while steps wait, as the host has no room for a copy of {size(copy)}"
+
+
+def describe_table(blocks: int, length: int, stages: int, share: float) -> str:
+    """How much the table reads. length: of its long blocks; share: what it costs beside steps."""
+    if not blocks:
+        return "table       none, as --eval-blocks is 0"
+    documents = min(blocks, DOCUMENTS)
+    return (
+        f"table       {2 + stages} columns, each of {blocks} x {length:,} tokens, whole and cut, "
+        f"and {documents} look-up document{'s' * (documents > 1)} of each length: {share:.0%} of "
+        "the steps' work"
+    )
 
 
 def describe_text(corpus, stages: list[Stage]) -> str:

@@ -77,11 +77,14 @@ class StopRequest:
         return self.asked > 0
 
 
-def matters(args: argparse.Namespace, stages: list) -> dict:
-    """What decides the result, but for the contents of files: a resumed run must have the same."""
+def matters(args: argparse.Namespace, stages: list, blocks: int) -> dict:
+    """What decides the result, but for the contents of files: a resumed run must have the same.
+
+    blocks: that the table reads.
+    """
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "bits")
-    keys += ("logit_weight", "relations", "authors_heads", "lookups", "eval_blocks", "dtype")
-    out = {k: getattr(args, k) for k in keys}
+    keys += ("logit_weight", "relations", "authors_heads", "lookups", "dtype")
+    out = {k: getattr(args, k) for k in keys} | {"eval_blocks": blocks}
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
         if s.objective != "relation":

@@ -7,11 +7,16 @@ read. Loss is the mean over tokens, in nats; perplexity is its exponential; next
 1x, is the share of tokens that the model holds for the likeliest.
 
 Recall.  Look-up documents (engine/lookups.py) of 1, 2, 4 and 8 times the native length, up to s,
-set values in their first eighth and ask for them in their last. Right means that the likeliest
-token is the value.
+set values in their first eighth and ask for them in their last, eight questions each. Right means
+that the likeliest token is the value.
+
+How much.  eval.py reads eight long blocks and eight documents of each length. A training run's own
+table reads as many of both, from one to eight, as cost a twentieth of its steps
+(engine/plan.py): its blocks need not be eval.py's, its documents are the first of eval.py's.
 
 Limits.  Held-out text runs on across document borders. A standard error is over blocks or
-questions: how far other text would move a figure, not how far another training run would.
+questions: how far other text would move a figure, not how far another training run would. Of eight
+questions it is up to 18 points.
 """
 
 import sys
@@ -20,21 +25,19 @@ import numpy as np
 import torch
 
 from engine.data import Corpus
-from engine.lookups import Lookups
+from engine.lookups import DOCUMENTS, LENGTHS, Lookups
 from evals.next_token import block_scores
 from evals.report import Scores, mean_and_error
 from evals.subject import Subject
 from hub.tokenizer import Tokenizer
 from model import Llama
 
-DOCUMENTS = 8  # look-up documents per length, with 8 questions each
-
 
 class HeldOut:
     """The text and the look-ups, read by every model alike.
 
     n_blocks: how many long blocks are read: 0, with the reason printed, where the text is too
-    short.
+    short. documents: how many look-up documents of each length, up to DOCUMENTS.
     """
 
     def __init__(
@@ -45,8 +48,10 @@ class HeldOut:
         scale: float,
         n_blocks: int,
         seed: int = 0,
+        documents: int = DOCUMENTS,
     ):
         self.native, self.scale, self.seed = native, scale, seed
+        self.documents = min(documents, DOCUMENTS)
         self.length, self.n_blocks = round(native * scale), 0
         if not n_blocks:
             return
@@ -69,9 +74,10 @@ class HeldOut:
         rows = {"loss at 1x": near, "perplexity at 1x": -near}
         rows |= {f"loss at {self.scale:g}x": far, f"perplexity at {self.scale:g}x": -far}
         rows["next-token accuracy"] = right
-        for times in (1, 2, 4, 8) if self.lookups else ():
+        for times in LENGTHS if self.lookups else ():
             if times <= self.scale:
-                answers = recall(model, self.lookups, times * self.native, self.seed, P)
+                T = times * self.native
+                answers = recall(model, self.lookups, T, self.seed, P, self.documents)
                 rows[f"recall at {times}x"] = answers
         return rows
 
@@ -102,12 +108,14 @@ def headline(subject: Subject, scores: Scores) -> None:
             scores.add(name, row, values=values, **about)
 
 
-def recall(model: Llama, lookups: Lookups, T: int, seed: int, P: int = 1) -> np.ndarray:
-    """[questions] of DOCUMENTS look-up documents of T tokens: 1 where answered right, else 0."""
+def recall(
+    model: Llama, lookups: Lookups, T: int, seed: int, P: int = 1, n: int = DOCUMENTS
+) -> np.ndarray:
+    """[questions] of n look-up documents of T tokens: 1 where answered right, else 0."""
     rng = np.random.default_rng([seed, T])
-    made = [lookups.document(rng, T, "far") for _ in range(DOCUMENTS)]
+    made = [lookups.document(rng, T, "far") for _ in range(n)]
     ids, at = (torch.from_numpy(np.stack(each)) for each in zip(*made, strict=True))
-    _, right = block_scores(model, ids, at, P)  # of [DOCUMENTS, T + 1] and [DOCUMENTS, 8]
+    _, right = block_scores(model, ids, at, P)  # of [n, T + 1] and [n, 8]
     return right.flatten()
 
 

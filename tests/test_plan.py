@@ -12,6 +12,7 @@ import sys
 import weakref
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, random_model
@@ -23,10 +24,13 @@ import model as model_file
 import train
 from bench import prefill as bench_prefill
 from bench import step as bench_step
-from engine import cost, fit, graph, lora, offload, parallel, plan, step
+from engine import cost, data, fit, flags, graph, lora, offload, parallel, plan, step
 from engine import tiles as tiles_file
 from engine.run import Run
 from engine.tiles import Tiles
+from evals import held_out as held_out_file
+from evals.held_out import HeldOut
+from hub.tokenizer import load_tokenizer
 from model import TRAINED, make_student, trainable
 
 SHAPES = {
@@ -341,6 +345,56 @@ def test_the_relation_loss_that_is_named_is_that_of_the_blocks_that_have_one():
     assert plan.relation_shape(args, second, settled, 2) == (8, 512)
     args = argparse.Namespace(micro=4, lora_dropout=0.0)
     assert plan.relation_shape(args, second, settled, 2) == (4, 512)
+
+
+@pytest.mark.parametrize("scale", [1.5, 8.0])
+@pytest.mark.parametrize("steps", [1, 100, 600, 10**6])
+def test_the_table_reads_as_much_as_a_twentieth_of_the_steps_pays_for(steps, scale):
+    c, stages = random_model(max_position_embeddings=64).config, [stage_of("relation and logits")]
+    stages = [dataclasses.replace(s, steps=steps) for s in (*stages, stage_of("next token"))]
+    args = argparse.Namespace(scale=scale, lora_rank=None, eval_blocks=None)
+    n, share = plan.table_blocks(args, c, stages)
+    assert 1 <= n <= 8 and (share <= plan.SHARE or n == 1)
+    args.eval_blocks = n + 1
+    more, costs = plan.table_blocks(args, c, stages)
+    assert more == n + 1 and costs > share and (costs > plan.SHARE or n == 8)
+    args.eval_blocks = 0
+    assert plan.table_blocks(args, c, stages) == (0, 0.0)
+    assert (n == 1) == (steps == 1) or (n == 8) == (steps == 10**6)
+
+
+def test_what_the_table_costs_is_counted_where_it_reads(tmp_path, text_dir, monkeypatch):
+    """Of each column: the long blocks, the same words cut, the look-up documents."""
+    teacher = ROOT / "demo" / "teacher"
+    tokenizer = load_tokenizer(teacher)
+    corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
+    held_out = HeldOut(corpus, tokenizer, 512, 2.0, 1, documents=1)
+    read = []
+
+    def scores(model, blocks, at=None, P=1):
+        n, T = len(blocks), blocks.shape[1] - 1
+        read.append(cost.flops(model, cost.Stage("", "next token", T, n, 1, 0))["student forward"])
+        zeros = np.zeros((n, T) if at is None else tuple(at.shape))
+        return zeros, zeros
+
+    monkeypatch.setattr(held_out_file, "block_scores", scores)
+    c = random_model(max_position_embeddings=512).config
+    held_out.measure(c)
+    stage = stage_of("next token")
+    args = argparse.Namespace(scale=2.0, lora_rank=None, eval_blocks=1)
+    _, share = plan.table_blocks(args, c, [stage])
+    work = sum(cost.flops(c, stage).values())
+    assert share * work == pytest.approx(3 * sum(read))
+
+
+def test_a_preset_says_how_much_its_table_reads_and_a_flag_wins():
+    assert flags.parse(["--device", "cpu"], "", train.PRESETS).eval_blocks == 8
+    given = ["--device", "cpu", "--eval-blocks", "3"]
+    assert flags.parse(given, "", train.PRESETS).eval_blocks == 3
+    given = ["--device", "cpu", "--teacher", str(ROOT / "demo" / "teacher")]
+    assert flags.parse(given, "", train.PRESETS).eval_blocks is None
+    assert "none" in plan.describe_table(0, 64, 2, 0.0)
+    assert "8 look-up documents" in plan.describe_table(20, 64, 2, 0.3)
 
 
 @pytest.mark.parametrize("micro, dropout", [(None, 0.0), (1, 0.0), (3, 0.0), (3, 0.1)])
