@@ -83,8 +83,8 @@ def matters(args: argparse.Namespace, stages: list, blocks: int) -> dict:
     blocks: that the table reads.
     """
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "bits")
-    keys += ("logit_weight", "relations", "authors_heads", "lookups", "dtype")
-    out = {k: getattr(args, k) for k in keys} | {"eval_blocks": blocks}
+    keys += ("logit_weight", "relations", "authors_heads", "lookups", "eval_blocks", "dtype")
+    out = {k: blocks if k == "eval_blocks" else getattr(args, k) for k in keys}
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
         if s.objective != "relation":
