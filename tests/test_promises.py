@@ -291,9 +291,8 @@ def test_a_rate_of_next_to_nothing_is_a_long_time(teacher, text_dir, tmp_path, c
 def test_names_that_are_not_utf8_are_said_in_print(teacher, text_dir, tmp_path):
     """The run was over when its last line, which names the text, could not be printed."""
     text = shutil.copytree(text_dir, tmp_path / os.fsdecode(b"caf\xe9"))
-    run = shell(
-        arguments(teacher, text, tmp_path / "out"), env={"PYTHONIOENCODING": "utf-8:strict"}
-    )
+    strict = {"PYTHONIOENCODING": "utf-8:strict"}
+    run = shell(arguments(teacher, text, tmp_path / "out"), new=True, env=strict)
     said, errors = run.communicate()
     assert run.returncode == 0, errors
     assert r"caf\udce9" in said.splitlines()[-1]
@@ -336,7 +335,7 @@ def test_a_file_that_leads_out_is_refused_before_any_text_is_read(
 
 def test_a_full_disk_before_any_state_promises_no_resume(teacher, text_dir, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
-    run = shell(arguments(teacher, text_dir, tmp_path / "out"), preexec_fn=limit)
+    run = shell(arguments(teacher, text_dir, tmp_path / "out"), new=True, preexec_fn=limit)
     _, errors = run.communicate()
     assert run.returncode == 2 and "cannot write to" in errors and "--resume" not in errors
 
@@ -350,7 +349,9 @@ def test_a_disk_that_is_full_while_text_is_kept_is_left_as_it_was(
         (tmp_path / "deep" / "cache").mkdir(parents=True)
     before = tree(tmp_path)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))  # noqa: E731
-    run = shell([*arguments(teacher, text_dir, tmp_path / "out"), *more], preexec_fn=limit)
+    run = shell(
+        [*arguments(teacher, text_dir, tmp_path / "out"), *more], new=True, preexec_fn=limit
+    )
     _, errors = run.communicate()
     assert run.returncode == 2 and "cache: " in errors and errors.count("\n") == 1
     assert tree(tmp_path) == before and not (tmp_path / "out").exists()
@@ -412,6 +413,7 @@ def test_what_may_not_be_read_is_named_before_anything_is_written(
     (tmp_path / closed).chmod(mode)
     run = shell(
         arguments(tmp_path / "teacher", tmp_path / "text", tmp_path / "out"),
+        new=True,
         preexec_fn=without_roots_rights,
     )
     _, errors = run.communicate()
@@ -424,7 +426,8 @@ def test_what_may_not_be_read_is_named_before_anything_is_written(
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 2.5, 3.2])
 def test_a_stop_at_any_moment_is_one_line(teacher, text_dir, tmp_path, number, seconds):
     out = tmp_path / "out"
-    run = shell([*arguments(teacher, text_dir, out), "--tokens1", "10000000"], cwd=tmp_path)
+    long = [*arguments(teacher, text_dir, out), "--tokens1", "10000000"]
+    run = shell(long, new=True, cwd=tmp_path)
     time.sleep(seconds)
     run.send_signal(number)
     said, errors = run.communicate(timeout=60)
