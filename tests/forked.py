@@ -96,9 +96,16 @@ def server() -> socket.socket:
     return ours
 
 
+def reap(*_) -> None:
+    """Lets those go that have told an exit code."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
 def serve(asked: socket.socket) -> dict:
     """Returns in each new process, with what it is to run."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # who waited and told the code has done its work
+    signal.signal(signal.SIGCHLD, reap)
     while True:
         request, ends, *_ = socket.recv_fds(asked, 1 << 20, 3)
         if not request:
