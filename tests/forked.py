@@ -38,9 +38,11 @@ HEAVY += ["tiktoken", "tokenizers", "tqdm"]
 class Forked:
     """A running script, as subprocess.Popen(..., stdout=PIPE, stderr=PIPE, text=True) is one."""
 
-    def __init__(self, script: Path, args: list[str], env: dict[str, str], cwd: Path | None = None):
+    def __init__(self, script: Path, args: list[str], env: dict[str, str], cwd=".", first=""):
+        """first: Python that the process runs before the script."""
         ends = [os.pipe() for _ in range(3)]
-        request = {"script": str(script), "args": args, "env": env, "cwd": str(cwd or Path.cwd())}
+        request = {"script": str(script), "args": args, "env": env, "first": first}
+        request["cwd"] = os.path.abspath(cwd)
         socket.send_fds(server(), [json.dumps(request).encode()], [write for _, write in ends])
         for _, write in ends:
             os.close(write)
@@ -137,6 +139,7 @@ def begin(request: dict) -> types.CodeType:
     script = request["script"]
     sys.argv = [script, *request["args"]]
     sys.path[0] = os.path.dirname(script)
+    exec(request["first"], {})
     main = sys.modules["__main__"] = types.ModuleType("__main__")
     main.__file__, main.__builtins__ = script, __builtins__
     return compile(Path(script).read_bytes(), script, "exec")
@@ -159,7 +162,7 @@ class Rank:
                     signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdout.reconfigure(write_through=True)
-            first = begin({"script": script, "args": rest, "env": env, "cwd": "."})
+            first = begin({"script": script, "args": rest, "env": env, "cwd": ".", "first": ""})
             exec(first, vars(sys.modules["__main__"]))
             code = 0
         except SystemExit as e:

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -30,6 +29,8 @@ from hub import files
 from hub.tokenizer import load_tokenizer
 
 STEPS1, STEPS2 = 6, 3
+# A limit on the size of a file stands for a full disk
+SMALL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,9 @@ def arguments(small: Path, text_dir: Path, out: Path, *more: str) -> list[str]:
 
 
 def shell(args: list[str], new: bool = False, **more) -> subprocess.Popen | Forked:
-    """`python train.py args`; new: in an interpreter that has imported nothing, and draws."""
+    """`python train.py args`; new: in an interpreter that has imported nothing, and draws; first:
+    what another one runs before.
+    """
     environment = dict(os.environ, OMP_NUM_THREADS="1", **more.pop("env", {}))
     script = more.pop("script", ROOT / "train.py")
     if not new:
@@ -284,9 +287,7 @@ def test_a_dry_run_says_where_a_resumed_run_would_go_on(whole, small, text_dir, 
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path):
-    """A limit on the size of a file stands for the full disk: the log still fits, the next state
-    does not.
-    """
+    """The log still fits, the next state does not."""
     out = tmp_path / "out"
     stopped = shell([*arguments(small, text_dir, out), "--save-minutes", "0"])
     while not (out / "state").exists() or states.latest(out / "state") is None:
@@ -295,9 +296,8 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path
     stopped.kill()
     stopped.communicate()
     before = {p: p.read_bytes() for p in (out / "state").glob("step-*/*")}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
     more = ("--save-minutes", "0", "--resume")
-    run = shell([*arguments(small, text_dir, out), *more], new=True, preexec_fn=limit)
+    run = shell([*arguments(small, text_dir, out), *more], first=SMALL_DISK.format(20_000))
     _, errors = run.communicate()
     assert run.returncode == 2 and errors.count("\n") == 1 and "Traceback" not in errors
     assert "cannot write to" in errors and "MiB free" in errors and "--resume" in errors
