@@ -31,6 +31,11 @@ GRACE = 25.0  # seconds for a stop under torchrun, which kills what is there aft
 IF_SAVED = "--resume goes on from a state that was saved before; where none was, start again"
 
 
+def again(program: str) -> str:
+    """What to do after an end in the middle, for who does not know what was saved."""
+    return IF_SAVED if program == "train.py" else "start again"
+
+
 class OutOfMemory(ValueError):
     """The memory of a device, or of the machine, ran out."""
 
@@ -39,6 +44,8 @@ class OutOfMemory(ValueError):
 # its: something else left it behind
 _FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup: a lost connection stops nothing
+    SIGNALS = SIGNALS[:2]
 
 
 def _leave(number, frame) -> None:
@@ -85,7 +92,7 @@ def _out_of_memory(e: BaseException) -> str:
 def run(main, program: str) -> None:
     """main(), and the exit code and sentence of how it ended."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
-    stopped = f"stopped; {IF_SAVED if program == 'train.py' else 'start again'}"
+    stopped = f"stopped; {again(program)}"
     try:
         for number in SIGNALS:
             signal.signal(number, _stop)
