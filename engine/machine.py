@@ -9,9 +9,9 @@ part at their first update. `fix_order` makes flash add in a fixed order; the lo
 always do.
 
 Memory.  On a CPU torch asks the C library for every tensor. glibc returns large blocks to the
-system at once, and gets each page of the next one anew, cleared: 5,000 to 13,000 page faults in a
-step of the demo's stage 1, 170,000 in one of its stage 2. `keep_memory` has it keep them for the
-next tensor: the same bits, in a tenth less CPU time.
+system at once, and gets each page of the next one anew, cleared: 170,000 page faults in a step of
+the demo's stage 2, a tenth of its time. `keep_memory` has it keep them for the next tensor; the
+bits are the same.
 
 Limits.  A CPU is named by what the operating system calls it, which may be no more than its family.
 """
