@@ -36,22 +36,14 @@ was tried.
 Source.  The transposes follow from the definitions; tests/test_glue.py holds all of it to float64.
 """
 
-import contextlib
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernel_host import INTERPRETED
+from kernel_host import launch
 
 TILE = 4096  # numbers in a program's tile
-
-
-def _on(device: torch.device):
-    """The context in which a launch goes to `device`: none if it goes there anyway."""
-    here = device.type != "cuda" or device.index == torch.cuda.current_device()
-    return contextlib.nullcontext() if here else torch.cuda.device(device)
 
 
 @triton.jit
@@ -147,61 +139,59 @@ def _rotation_kernel(
 # ---- launches
 
 
-def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why activations of `dtype` on `device` cannot go through the kernels; None if they can."""
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernels take float16, bfloat16 or float32, not {dtype}"
-    if device.type != "cuda":
-        return None if INTERPRETED else f"the kernels need a GPU, not {device.type}"
-    if torch.version.hip:
-        return "the kernels are proven on NVIDIA GPUs only, and this one is AMD's"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"the kernels need compute capability 8.0, and {device} has {capability}"
-    return None
-
-
 def _tile(width: int) -> dict:
     """Rows and columns of a tile over rows of `width` numbers, and its warps."""
     BC = triton.next_power_of_2(width)
     return {"BT": max(1, TILE // BC), "BC": BC, "num_warps": min(16, max(4, BC // 512))}
 
 
+def _launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: dict) -> None:
+    """kernel(*tensors, *numbers, *constants), but for num_warps, the last of `constants`.
+
+    The compiler looks at numbers too: reads are wide where rows begin at multiples of 16.
+    """
+    *known, num_warps = constants.values()
+    key = (*(t.dtype for t in tensors), *numbers, *constants.values())
+    arguments, grid = (*tensors, *numbers, *known), (programs, 1, 1)
+    launch(kernel, tensors[0].device, grid, arguments, tensors, key, num_warps=num_warps)
+
+
+def _launch_norm(kernel, tensors: tuple, eps: float) -> None:
+    width = tensors[0].shape[-1]
+    rows, tile = tensors[0].numel() // width, _tile(width)
+    _launch(kernel, triton.cdiv(rows, tile["BT"]), tensors, (rows, width, eps), tile)
+
+
 def norm_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., width] contiguous, weight [width] -> as model.RMSNorm."""
-    y, width, tile = torch.empty_like(x), x.shape[-1], _tile(x.shape[-1])
-    rows = x.numel() // width
-    with _on(x.device):
-        grid = (triton.cdiv(rows, tile["BT"]),)
-        _norm_forward_kernel[grid](x, weight, y, rows, width, eps, **tile)
+    y = torch.empty_like(x)
+    _launch_norm(_norm_forward_kernel, (x, weight, y), eps)
     return y
 
 
 def norm_backward(x: Tensor, weight: Tensor, eps: float, dy: Tensor) -> Tensor:
     """x and dy [..., width] contiguous -> dL/dx."""
-    dx, width, tile = torch.empty_like(x), x.shape[-1], _tile(x.shape[-1])
-    rows = x.numel() // width
-    with _on(x.device):
-        grid = (triton.cdiv(rows, tile["BT"]),)
-        _norm_backward_kernel[grid](x, weight, dy, dx, rows, width, eps, **tile)
+    dx = torch.empty_like(x)
+    _launch_norm(_norm_backward_kernel, (x, weight, dy, dx), eps)
     return dx
+
+
+def _launch_gate(kernel, *tensors: Tensor) -> None:
+    numbers, tile = tensors[0].numel(), {"BC": TILE // 2, "num_warps": 4}
+    _launch(kernel, triton.cdiv(numbers, tile["BC"]), tensors, (numbers,), tile)
 
 
 def gate_forward(a: Tensor, b: Tensor) -> Tensor:
     """a and b [..., width] contiguous -> silu(a) b."""
     y = torch.empty_like(a)
-    with _on(a.device):
-        grid = (triton.cdiv(a.numel(), TILE // 2),)
-        _gate_forward_kernel[grid](a, b, y, a.numel(), BC=TILE // 2)
+    _launch_gate(_gate_forward_kernel, a, b, y)
     return y
 
 
 def gate_backward(a: Tensor, b: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
     """a, b and dy [..., width] contiguous -> dL/da, dL/db."""
     da, db = torch.empty_like(a), torch.empty_like(b)
-    with _on(a.device):
-        grid = (triton.cdiv(a.numel(), TILE // 2),)
-        _gate_backward_kernel[grid](a, b, dy, da, db, a.numel(), BC=TILE // 2)
+    _launch_gate(_gate_backward_kernel, a, b, dy, da, db)
     return da, db
 
 
@@ -217,11 +207,9 @@ def rotation(x: Tensor, cos: Tensor, sin: Tensor, backward: bool) -> Tensor:
         x = x.contiguous()
     y, tile = x.new_empty(B, T, H, D), _tile(D // 2)
     tile["BT"] = max(1, tile["BT"] // 2)  # two halves
-    with _on(x.device):
-        grid = (triton.cdiv(B * T * H, tile["BT"]),)
-        strides = x.stride(0), x.stride(1), x.stride(2), T * D if cos.dim() == 4 else 0
-        numbers = B * T * H, H, T, D // 2
-        _rotation_kernel[grid](x, cos, sin, y, *numbers, *strides, BACKWARD=backward, **tile)
+    numbers = B * T * H, H, T, D // 2, *x.stride()[:3], T * D if cos.dim() == 4 else 0
+    programs = triton.cdiv(B * T * H, tile["BT"])
+    _launch(_rotation_kernel, programs, (x, cos, sin, y), numbers, {"BACKWARD": backward, **tile})
     return y.transpose(1, 2)
 
 

@@ -1,8 +1,9 @@
-"""What the two GPU kernels of the loss share on the host: how one is launched, and how it becomes a
-differentiable loss.
+"""What GPU kernels share on the host: which GPUs they take, how one is launched, and how the loss's
+become a differentiable function.
 
 Why.  On a small model what Python does before a launch takes longer than the GPU.
 
+    refusal   which dtypes and GPUs are not for Triton's kernels
     launch    Triton's own call looks at every argument each time; here once for each kind
     Loss      called eagerly the loss is an autograd.Function. Under torch.compile or a dispatch mode
               (selective checkpointing is one) it is a registered operator: visible to them, three
@@ -23,6 +24,37 @@ LOG2E = math.log2(math.e)
 # Heads are taken in groups whose x and y fit in this many bytes of L2. Reasoned (an H100 or H200
 # has 50 MB), not timed.
 GROUP_BYTES = 32 * 2**20
+# Bytes of shared memory a block can have, on every NVIDIA GPU from compute capability 8.0 on
+SHARED_MEMORY = 99 * 2**10
+
+
+@functools.cache
+def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.cuda.get_device_capability(device), shared
+
+
+@torch.compiler.assume_constant_result
+def chip(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and bytes of shared memory a block can have; the interpreter plays an
+    H200.
+    """
+    return _properties(device) if device.type == "cuda" else ((9, 0), 232448)
+
+
+def refusal(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's kernels cannot take `dtype` on `device`, in a sentence; None if they can."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the Triton kernel takes float16, bfloat16 or float32, not {dtype}"
+    cuda = device.type == "cuda"
+    if not cuda and not INTERPRETED:
+        return f"the Triton kernel needs a GPU, and the tensors are on {device} (TRITON_INTERPRET=1 emulates one)"
+    if cuda and torch.version.hip:
+        return "the Triton kernel is proven on NVIDIA GPUs only, and this one is AMD's"
+    capability, shared = chip(device)
+    if capability < (8, 0) or shared < SHARED_MEMORY:
+        return f"the Triton kernel needs compute capability 8.0 and 99 KiB of shared memory; {device} has {capability}"
+    return None
 
 
 _compiled: dict = {}  # compiled kernels by all that they were compiled for, see launch

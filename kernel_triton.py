@@ -66,7 +66,17 @@ if __name__ == "__main__" and not torch.cuda.is_available():
 import triton
 import triton.language as tl
 
-from kernel_host import GROUP_BYTES, INTERPRETED, LOG2E, Loss, launch, row_numbers
+from kernel_host import (
+    GROUP_BYTES,
+    INTERPRETED,
+    LOG2E,
+    SHARED_MEMORY,
+    Loss,
+    chip,
+    launch,
+    refusal,
+    row_numbers,
+)
 
 LN2: tl.constexpr = tl.constexpr(math.log(2))
 NOTHING: tl.constexpr = tl.constexpr(-1e30)  # an unseen pair's score: finite, and exp2 gives 0
@@ -317,7 +327,7 @@ def _backward_kernel(
 CHIPS = (
     ("h100", (9, 10), 232448),
     ("a100", (8, 9, 10, 11, 12), 166912),
-    ("small", (8, 9, 10, 11, 12), 101376),
+    ("small", (8, 9, 10, 11, 12), SHARED_MEMORY),
 )
 # (largest D, tile). "Timed" was measured on an H200, torch 2.11, Triton 3.6, bf16, causal (LOG.md
 # has what others took). The others were chosen by what the compiler reports (they fit, and spill
@@ -358,35 +368,11 @@ def tile(
     return next(tile for largest, tile in rows if largest >= D)
 
 
-@functools.cache
-def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return torch.cuda.get_device_capability(device), shared
-
-
-@torch.compiler.assume_constant_result
-def _chip(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Compute capability and bytes of shared memory a block can have; the interpreter plays an
-    H200.
-    """
-    return _properties(device) if device.type == "cuda" else ((9, 0), 232448)
-
-
 def unsupported(x: Tensor) -> str | None:
     """Why a loss of x [B, H, T, D] cannot go to the kernel, in a sentence; None if it can."""
-    D = x.shape[-1]
-    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the Triton kernel takes float16, bfloat16 or float32, not {x.dtype}"
-    if not 16 <= D <= 256:
-        return f"the Triton kernel takes a head dimension D from 16 to 256, not {D}"
-    if not x.is_cuda and not INTERPRETED:
-        return f"the Triton kernel needs a GPU, and the tensors are on {x.device} (TRITON_INTERPRET=1 emulates one)"
-    if x.is_cuda and torch.version.hip:
-        return "the Triton kernel is proven on NVIDIA GPUs only, and this one is AMD's"
-    capability, shared = _chip(x.device)
-    if capability < (8, 0) or shared < CHIPS[-1][2]:
-        return f"the Triton kernel needs compute capability 8.0 and 99 KiB of shared memory; {x.device} has {capability}"
-    return None
+    if not 16 <= x.shape[-1] <= 256:
+        return f"the Triton kernel takes a head dimension D from 16 to 256, not {x.shape[-1]}"
+    return refusal(x.device, x.dtype)
 
 
 def _constants(direction: str, x: Tensor, y: Tensor, dtype: torch.dtype, causal: bool) -> dict:
@@ -395,7 +381,7 @@ def _constants(direction: str, x: Tensor, y: Tensor, dtype: torch.dtype, causal:
     x, y: as the kernel gets them.
     """
     D = x.shape[-1]
-    BT, BS, num_warps, num_stages = tile(direction, D, dtype, *_chip(x.device))
+    BT, BS, num_warps, num_stages = tile(direction, D, dtype, *chip(x.device))
     if direction == "backward" and not causal:
         # with 3, Triton 3.6 waits after every tensor-core instruction (C7515)
         num_stages = min(num_stages, 2)

@@ -114,9 +114,10 @@ def choose_glue(device: torch.device, dtype: torch.dtype) -> tuple[object, str]:
         return None, f"the tensors are on {device.type}"
     try:
         import kernel_glue
+        from kernel_host import refusal
     except ImportError as e:
         return None, f"Triton cannot be imported ({e})"
-    if reason := kernel_glue.unsupported(device, dtype):
+    if reason := refusal(device, dtype):
         return None, reason
     return kernel_glue, "a GPU waits for memory between products"
 

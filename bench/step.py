@@ -194,6 +194,7 @@ class Timed:
             bits=self.bits,
         )
         self.fit = fit.settle(machine, stage, arguments.micro)
+        self.long = self.fit.tiles is not None
         models = random_models(config, self.rank, self.device, self.dtype, self.bits)
         self.teacher, self.student = models
         self.units = parallel.shard(*models, world, self.dtype) if arguments.shard else None
@@ -330,71 +331,103 @@ def waiting(timed: Timed, whole: float) -> float | None:
 
 def measure(timed: Timed, repeat: int, peak: float, limit: float | None = None) -> dict:
     """The row of one stage. peak: of the product rate of one device, in flop/s."""
-    device, c, stage, world = timed.device, timed.teacher.config, timed.stage, timed.world
-    long = timed.fit.tiles is not None or timed.fit.P > 1
-    whole, layers = None, Layers(timed, limit)
+    layers = Layers(timed, limit)
+    whole = whole_step(timed, layers, repeat)
+    row = what_is_timed(timed) | {"whole": whole is not None}
+    row["seconds"] = layers.whole() if whole is None else whole
+    if limit and timed.long:
+        row["layers"] = {k: [round(s, 3) for s in each] for k, each in layers.each.items()}
+    row |= rates(timed, row["seconds"], peak) | memory(timed) | {"parts": {}, "waiting": None}
+    if whole is None:
+        return row
+    alone = not timed.long and timed.world.size == 1
+    if alone:
+        row["parts"] = forwards(timed, repeat)
+        row["waiting"] = waiting(timed, whole)
+    row["parts"]["optimiser"] = seconds(timed.update, timed, repeat)
+    rest = "backward" if alone else "forward and backward"
+    row["parts"][rest] = whole - sum(row["parts"].values())
+    return row if timed.long else row | as_a_graph(timed, repeat, peak)
+
+
+def whole_step(timed: Timed, layers: Layers, repeat: int) -> float | None:
+    """Seconds of a step; None where --limit stopped it."""
     for _ in range(2):
         timed(WARM)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if timed.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(timed.device)
     try:
         with layers:
-            whole = seconds(timed, timed, repeat, warm=0)
+            return seconds(timed, timed, repeat, warm=0)
     except TooLong:
         print(f"        stopped by --limit after {layers.last - layers.began:.0f} s")
-    row = {
+        return None
+
+
+def what_is_timed(timed: Timed) -> dict:
+    """The step, and how it uses the memory."""
+    stage, settled = timed.stage, timed.fit
+    return {
         "stage": stage.name,
         "T": stage.T,
         "batch": stage.batch,
-        "micro": timed.fit.micro,
+        "micro": settled.micro,
         "lora_rank": timed.rank,
         "bits": timed.bits,
-        "processes": world.size,
+        "processes": timed.world.size,
         "shard": timed.units is not None,
-        "per_block": timed.fit.P,
+        "per_block": settled.P,
+        "recomputed": settled.recomputed,
+        "memory": settled.describe(timed.teacher.config.n_layer),
     }
-    row |= {
-        "recomputed": timed.fit.recomputed,
-        "memory": timed.fit.describe(c.n_layer),
-        "whole": whole is not None,
-        "seconds": layers.whole() if whole is None else whole,
+
+
+def rates(timed: Timed, taken: float | None, peak: float) -> dict:
+    """Tokens and floating-point operations per second of a step that took so long."""
+    found = {}
+    if taken:
+        rate = sum(cost.flops(timed.teacher.config, timed.stage, timed.rank).values()) / taken
+        found["tokens_per_second"] = timed.stage.tokens / taken
+        found |= {"tflops": rate / 1e12, "mfu": rate / (peak * timed.world.size)}
+    return found | {"peak_tflops": peak / 1e12}
+
+
+def memory(timed: Timed) -> dict:
+    """GiB held at the peak so far, by the process that has most, and what was planned."""
+
+    def most(device: torch.device) -> float:
+        return -timed.world.min(-cost.peak_memory(device))
+
+    return {
+        "gib": most(timed.device),
+        "planned_gib": sum(timed.fit.need.values()) / 2**30,
+        "host_gib": most(torch.device("cpu")),
+        "planned_host_gib": timed.fit.tiles.host / 2**30 if timed.fit.tiles else 0.0,
+        "pinning_seconds": timed.pinning,
     }
-    if limit and long:
-        row["layers"] = {k: [round(s, 3) for s in each] for k, each in layers.each.items()}
-    work, all_peaks = sum(cost.flops(c, stage, timed.rank).values()), peak * world.size
-    if row["seconds"]:
-        rate = work / row["seconds"]
-        row |= {"tokens_per_second": stage.tokens / row["seconds"], "tflops": rate / 1e12}
-        row |= {"mfu": rate / all_peaks}
-    row |= {"peak_tflops": peak / 1e12, "gib": -world.min(-cost.peak_memory(device))}
-    row["planned_gib"] = sum(timed.fit.need.values()) / 2**30
-    row["host_gib"] = -world.min(-cost.peak_memory(torch.device("cpu")))
-    row["planned_host_gib"] = timed.fit.tiles.host / 2**30 if timed.fit.tiles else 0.0
-    row["pinning_seconds"] = timed.pinning
-    row |= {"parts": {}, "waiting": None}
-    if whole is None:
-        return row
-    parts = row["parts"]
-    if not long and world.size == 1:
-        if stage.objective == "relation":
-            parts["teacher forward"] = seconds(timed.teacher_forward, timed, repeat)
-        parts["student forward"] = seconds(timed.student_forward, timed, repeat)
-        if stage.objective == "relation":
-            one = seconds(timed.one_layers_relations, timed, repeat)
-            parts["relation"] = c.n_layer * one
-        row["waiting"] = waiting(timed, whole)
-    parts["optimiser"] = seconds(timed.update, timed, repeat)
-    rest = "backward" if "student forward" in parts else "forward and backward"
-    parts[rest] = whole - sum(parts.values())
-    if long:
-        return row
+
+
+def forwards(timed: Timed, repeat: int) -> dict:
+    """Seconds of what a step's forward is made of, each part alone."""
+    parts, related = {}, timed.stage.objective == "relation"
+    if related:
+        parts["teacher forward"] = seconds(timed.teacher_forward, timed, repeat)
+    parts["student forward"] = seconds(timed.student_forward, timed, repeat)
+    if related:
+        one = seconds(timed.one_layers_relations, timed, repeat)
+        parts["relation"] = timed.teacher.config.n_layer * one
+    return parts
+
+
+def as_a_graph(timed: Timed, repeat: int, peak: float) -> dict:
+    """The step recorded as a CUDA graph: its seconds and MFU; {} where it is not recorded."""
     timed.step.close()
     timed.step = timed.make_step(graphs=True)
-    if timed.step.recorded:
-        timed()  # records
-        row["graph_seconds"] = seconds(timed, timed, repeat)
-        row["graph_mfu"] = work / row["graph_seconds"] / all_peaks
-    return row
+    if not timed.step.recorded:
+        return {}
+    timed()  # records
+    taken = seconds(timed, timed, repeat)
+    return {"graph_seconds": taken, "graph_mfu": rates(timed, taken, peak)["mfu"]}
 
 
 def stages(arguments, config: LlamaConfig) -> list[cost.Stage]:

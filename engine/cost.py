@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from engine.parallel import Reducer
 from engine.quant import BYTES as PACKED_BYTES
 from engine.sequence import repeats
 from engine.tiles import Tiles, calls_of_attention
@@ -78,11 +79,19 @@ def parameters(c: LlamaConfig) -> tuple[int, int]:
     return c.n_layer * (qkv + rest + biases) + heads, c.n_layer * qkv
 
 
+def trained_tensors(c: LlamaConfig, rank: int | None) -> list[int]:
+    """Numbers in each tensor of a layer that learns: weights and biases of the q, k and v
+    projections, or the two matrices of each one's adapter of `rank`.
+    """
+    out = [c.head_dim * heads for heads in (c.n_head, c.n_kv_head, c.n_kv_head)]
+    if rank:
+        return 3 * [rank * c.width] + [rank * n for n in out]
+    return [c.width * n for n in out] + c.qkv_bias * out
+
+
 def trained_parameters(c: LlamaConfig, rank: int | None) -> int:
-    """How many numbers learn: the q, k and v projections, or adapters of `rank` beside them."""
-    if not rank:
-        return parameters(c)[1]
-    return c.n_layer * rank * (3 * c.width + c.head_dim * (c.n_head + 2 * c.n_kv_head))
+    """How many numbers learn, in all layers."""
+    return c.n_layer * sum(trained_tensors(c, rank))
 
 
 def layer_bytes(
@@ -175,6 +184,7 @@ def memory(
     *,
     rank: int | None = None,
     shards: int = 1,
+    processes: int = 1,
     attention: torch.dtype | None = None,
     per_rank: int | None = None,
     tiles: Tiles | None = None,
@@ -184,14 +194,52 @@ def memory(
     bits: int | None = None,
 ) -> dict[str, int]:
     """Bytes by part for one process working on `micro` of its `per_rank` blocks at a time, the
-    first `recomputed` layers computed again in the backward.
+    first `recomputed` layers computed again in the backward. The stage's `auxiliary` is left out.
 
-    shards: over how many --shard cuts; attention: what it computes in, `dtype` if None; tiles: how
-    a long block is done, of which P processes do a share each; fused, gpu: see activation_bytes;
-    bits: of frozen matrices, if they are packed (engine/quant.py). The peak is where the parts are
-    largest together: with one micro-batch, gradients come as layers' inputs go.
+    shards: over how many --shard cuts; processes: how many sum their gradients where it cuts
+    nothing; attention: what it computes in, `dtype` if None; tiles: how a long block is done, of
+    which P processes do a share each; fused, gpu: see activation_bytes; bits: of frozen matrices,
+    if they are packed (engine/quant.py). The peak is where the parts are largest together.
     """
-    b = dtype.itemsize
+    b, trained = dtype.itemsize, trained_parameters(c, rank)
+    parts = weight_bytes(c, b, rank, shards, bits)
+    copied = bucket_bytes(c, rank) if processes > 1 and shards == 1 else 0
+    if copied:
+        parts["gradients in buckets"] = copied
+    # These come as what layers keep goes: buckets and, of one micro-batch, all gradients
+    come = copied + (4 * trained // shards if micro == per_rank else 0)
+    if tiles:
+        kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
+        goes = kept["layers' inputs"] + kept["attention's outputs"]
+        parts["trained weights, gradients, Adam"] -= min(come, goes)
+        return parts | kept
+    kept = activation_bytes(c, stage, dtype, micro, recomputed, rank, attention, fused, gpu)
+    if shards > 1 and b == 2:  # its copies are what is gathered
+        copies = b * trained // c.n_layer
+        kept["activations"] -= (c.n_layer - recomputed) * copies
+        if recomputed:
+            kept["a layer again"] -= copies
+    # A relation's student in float32 and its gradient, and what it hands on: Q/Q is the largest
+    work = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
+    if not recomputed:
+        return parts | kept | {"at work": work}
+    inputs = recomputed * b * c.width * micro * stage.T
+    inputs *= 2 if stage.objective == "relation" else 1
+    layers, again = kept.pop("activations"), kept.pop("a layer again")
+    most = max(
+        layers + max(work, kept.pop("logits", 0)),  # where the backward begins,
+        inputs + again + work + come * (c.n_layer - recomputed) // c.n_layer,
+        again + work + come,  # comes to the layers computed again, and ends
+    )
+    return parts | kept | {"layers": most - come}
+
+
+def weight_bytes(
+    c: LlamaConfig, b: int, rank: int | None, shards: int, bits: int | None
+) -> dict[str, int]:
+    """Bytes by part of both models' weights in `b` bytes per number, and of what is there for those
+    that learn; shards, bits: see memory.
+    """
     everything, qkv = parameters(c)
     ends = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
     trained = trained_parameters(c, rank)
@@ -207,43 +255,15 @@ def memory(
         parts["gathered layers"] = (
             2 * (everything - ends + trained) * b + 4 * trained
         ) // c.n_layer
-    if tiles:
-        kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
-        if micro == per_rank:  # of one micro-batch gradients come as what layers keep goes
-            goes = kept["layers' inputs"] + kept["attention's outputs"]
-            parts["trained weights, gradients, Adam"] -= min(4 * trained // shards, goes)
-    else:
-        kept = activation_bytes(c, stage, dtype, micro, recomputed, rank, attention, fused, gpu)
-        if shards > 1 and b == 2:  # its copies are what is gathered
-            copies = b * trained // c.n_layer
-            kept["activations"] -= (c.n_layer - recomputed) * copies
-            if recomputed:
-                kept["a layer again"] -= copies
-        # A relation's student in float32 and its gradient, and what it hands on: Q/Q is the largest
-        work = micro * stage.T * (4 * 3 * c.n_head * c.head_dim + 2 * b * c.mlp_width)
-        if recomputed:
-            inputs = recomputed * b * c.width * micro * stage.T
-            inputs *= 2 if stage.objective == "relation" else 1
-            layers, again = kept.pop("activations"), kept.pop("a layer again")
-            # of one micro-batch gradients, which count with the weights, come as layers go
-            gradients = 4 * trained // shards if micro == per_rank else 0
-            most = max(
-                layers + max(work, kept.pop("logits", 0)),  # where the backward begins,
-                inputs + again + work + gradients * (c.n_layer - recomputed) // c.n_layer,
-                again + work + gradients,  # comes to the layers computed again, and ends
-            )
-            kept["layers"] = most - gradients
-        else:
-            kept["at work"] = work
-    parts |= kept
-    if stage.auxiliary:  # one after the other: the larger of the two counts
-        own = stage.auxiliary.batch
-        few = at_a_time(stage.auxiliary, None, own)
-        same = {"rank": rank, "shards": shards, "attention": attention, "tiles": tiles, "P": P}
-        same |= {"fused": fused, "gpu": gpu, "bits": bits}  # no per_rank: all gradients are there
-        other = memory(c, stage.auxiliary, dtype, few, recomputed, **same)
-        parts = max(parts, other, key=lambda p: sum(p.values()))
     return parts
+
+
+def bucket_bytes(c: LlamaConfig, rank: int | None) -> int:
+    """Bytes of the gradients that are copied before they are summed over processes: the small ones
+    (engine/parallel.py). The copies are there until a step's backward has ended.
+    """
+    small = [n for n in trained_tensors(c, rank) if 4 * n < Reducer.BUCKET]
+    return 4 * c.n_layer * sum(small)
 
 
 def tiled_bytes(

@@ -31,6 +31,11 @@ GRACE = 25.0  # seconds for a stop under torchrun, which kills what is there aft
 IF_SAVED = "--resume goes on from a state that was saved before; where none was, start again"
 
 
+def again(program: str) -> str:
+    """What to do after an end in the middle, for who does not know what was saved."""
+    return IF_SAVED if program == "train.py" else "start again"
+
+
 class OutOfMemory(ValueError):
     """The memory of a device, or of the machine, ran out."""
 
@@ -85,7 +90,7 @@ def _out_of_memory(e: BaseException) -> str:
 def run(main, program: str) -> None:
     """main(), and the exit code and sentence of how it ended."""
     sys.stdout.reconfigure(errors="backslashreplace")  # names need not be UTF-8; as stderr has it
-    stopped = f"stopped; {IF_SAVED if program == 'train.py' else 'start again'}"
+    stopped = f"stopped; {again(program)}"
     try:
         for number in SIGNALS:
             signal.signal(number, _stop)

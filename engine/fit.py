@@ -32,7 +32,7 @@ import torch
 
 from engine import cost
 from engine.cost import Stage, at_a_time
-from engine.sequence import processes_per_block, refuse_heads
+from engine.sequence import blocks_per_process, processes_per_block, refuse_heads
 from engine.tiles import Tiles
 from model import LlamaConfig
 from precision import attention_dtype
@@ -112,87 +112,112 @@ def settle(m: Machine, stage: Stage, micro: int | None) -> Fit:
     P = processes_per_block(stage.batch, m.processes)
     if P > 1:
         refuse_heads(m.c, P)
-    found = _first(m, stage, micro, P)
+    found = _first(m, stage, micro)
     if found is None:
-        raise ValueError(refusal(m, stage, micro, P))
+        raise ValueError(refusal(m, stage, micro))
     return found
 
 
-def _first(m: Machine, stage: Stage, micro: int | None, P: int) -> Fit | None:
-    if P == 1:
-        per_rank = stage.batch // m.processes
-        most = at_a_time(stage, micro, per_rank)
-        counts = [most]
-        while not micro and counts[-1] // 2 * stage.T >= FEWEST_TOKENS:
-            counts.append(counts[-1] // 2)
-        for blocks in counts:
-            if _total(need := _need(m, stage, blocks, 0, per_rank)) <= KEEP * m.free:
-                return Fit(blocks, 0, need)
-        tiled = _tiled(m, stage, micro, P)
-        c = m.c
-        long = 2 * c.width * (c.n_head + 2 * c.n_kv_head) / c.n_head < stage.T
-        if tiled and long and tiled.tiles.on_gpu == tiled.tiles.outputs == c.n_layer:
-            return tiled
-        found = []
-        for blocks in [most] if micro else range(most, 0, -1):
-            if not found or blocks * stage.T >= FEWEST_TOKENS:
-                found += _recomputing(m, stage, blocks, per_rank)
-        return min(found, key=lambda fit: fit.recomputed, default=tiled)
-    return _tiled(m, stage, micro, P)
+def _first(m: Machine, stage: Stage, micro: int | None) -> Fit | None:
+    if processes_per_block(stage.batch, m.processes) > 1:
+        return _tiled(m, stage, micro)
+    most = at_a_time(stage, micro, stage.batch // m.processes)
+    counts = [most]
+    while not micro and counts[-1] // 2 * stage.T >= FEWEST_TOKENS:
+        counts.append(counts[-1] // 2)
+    for blocks in counts:
+        if _total(need := _need(m, stage, micro, blocks, 0)) <= KEEP * m.free:
+            return Fit(blocks, 0, need)
+    tiled = _tiled(m, stage, micro)
+    c = m.c
+    long = 2 * c.width * (c.n_head + 2 * c.n_kv_head) / c.n_head < stage.T
+    if tiled and long and tiled.tiles.on_gpu == tiled.tiles.outputs == c.n_layer:
+        return tiled
+    found = []
+    for blocks in [most] if micro else range(most, 0, -1):
+        if not found or blocks * stage.T >= FEWEST_TOKENS:
+            found += _recomputing(m, stage, micro, blocks)
+    return min(found, key=lambda fit: fit.recomputed, default=tiled)
 
 
-def _recomputing(m: Machine, stage: Stage, blocks: int, per_rank: int) -> list[Fit]:
+def _recomputing(m: Machine, stage: Stage, micro: int | None, blocks: int) -> list[Fit]:
     """The way with the fewest layers computed again, if so many blocks fit with all of them."""
     L = m.c.n_layer
     for recomputed in range(1, L + 1):
-        need, most = _need(m, stage, blocks, recomputed, per_rank), KEEP if recomputed < L else ROOM
+        need, most = _need(m, stage, micro, blocks, recomputed), KEEP if recomputed < L else ROOM
         if _total(need) <= most * m.free:
             return [Fit(blocks, recomputed, need)]
     return []
 
 
+def _in_turn(
+    m: Machine, stage: Stage, micro: int | None, blocks: int
+) -> list[tuple[Stage, int, int, int]]:
+    """What a step does one after the other, as Run.micro_batches has it: the stage, `blocks` at a
+    time, and its auxiliary, as --micro says.
+
+    Each: (it, blocks of this process, how many of them at a time, processes that share one).
+    """
+    found = []
+    for part in (stage, stage.auxiliary):
+        if part:
+            own = blocks_per_process(part.batch, m.processes)
+            few = at_a_time(part, blocks if part is stage else micro, own)
+            found.append((part, own, few, processes_per_block(part.batch, m.processes)))
+    return found
+
+
 def _need(
     m: Machine,
     stage: Stage,
+    micro: int | None,
     blocks: int,
     recomputed: int,
-    per_rank: int,
     tiles: Tiles | None = None,
-    P: int = 1,
 ) -> dict[str, int]:
-    ids = max(s.batch // stage.batch * (s.T + 1) for s in (stage, stage.auxiliary) if s)
-    parts = cost.memory(
-        m.c,
-        stage,
-        m.dtype,
-        blocks,
-        recomputed,
-        rank=m.rank,
-        shards=m.shards(),
-        attention=attention_dtype(m.dtype, m.device),
-        per_rank=per_rank,
-        tiles=tiles,
-        P=P,
-        fused=m.fused,
-        gpu=m.device.type == "cuda",
-        bits=m.bits,
-    )
-    return parts | {"a step's ids": 8 * per_rank * ids}
+    """Bytes by part, of a stage and its auxiliary the larger ones."""
+    needs = []
+    for part, own, few, P in _in_turn(m, stage, micro, blocks):
+        parts = cost.memory(
+            m.c,
+            part,
+            m.dtype,
+            few,
+            recomputed,
+            rank=m.rank,
+            shards=m.shards(),
+            processes=m.processes,
+            attention=attention_dtype(m.dtype, m.device),
+            per_rank=own if part is stage else None,  # the auxiliary's begin with all gradients
+            tiles=tiles,
+            P=P,
+            fused=m.fused,
+            gpu=m.device.type == "cuda",
+            bits=m.bits,
+        )
+        needs.append(parts | {"a step's ids": 8 * own * (part.T + 1)})
+    return max(needs, key=_total)
 
 
 def _total(parts: dict[str, int]) -> int:
     return sum(parts.values())
 
 
-def _tiled(m: Machine, stage: Stage, micro: int | None, P: int) -> Fit | None:
+def _host(m: Machine, stage: Stage, micro: int | None, blocks: int, tiles: Tiles) -> int:
+    """Bytes on the host, of a stage and its auxiliary the larger ones."""
+    turns = _in_turn(m, stage, micro, blocks)
+    return max(cost.host_bytes(m.c, part, m.dtype, few, tiles, P) for part, _, few, P in turns)
+
+
+def _tiled(m: Machine, stage: Stage, micro: int | None) -> Fit | None:
     """With as many of attention's outputs kept as there is room for, here or on the host."""
-    per_rank, blocks = stage.batch * P // m.processes, micro or 1
-    L = m.c.n_layer
+    L, P = m.c.n_layer, processes_per_block(stage.batch, m.processes)
+    blocks = at_a_time(stage, micro or 1, blocks_per_process(stage.batch, m.processes))
 
     def fit(on_gpu: int, outputs: int) -> Fit:
         tiles = Tiles(on_gpu=on_gpu, outputs=outputs)
-        need = _need(m, stage, blocks, 0, per_rank, tiles, P)
-        host = cost.host_bytes(m.c, stage, m.dtype, blocks, tiles, P)
+        need = _need(m, stage, micro, blocks, 0, tiles)
+        host = _host(m, stage, micro, blocks, tiles)
         return Fit(blocks, 0, need, dataclasses.replace(tiles, host=host), P)
 
     for outputs in range(L, -1, -1):
@@ -205,37 +230,37 @@ def _tiled(m: Machine, stage: Stage, micro: int | None, P: int) -> Fit | None:
     return None
 
 
-def refusal(m: Machine, stage: Stage, micro: int | None, P: int) -> str:
+def refusal(m: Machine, stage: Stage, micro: int | None) -> str:
     """One sentence: what the least that a step can do with needs, what is free, what would fit."""
     least = Tiles(on_gpu=0 if m.host else m.c.n_layer)
-    per_rank = stage.batch * P // m.processes
-    need = _total(_need(m, stage, micro or 1, 0, per_rank, least, P)) / ROOM
+    need = _total(_need(m, stage, micro, micro or 1, 0, least)) / ROOM
     said = f"{stage.name} needs about {need / 2**30:.1f} GiB and {m.free / 2**30:.1f} GiB are free"
-    if host := cost.host_bytes(m.c, stage, m.dtype, micro or 1, least, P):
+    if host := _host(m, stage, micro, micro or 1, least):
         said += f", and on the host {host / 2**30:.1f} GiB of {m.host / 2**30:.1f}"
-    n, longest, more = stage.name[-1], _longest(m, stage, P), _more_gpus(m, stage, P)
+    n, longest, more = stage.name[-1], _longest(m, stage, micro), _more_gpus(m, stage, micro)
     ways = [f"lower --length{n} (now {stage.T}{f' to {longest}' if longest else ''})"]
-    if stage.batch * P > m.processes or (micro or 1) > 1:
+    if blocks_per_process(stage.batch, m.processes) > 1 or (micro or 1) > 1:
         ways.append(f"--batch{n} (now {stage.batch}) or --micro")
     if not m.rank:
         ways.append("train adapters with --lora-rank")
     packed = dataclasses.replace(m, rank=m.rank or 64, bits=4, shard=False)
-    if not m.bits and (most := _longest(packed, stage, P)) > longest:
+    if not m.bits and (most := _longest(packed, stage, micro)) > longest:
         flags = "--bits 4" if m.rank else "--lora-rank and --bits 4"
+        flags += " in place of --shard" if m.shard else ""  # the two exclude each other
         ways.append(f"hold the frozen weights in 4 bits with {flags} (up to {most} tokens)")
     if more:
         shard = "" if m.bits else " and --shard"
         ways.append(f"start {more} processes with torchrun{shard} on as many GPUs")
-    elif not m.bits:
+    elif not m.bits and not m.shard:
         ways.append("spread the model over several GPUs with torchrun and --shard")
     return f"{said}; {', '.join(ways)}, or use a larger machine"
 
 
-def _longest(m: Machine, stage: Stage, P: int) -> int:
+def _longest(m: Machine, stage: Stage, micro: int | None) -> int:
     """The most tokens, in multiples of 1024, that a block can have here, or the stage's own; 0 if
     not even those.
     """
-    if _first(m, stage, None, P):
+    if _first(m, stage, micro):
         return stage.T
     fits, fails = 0, -(-stage.T // 1024)
     while fails - fits > 1:
@@ -244,12 +269,13 @@ def _longest(m: Machine, stage: Stage, P: int) -> int:
             stage.auxiliary, T=min(stage.auxiliary.T, 1024 * T)
         )
         tried = dataclasses.replace(stage, T=1024 * T, auxiliary=auxiliary)
-        fits, fails = (T, fails) if _first(m, tried, None, P) else (fits, T)
+        fits, fails = (T, fails) if _first(m, tried, micro) else (fits, T)
     return 1024 * fits
 
 
-def _more_gpus(m: Machine, stage: Stage, P: int) -> int | None:
+def _more_gpus(m: Machine, stage: Stage, micro: int | None) -> int | None:
     """How many processes, each with a device and a host's share like this one's, would do."""
+    P = processes_per_block(stage.batch, m.processes)
     for times in (2, 4, 8, 16, 32, 64):
         shared = P * times
         try:
@@ -257,6 +283,6 @@ def _more_gpus(m: Machine, stage: Stage, P: int) -> int | None:
         except ValueError:
             continue
         larger = dataclasses.replace(m, processes=stage.batch * shared, shard=not m.bits)
-        if _first(larger, stage, None, shared):
+        if _first(larger, stage, micro):
             return larger.processes
     return None

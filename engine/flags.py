@@ -26,7 +26,13 @@ SUBSETS = ("q", "k", "v", "qk", "qv", "kv", "qkv", "none")
 def parser(about: str) -> argparse.ArgumentParser:
     """Every flag, its range and its help."""
     p = new_parser(about)
-    add = p.add_argument_group("what").add_argument
+    _what(p.add_argument_group("what").add_argument)
+    _how(p.add_argument_group("how (what is left out is printed with the plan)").add_argument)
+    _running(p.add_argument_group("running").add_argument)
+    return p
+
+
+def _what(add: Callable) -> None:
     add("--teacher", type=path, help="Hugging Face directory of a LLaMA (default: the demo's)")
     add("--scale", type=scale, default=8.0, help="how many times the context, above 1 (8)")
     add(
@@ -38,7 +44,9 @@ def parser(about: str) -> argparse.ArgumentParser:
     add("--text-field", help="of rows, where it is not `text` or a chat's `messages`")
     add("--out", type=folder, help="a new folder for the result (out/NAME-xSCALE)")
     add("--stage", choices=("1", "2", "both"), default="both", help="which stages to run (both)")
-    add = p.add_argument_group("how (what is left out is printed with the plan)").add_argument
+
+
+def _how(add: Callable) -> None:
     for n in (1, 2):
         add(f"--tokens{n}", type=count, help=f"tokens that stage {n} reads")
         add(f"--length{n}", type=count, help=f"tokens per block of stage {n}")
@@ -87,7 +95,9 @@ def parser(about: str) -> argparse.ArgumentParser:
         default=8,
         help="long held-out blocks for the table; 0: no table (8)",
     )
-    add = p.add_argument_group("running").add_argument
+
+
+def _running(add: Callable) -> None:
     add("--resume", action="store_true", help="go on from the last state in --out")
     add("--save-minutes", type=weight, default=10, help="write the state at least this often (10)")
     add(
@@ -103,7 +113,6 @@ def parser(about: str) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="a torch device (cuda where there is one)")
     add("--cache", type=folder, help="folder for tokenised text, to share between runs (in --out)")
-    return p
 
 
 def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argparse.Namespace:

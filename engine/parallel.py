@@ -37,6 +37,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine.peers import Watch
 from hub.checkpoint import set_parameter
 from model import Llama
 
@@ -61,6 +62,7 @@ class World:
                 f"the environment's RANK is {self.rank} of {self.size} processes (WORLD_SIZE); "
                 f"{_REMEDY}"
             )
+        self.peers = Watch(first=self.main)  # from here on, a lost process leaves no other waiting
         if self.size == 1:
             if self.device.type == "cuda" and self.device.index is None:
                 self.device = torch.device("cuda", torch.cuda.current_device())

@@ -22,7 +22,7 @@ from engine.exits import OutOfMemory
 from engine.fit import ROOM, Fit, Machine, host_share, settle
 from engine.machine import fix_order, keep_memory
 from engine.parallel import World
-from engine.sequence import processes_per_block
+from engine.sequence import blocks_per_process
 from hub import checkpoint, files, rope_json
 from hub.tokenizer import Tokenizer, load_tokenizer
 from model import TRAINED, Llama, LlamaConfig, choose_glue
@@ -245,8 +245,8 @@ def relation_shape(
     asked = fit.micro
     if stage.auxiliary:
         stage, asked = stage.auxiliary, args.micro
-    per_rank = stage.batch * processes_per_block(stage.batch, processes) // processes
-    return at_a_time(stage, 1 if args.lora_dropout else asked, per_rank), stage.T
+    own = blocks_per_process(stage.batch, processes)
+    return at_a_time(stage, 1 if args.lora_dropout else asked, own), stage.T
 
 
 def relation_impl(
@@ -278,8 +278,8 @@ def remedy(stage: Stage) -> str:
     n = stage.name[-1]
     return (
         f"lower --length{n} (now {stage.T}), --batch{n} (now {stage.batch}) or --micro, train "
-        "adapters with --lora-rank, and --bits 4 beside them, spread the model over several GPUs "
-        "with torchrun and --shard, or use a larger machine"
+        "adapters with --lora-rank, and --bits 4 beside them (not with --shard), spread the model "
+        "over several GPUs with torchrun and --shard, or use a larger machine"
     )
 
 

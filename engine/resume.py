@@ -23,7 +23,7 @@ the last step the run ends as if nobody had asked, with code 0. A second signal 
 torchrun, which passes on to its processes the Ctrl-C that they already had, only if it comes a
 second or more after the first. torchrun kills what is not done 30 seconds after a stop: a state
 that is not whole after GRACE is given up, the one before counts, and a line says how many steps
-that costs.
+that costs. What else takes longer, as a measurement may, peers.py ends with a sentence.
 
 Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed. --impl
 and --micro may change, and then the rounding does.
@@ -68,12 +68,6 @@ class StopRequest:
             before = b"\n" if os.isatty(2) else b""  # a terminal may show a bar
             os.write(2, before + b"stopping after this step or measurement; once more: at once\n")
         self.asked = time.monotonic()
-
-    def left(self) -> float | None:
-        """Seconds until this stop must be over; None where nobody said how many there are."""
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            return None
-        return max(0.0, exits.GRACE - (time.monotonic() - self.asked if self.asked else 0.0))
 
     def close(self) -> None:
         for number, handler in self._before.items():

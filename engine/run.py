@@ -32,7 +32,6 @@ from engine.cost import Stage
 from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World, lost
-from engine.peers import Watch
 from engine.plan import Plan
 from engine.sequence import processes_per_block
 from engine.states import Job, Saver
@@ -51,7 +50,7 @@ class Run:
         self.times = Times("start")
         self.out = folder.Folder(self.args.out, "train.py", active=world.main)
         self.saving = self.stopping = False  # what all processes agreed on in this step
-        self.saver = None
+        self.saver = self.stop_request = None
 
     # ---- where it is written, and where it begins
 
@@ -72,26 +71,36 @@ class Run:
             folder_lock.enter_context(self.out)
             # Another run may have come and gone since
             self.world.on_main(plan.check_folder, self.args)
-            self.world.on_all(self._refuse_apart)
+            holder = self.world.on_main((self.args.out / folder.LOCK).read_text)
+            self.world.on_all(self._refuse_apart, holder)
             self.find()
             self._folder_lock = folder_lock.pop_all()  # nothing was refused: it is kept
         return self
 
-    def _refuse_apart(self) -> None:
-        """Raises ValueError where this process does not see the folder that the first one took."""
-        if not (self.args.out / folder.LOCK).exists():
+    def _refuse_apart(self, holder: str) -> None:
+        """Raises ValueError where this process does not see the folder that the first one took:
+
+        its lock, which says `holder`. An earlier run may have left another.
+        """
+        lock = self.args.out / folder.LOCK
+        if not lock.is_file() or lock.read_text() != holder:
             raise ValueError(
                 f"process {self.world.rank} does not see {self.args.out}, where each writes its "
                 "part of a state; name a folder on a disk that all machines share"
             )
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         # Within a stage: after it, what was not measured is not saved. Several processes could not
         # agree on it any more
         if self.saver and self.at.step and self.world.size == 1:
             with contextlib.suppress(ValueError):
                 self.saver.finish()
-        self._folder_lock.__exit__(*error)
+        self._folder_lock.__exit__(kind, error, trace)
+        if self.world.size > 1 and lost(error):
+            if self.stop_request and not self.world.main:  # torchrun ends all: that is no news
+                raise KeyboardInterrupt from None
+            ended = f"another process of this run has ended{self.world.peers.kept}"
+            raise ValueError(ended) from None
 
     def read_text(self) -> data.Corpus:
         """The text, tokenised by the first process, once all else is known to be right."""
@@ -124,7 +133,7 @@ class Run:
             states.load(self.at.state, weights, None, 0)
         out, overlap = self.out, self.plan.overlap
         self.saver = Saver(out, self.world, self.depends, self.at, overlap)
-        self.stop_request, self.saved = resume.StopRequest(), time.time()
+        self.stop_request, self.saved = resume.StopRequest(), time.monotonic()
         self.about = {
             "arguments": self.depends,
             "versions": versions(self.plan.device) | {"processes": self.world.size},
@@ -155,9 +164,7 @@ class Run:
 
     @contextlib.contextmanager
     def training(self, stage: Stage, optimiser: torch.optim.Optimizer, step):
-        """Around a stage's steps. Raises OutOfMemory, with the flags that help; ValueError where a
-        process was lost.
-        """
+        """Around a stage's steps. Raises OutOfMemory, with the flags that help."""
         self.optimiser, self.step, self.stage_began = optimiser, step, []
         if self.at.step:
             states.load(self.at.state, self.weights, optimiser, self.at.step)
@@ -166,17 +173,11 @@ class Run:
         if self.world.main:
             self.watch.begin(self.at.stage, self.at.step)
         try:
-            self.peers = Watch(self.world)
-            with self.times("steps"), self.peers:
+            with self.times("steps"):
                 yield
         except (MemoryError, RuntimeError) as e:
             if exits.ran_out(e):
                 raise plan.out_of_memory(stage, self.plan.device, self.saver.promise) from None
-            if self.world.size > 1 and lost(e):
-                if self.stop_request and not self.world.main:  # torchrun ends all: that is no news
-                    raise KeyboardInterrupt from None
-                ended = f"another process of this run has ended{self.saver.promise}"
-                raise ValueError(ended) from None
             raise
         step.close()
         self.times.first_step(self.stage_began)
@@ -184,7 +185,7 @@ class Run:
     def steps(self, stage: Stage) -> Iterator[int]:
         """The numbers of the steps that are left."""
         for n in range(self.at.step, stage.steps):
-            self.began = time.time()
+            self.began = time.monotonic()
             self.figures = watch.Figures(self.plan.native.n_layer, self.plan.device)
             yield n
 
@@ -220,11 +221,9 @@ class Run:
 
         Raises ValueError, on all, for a loss or gradient that is not finite.
         """
-        due = self.world.main and time.time() - self.saved > 60 * self.args.save_minutes
+        due = self.world.main and time.monotonic() - self.saved > 60 * self.args.save_minutes
         asked = bool(self.stop_request), due, self.saver.writing()
         self.stopping, self.saving, writing = self.figures.agree(self.world, *asked)
-        if self.stopping:
-            self.peers.end()  # the step has ended; saving takes its time
         if not writing:  # on any process
             with self.times("saving"):
                 self.saver.finish()
@@ -247,7 +246,7 @@ class Run:
     def log(self, n: int, norm: Tensor, lr: float) -> None:
         """The step is done: its line in the log. norm: [], before clipping."""
         self.at.step, self.at.total = n + 1, self.at.total + 1
-        seconds = time.time() - self.began
+        seconds = time.monotonic() - self.began
         self.stage_began.append(seconds)
         if self.world.main:
             self.watch.step(
@@ -255,17 +254,23 @@ class Run:
             )
 
     def save_if_due(self) -> None:
-        """Begins to write a state, where all agreed that it is time."""
-        if self.saving and not self.stopping:
-            with self.times("saving"):
-                while not self.saver.finish(_QUIET):  # a slow disk
-                    if not self.world.min(float(not self.stop_request)):
-                        self.stopping = True
-                        return
+        """Begins to write a state, where all agreed that it is time; without overlap, writes it."""
+        if self.saving and not self.stopping and self._finish_unless_stopped():
             self.save(self.optimiser)
-            self.saved = time.time()
+            self.saved = time.monotonic()
             if self.world.main:
                 self.watch.draw(patience=60)
+            if not self.plan.overlap:
+                self._finish_unless_stopped()
+
+    def _finish_unless_stopped(self) -> bool:
+        """Waits for the state at work; False where a stop is asked for before it is whole."""
+        with self.times("saving"):
+            while not self.saver.finish(_QUIET):  # a slow disk
+                if not self.world.min(float(not self.stop_request)):
+                    self.stopping = True
+                    return False
+        return True
 
     def save(self, optimiser: torch.optim.Optimizer | None) -> None:
         """Begins to write a state, once the one before is whole. optimiser: whose moments are kept
@@ -278,26 +283,26 @@ class Run:
 
     def stop(self) -> None:
         """Ends the process, as somebody asked, when the state is whole or time is up."""
-        self.peers.end()
-        if whole := self._finish_in_time():
+        whole, last = self._finish_in_time(), self.saver.last
+        if whole and not (last and last.total == self.at.total):  # else it was this step's already
             self.save(self.optimiser)
             whole = self._finish_in_time()
-        if self.world.main:
+        if self.world.main and whole:  # else there is no time
             self.watch.draw(patience=60)
         self.saver.abandon()
-        print(f"\n{self._stopped(whole)}")
+        print(f"\n{self._stopped(whole)}", flush=True)
         self.out.close()
         self.world.exit(exits.STOPPED)
 
     def _finish_in_time(self) -> bool:
         """Waits for the state at work; whether it is whole."""
-        left = self.stop_request.left()
+        left = self.world.peers.left()
         with self.times("saving"):
             if self.saver.finish(_QUIET if left is None else min(_QUIET, left)):
                 return True
             newest = self.saver.next.where(self.plan.stages)
             print(f"\nwriting the state {newest}; if it is not whole: {self._before()}", flush=True)
-            return self.saver.finish(self.stop_request.left())
+            return self.saver.finish(self.world.peers.left())
 
     def _before(self) -> str:
         """What counts where the newest state does not."""

@@ -45,6 +45,11 @@ def processes_per_block(batch: int, processes: int) -> int:
     )
 
 
+def blocks_per_process(batch: int, processes: int) -> int:
+    """How many of a step's blocks one process has, by itself or with those that share them."""
+    return batch * processes_per_block(batch, processes) // processes
+
+
 def refuse_heads(c: LlamaConfig, P: int) -> None:
     """Raises ValueError where the heads cannot be dealt out to P processes."""
     if c.n_head % P:

@@ -55,7 +55,7 @@ KEEP = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 _THREADS = 4  # that write, or read, at a time: one core's crc32 is slower than a disk
 _DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16"}
-_NAME = re.compile(r"step-(\d{8})")
+_NAME = re.compile(r"step-\d{8}(-measured)?")  # -measured: with its stage's column, at its end
 
 
 @dataclass
@@ -177,12 +177,17 @@ class Saver:
 
     def __init__(self, out: Folder, world: World, depends: dict, at: Progress, overlap: bool):
         self.out, self.world, self.depends, self.overlap = out, world, depends, overlap
-        self.last = replace(at) if at.state else None  # what the newest whole state knows
+        self._keep(replace(at) if at.state else None)
         self.job, self.next = None, None  # of the state that is being written, and what it knows
         self.room = torch.empty(0, dtype=torch.uint8)  # the copy
         self.touched = Job(bool, thread=False)  # over once its pages are made; it has none yet
         self.gpu = world.device.type == "cuda"
         self.pinned: list[Tensor] = []
+
+    def _keep(self, last: Progress | None) -> None:
+        """last: what the newest whole state knows."""
+        self.last = last
+        self.world.peers.kept = self.promise or "; no state was saved yet, so start again"
 
     @property
     def promise(self) -> str:
@@ -205,7 +210,10 @@ class Saver:
             self.touched = Job(self.room.numpy().fill, 0)
 
     def start(self, tensors: dict[str, Tensor], at: Progress) -> None:
-        """Copies this process's slices and begins to write them. Another may not be at work."""
+        """Copies this process's slices and begins to write them. Another may not be at work.
+
+        Without overlap there is no copy: nothing may change a weight until `finish` is True.
+        """
         assert self.job is None
         self.next = replace(at, state=None)  # and at's columns as they are when it is whole
         self.place = Path(self.world.on_main(self._place))
@@ -216,7 +224,7 @@ class Saver:
         if self.overlap:
             self.job = Job(self._write, file, self._copy(parts))
         else:
-            self.job = Job(self._write_at_once, file, parts, thread=False)
+            self.job = Job(self._write_at_once, file, parts)
 
     def _place(self) -> str:
         with files.disk_sentences(self.out.path, self.promise):
@@ -298,11 +306,12 @@ class Saver:
         job, self.job = self.job, None
         sums = self.world.on_all(job.result)
         self.world.on_main(self._publish, sums)
-        self.last = replace(self.next, state=self.out.path / self._name())
+        self._keep(replace(self.next, state=self.out.path / self._name()))
         return True
 
     def _name(self) -> str:
-        return f"state/step-{self.next.total:08d}"
+        """Another one than the last step's: to replace a state is to have none for a moment."""
+        return f"state/step-{self.next.total:08d}{'' if self.next.step else '-measured'}"
 
     def _publish(self, sums: list[list[int]]) -> None:
         """The manifest, the name, and the end of all states but the last two."""

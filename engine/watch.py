@@ -104,7 +104,7 @@ class Watch:
         self.boards = Boards(out.path, args.tensorboard, args.wandb, about["arguments"])
         self.work = [sum(cost.flops(config, stage, args.lora_rank).values()) for stage in stages]
         self.recent: list[float] = []  # flop/s of the last steps
-        self.bar, self.drawn = None, time.time()
+        self.bar, self.drawn = None, time.monotonic()
 
     def begin(self, number: int, first: int) -> None:
         """A stage starts, or goes on after `first` steps: its progress bar."""
@@ -202,9 +202,9 @@ class Watch:
     def draw(self, patience: float = 0.0) -> None:
         """Draws curves.png anew, unless it was drawn within the last `patience` seconds."""
         self.boards.flush()
-        if time.time() - self.drawn >= patience and self.log.tell():
+        if time.monotonic() - self.drawn >= patience and self.log.tell():
             self.out.write("curves.png", curves.picture(self.out.path / "metrics.jsonl"))
-            self.drawn = time.time()
+            self.drawn = time.monotonic()
 
     def close(self) -> None:
         self.log.close()

@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,11 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
+from test_kernel import compiled, nowhere  # noqa: F401
+
 import kernel_glue
+import kernel_host
+import kernel_triton
 import model as llama
 from kernel_host import INTERPRETED
 from rope import rotate
@@ -201,7 +206,56 @@ def test_more_numbers_than_31_bits_count(which):
 
 def test_a_cpu_and_float64_run_the_definitions():
     assert llama.choose_glue(torch.device("cpu"), torch.float32)[0] is None
-    assert kernel_glue.unsupported(torch.device("cuda"), torch.float64)
+    assert kernel_host.refusal(torch.device("cuda"), torch.float64)
+
+
+def test_the_loss_and_these_kernels_refuse_the_same_gpus(monkeypatch):
+    gpu, dtype = torch.device("cuda"), torch.bfloat16
+    x = SimpleNamespace(device=gpu, dtype=dtype, shape=(1, 1, 4, 64))
+    for capability, shared, words in ((7, 5), 2**16, "8.0 and 99 KiB"), ((8, 6), 99 * 2**10, None):
+        monkeypatch.setattr(kernel_host, "chip", lambda device: (capability, shared))  # noqa: B023
+        kernels, reason = llama.choose_glue.__wrapped__(gpu, dtype)
+        if words:
+            assert kernels is None and words in reason == kernel_triton.unsupported(x)
+        else:
+            assert kernels is kernel_glue and kernel_triton.unsupported(x) is None
+
+
+@compiled
+def test_a_kept_kernel_is_launched_as_triton_would(nowhere):  # noqa: F811
+    """Same machine code, same arguments, whatever was launched before: dtypes, widths, strides and
+    pointers choose the code.
+    """
+    low = torch.bfloat16
+    off = torch.zeros(6 * 48 + 1, dtype=low)[1:].view(6, 48)  # begins at 2 bytes
+    inputs = [torch.zeros(6, 48, dtype=low), off, torch.zeros(6, 50, dtype=low)]
+    inputs += [torch.zeros(16, 48, dtype=low), torch.zeros(1, 48), torch.zeros(7, 48)]
+    wide = torch.zeros(2, 4, 8, 64, dtype=low)
+    heads = [wide, wide.transpose(1, 2), wide[:, :, :, :32], wide[:, :, :5], wide[:, :3], wide[:1]]
+
+    def launches(x):
+        nowhere.calls.clear()
+        if x.dim() == 2:
+            for dtype in (x.dtype, torch.float32):
+                kernel_glue.norm_forward(x, torch.ones(x.shape[1], dtype=dtype), EPS)
+            kernel_glue.norm_backward(x, torch.ones(x.shape[1]), EPS, x)
+            kernel_glue.gate_forward(x, x)
+            kernel_glue.gate_backward(x, x, x)
+        else:
+            for shape in (x.shape[2:], (len(x), 1, *x.shape[2:])):
+                cos = torch.ones(shape, dtype=x.dtype)
+                kernel_glue.rotation(x, cos, cos, False), kernel_glue.rotation(x, cos, cos, True)
+        return [
+            [a.dtype if isinstance(a, torch.Tensor) else a for a in call] for call in nowhere.calls
+        ]
+
+    kept = [launches(x) for _ in range(2) for x in inputs + heads][len(inputs + heads) :]
+    # five launches of each matrix, but for `off`, whose pointers are looked at every time; in
+    # float32 both weights are one case; four of all heads
+    assert len(kernel_host._compiled) == 5 * 3 + 4 * 2 + 4 * 6
+    for x, ours in zip(inputs + heads, kept, strict=True):
+        kernel_host._compiled.clear()
+        assert ours == launches(x) and len(ours) in (4, 5)
 
 
 @interpreted

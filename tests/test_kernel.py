@@ -633,7 +633,7 @@ CHOICES += [(D, bf16, False, 90) for D in (64, 128, 256)]
     ],
 )
 def test_every_shipped_tile_compiles(direction, D, dtype, causal, chip, tmp_path, monkeypatch):
-    monkeypatch.setattr(kernel_triton, "_chip", lambda device: (divmod(chip, 10), SHARED[chip]))
+    monkeypatch.setattr(kernel_triton, "chip", lambda device: (divmod(chip, 10), SHARED[chip]))
     kernel = compile_kernel(direction, D, dtype, causal, chip)
     registers, stack = resources(kernel.asm["cubin"], tmp_path / "kernel.cubin")
     choice = tile(direction, D, dtype, divmod(chip, 10), SHARED[chip])

@@ -314,18 +314,18 @@ def test_a_lost_process_ends_all_others_with_one_sentence(small, text_dir, tmp_p
 STUCK = """
 import ctypes, signal, sys
 sys.path.insert(0, ROOT)
-from engine import exits, peers
+from engine import exits, run
 exits.GRACE = 2.0
-ends = peers.Watch.__exit__
+lost = run.lost
 
-def waits(watch, kind, error, trace):  # gloo saw that a process is gone; NCCL's kernels go on
-    if isinstance(error, RuntimeError):
+def waits(error):  # gloo saw that a process is gone; NCCL's kernels go on
+    if lost(error):
         signal.pthread_sigmask(signal.SIG_BLOCK, exits.SIGNALS)
         while True:
             ctypes.CDLL(None).pause()  # no Python runs in this thread any more
-    ends(watch)
+    return False
 
-peers.Watch.__exit__ = waits
+run.lost = waits
 import train
 exits.run(train.main, "train.py")
 """
@@ -338,6 +338,91 @@ def test_a_lost_process_ends_those_that_wait_for_their_gpu(small, text_dir, tmp_
     long = ["--tokens2", "200000", "--save-minutes", "0"]
     run = start(4, small, text_dir, out, *long, script=script)
     lose_one(run, out)
+
+
+ELSEWHERE = """
+import ctypes, os, pathlib, signal, sys, time
+sys.path.insert(0, ROOT)
+import torch.distributed as dist
+from engine import exits, run
+import train
+exits.GRACE = 1.0
+first = pathlib.Path(__file__).with_name("first")
+join = dist.init_process_group
+
+def lose(f, *a, **k):  # the second process; the first waits for it in f
+    if os.environ["RANK"] == "0":
+        first.touch()
+        f(*a, **k)
+    while not first.exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def gpu(*a):  # no Python runs in this thread any more
+    signal.pthread_sigmask(signal.SIG_BLOCK, exits.SIGNALS)
+    while True:
+        ctypes.CDLL(None).pause()
+
+def store(*a):  # as NCCL does for its first exchange; no other thread can ask the store
+    dist.distributed_c10d._get_default_store().get("never")
+
+def exchange(*a):
+    dist.barrier()
+
+PLACE = lambda *a, **k: lose(WAITS, *a, **k)
+exits.run(train.main, "train.py")
+"""
+NONE_YET = "; no state was saved yet, so start again"
+
+
+@pytest.mark.parametrize(
+    "place, waits, kept",
+    [
+        ("dist.init_process_group", "join", f"; {exits.IF_SAVED}"),
+        ("run.Run.measure", "gpu", NONE_YET),
+        ("run.Run.measure", "exchange", NONE_YET),
+        ("run.Run.end_stage", "store", states.GOES_ON),
+        ("run.Run.end_stage", "exchange", states.GOES_ON),
+        ("train.export", "gpu", states.GOES_ON),
+    ],
+)
+def test_a_process_lost_outside_steps_ends_the_others_and_says_what_is_kept(
+    small, text_dir, tmp_path, place, waits, kept
+):
+    """While they meet, before the first step, between stages and after the last."""
+    script, out = tmp_path / "train.py", tmp_path / "out"
+    code = ELSEWHERE.replace("ROOT", repr(str(ROOT)))
+    script.write_text(code.replace("PLACE", place).replace("WAITS", waits))
+    run = start(2, small, text_dir, out, "--save-minutes", "0", script=script)
+    _, errors = run.communicate(timeout=120)
+    said = [line for line in errors.splitlines() if line.startswith("train.py:")]
+    assert run.returncode == 1 and len(said) == 1, errors
+    assert said[0].startswith("train.py: another process of this run has ended"), said
+    assert said[0].endswith(kept), said
+    assert bool(states.found(out / "state")) == (kept == states.GOES_ON)
+
+
+HEARS = """
+import ctypes, os, signal, sys
+sys.path.insert(0, ROOT)
+from engine import exits, parallel
+for number in exits.SIGNALS:
+    signal.signal(number, lambda *_: None)
+world = parallel.World("cpu")
+assert world.peers.left() == exits.GRACE
+signal.pthread_sigmask(signal.SIG_BLOCK, exits.SIGNALS)  # so that another thread gets it
+os.kill(os.getpid(), signal.SIGTERM)
+ctypes.CDLL(None).sleep(2)  # as in a backward: no handler runs
+assert exits.GRACE - 10 < world.peers.left() < exits.GRACE - 1.9, world.peers.left()
+"""
+
+
+def test_torchruns_patience_counts_from_the_signal_and_not_from_the_handler(tmp_path):
+    command = [sys.executable, "-c", HEARS.replace("ROOT", repr(str(ROOT)))]
+    given = os.environ | {"TORCHELASTIC_RUN_ID": "x"}
+    ran = subprocess.run(command, env=given, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):

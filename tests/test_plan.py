@@ -3,12 +3,14 @@ counts.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +23,11 @@ import model as model_file
 import train
 from bench import prefill as bench_prefill
 from bench import step as bench_step
-from engine import cost, fit, graph, lora, offload, plan, step
+from engine import cost, fit, graph, lora, offload, parallel, plan, step
 from engine import tiles as tiles_file
+from engine.run import Run
 from engine.tiles import Tiles
-from model import TRAINED, make_student
+from model import TRAINED, make_student, trainable
 
 SHAPES = {
     "grouped": {
@@ -340,6 +343,74 @@ def test_the_relation_loss_that_is_named_is_that_of_the_blocks_that_have_one():
     assert plan.relation_shape(args, second, settled, 2) == (4, 512)
 
 
+@pytest.mark.parametrize("micro, dropout", [(None, 0.0), (1, 0.0), (3, 0.0), (3, 0.1)])
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_plan_counts_as_many_blocks_as_a_run_has_at_a_time(
+    processes, micro, dropout, monkeypatch
+):
+    """Of the stage and of its auxiliary. Four processes: each block of the stage is over two."""
+    auxiliary = cost.Stage("stage2", "relation", 512, 16, 1, 1e-3)
+    stage = cost.Stage("stage2", "next token", 2048, 2, 1, 1e-3, auxiliary=auxiliary)
+    c, cpu, counted, held = random_model().config, torch.device("cpu"), {}, {}
+    m = fit.Machine(c, f32, cpu, 4, False, processes, free=2**40, host=0)
+    memory = cost.memory
+
+    def noted(c, part, dtype, blocks, *recomputed, **more):
+        counted[part.objective] = blocks, more["P"]
+        return memory(c, part, dtype, blocks, *recomputed, **more)
+
+    monkeypatch.setattr(cost, "memory", noted)
+    settled = fit.settle(m, stage, 1 if dropout else micro)
+    run = object.__new__(Run)
+    run.args = argparse.Namespace(micro=micro, lora_dropout=dropout, seed=0, lookups=0.0)
+    run.world = SimpleNamespace(size=processes, rank=processes - 1)
+    run.plan = SimpleNamespace(device=cpu, fit=lambda stage: settled)
+    run.at, run.lookups = SimpleNamespace(stage=1, total=0), None
+    run.corpus = SimpleNamespace(batch=lambda seed, first, n, T: torch.zeros(n, T + 1).long())
+    for part, ids, *_ in run.micro_batches(stage, 0):
+        largest, _ = held.get(part.objective, (0, 0))
+        P = max(1, processes // part.batch)
+        held[part.objective] = max(largest, len(ids)), P
+    assert counted == held
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
+@pytest.mark.parametrize("bucket", [1, 4 * 32 * 20, 2**26], ids=["none", "the smaller", "all"])
+def test_the_plan_counts_what_the_reducer_copies(bucket, rank, monkeypatch):
+    monkeypatch.setattr(parallel.Reducer, "BUCKET", bucket)
+    sent, done = [], SimpleNamespace(wait=lambda: None)
+    monkeypatch.setattr(
+        parallel.dist, "all_reduce", lambda numbers, async_op: sent.append(numbers) or done
+    )
+    teacher = random_model(attention_bias=True)
+    student = make_student(teacher, teacher.config, () if rank else TRAINED)
+    if rank:
+        lora.adapt(student, TRAINED, rank, 8.0, 0.0)
+    weights = list(trainable(student).values())
+    reducer = parallel.Reducer(weights, SimpleNamespace(size=2))
+    reducer.last = True
+    sum(w.sum() for w in weights).backward()
+    reducer.finish()
+    reducer.close()
+    grads = {w.grad.data_ptr() for w in weights}
+    copied = sum(x.nbytes for x in sent if x.data_ptr() not in grads)
+    c = teacher.config
+    assert cost.trained_parameters(c, rank) == sum(w.numel() for w in weights)
+    assert cost.bucket_bytes(c, rank) == copied and (copied > 0) == (bucket > 1)
+    if bucket == 2**26:
+        assert copied == sum(w.nbytes for w in weights)
+
+    def need(processes: int, **how) -> int:
+        how = {"rank": rank, "per_rank": 2, "processes": processes} | how
+        recomputed = how.pop("recomputed", 0)
+        return sum(cost.memory(c, stage_of("next token"), f32, 2, recomputed, **how).values())
+
+    assert need(2) - need(1) == copied
+    assert need(2, shards=2) == need(1, shards=2)  # FSDP sums its own
+    for how in ({"recomputed": 1}, {"tiles": Tiles(64, 2, 2)}):  # they come as what is kept goes
+        assert 0 <= need(2, **how) - need(1, **how) <= copied
+
+
 def test_a_step_that_is_not_recorded_says_why():
     gpu = torch.device("cuda")
     assert graph.wanted(gpu, 0, False, False, 0.0)[0]
@@ -505,6 +576,19 @@ def test_a_refusal_says_what_would_fit_and_that_does():
     fit.settle(machine(78, 100, more, shard=True), long_stage(T), None)
     with pytest.raises(ValueError, match="lower --length2"):
         fit.settle(machine(8, 100), long_stage(T), None)
+
+
+def test_a_refusal_of_a_sharded_run_offers_what_goes_without_shard():
+    """--bits 4 and --shard exclude each other, and --shard is there already."""
+    m, stage = machine(8, 100, 2, shard=True), long_stage(1_000_000, 2)
+    said = fit.refusal(m, stage, None)
+    longest = int(re.search(r"with --bits 4 in place of --shard \(up to (\d+) tokens\)", said)[1])
+    packed = dataclasses.replace(m, shard=False, bits=4)
+    assert fit.settle(packed, long_stage(longest, 2), None).tiles
+    with pytest.raises(ValueError):
+        fit.settle(packed, long_stage(longest + 2048, 2), None)
+    assert "in place of" not in fit.refusal(dataclasses.replace(m, shard=False), stage, None)
+    assert "spread the model" not in fit.refusal(m, long_stage(10**9, 2), None)
 
 
 def test_a_containers_limit_counts_and_what_it_read_from_disk_does_not(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from test_train import arguments, same_result, shell
 
 import train
-from engine import cost, exits, fit, plan, states
+from engine import cost, exits, fit, folder, plan, run, states
 from engine.folder import Folder
 from engine.parallel import World
 
@@ -268,15 +269,31 @@ states.Saver._write = slow
 """
 
 
+# The same where the host has no room for a copy, so that steps wait
+AT_ONCE = """
+from engine import plan
+plan.spare_on_host, write = lambda *a: -1, states.Saver._write_at_once
+"""
+
+
+def slowly(overlap: bool, seconds: float) -> str:
+    slow = SLOW.format(seconds)
+    return slow if overlap else AT_ONCE + slow.replace("Saver._write ", "Saver._write_at_once ")
+
+
 def until(run, said: str) -> None:
     while said not in run.stdout.readline():
         assert run.poll() is None, run.communicate()
 
 
-def test_a_stop_that_leaves_no_time_counts_the_state_before(whole, small, text_dir, tmp_path):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_stop_that_leaves_no_time_counts_the_state_before(
+    whole, small, text_dir, tmp_path, overlap
+):
     """torchrun's patience ends while the third state is being written."""
     out = tmp_path / "out"
-    slow = script(tmp_path / "train.py", SLOW.format(600), "exits.GRACE = 2.0", "run._QUIET = 0.2")
+    slow = slowly(overlap, 600)
+    slow = script(tmp_path / "train.py", slow, "exits.GRACE = 2.0", "run._QUIET = 0.2")
     args = [*arguments(small, text_dir, out), "--save-minutes", "0"]
     run = shell(args, script=slow, env={"TORCHELASTIC_RUN_ID": "x"})
     until(run, "slow")
@@ -292,15 +309,19 @@ def test_a_stop_that_leaves_no_time_counts_the_state_before(whole, small, text_d
         f"the one after step 2 of stage1 counts, {done - 2} steps are lost; --resume goes on"
     ) or (done == 3 and "1 step is lost" in last), last
     assert states.load_info(states.latest(out / "state"))["total"] == 2
+    assert overlap or done == 3, "steps wait"
     resumed = shell([*arguments(small, text_dir, out), "--resume"])
     _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     same_result(whole, out)
 
 
-def test_a_stop_with_time_waits_for_a_slow_disk_and_says_so(whole, small, text_dir, tmp_path):
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_stop_with_time_waits_for_a_slow_disk_and_says_so(
+    whole, small, text_dir, tmp_path, overlap
+):
     out = tmp_path / "out"
-    slow = script(tmp_path / "train.py", SLOW.format(1.5), "run._QUIET = 0.2")
+    slow = script(tmp_path / "train.py", slowly(overlap, 1.5), "run._QUIET = 0.2")
     run = shell([*arguments(small, text_dir, out), "--save-minutes", "0"], script=slow)
     until(run, "slow")
     run.send_signal(signal.SIGINT)
@@ -391,6 +412,49 @@ def test_a_damaged_state_does_not_count_as_one_of_the_two_that_stay(tmp_path, ca
             save(out, weights, adam, total, World("cpu"))
     there = [state.name for state in states.found(tmp_path / "state")]
     assert there == ["step-00000003", "step-00000002"]
+
+
+def test_at_no_moment_is_there_no_state(tmp_path, monkeypatch):
+    """The state of a stage's last step, and the one between stages, which has as many steps."""
+    weights, adam = trained()
+    there, rename = [], Path.rename
+
+    def look(*a):
+        rename(*a)
+        there.append(states.latest(tmp_path / "state") is not None)
+
+    with Folder(tmp_path, "train.py") as out:
+        save(out, weights, adam, 5, World("cpu"))
+        monkeypatch.setattr(Path, "rename", look)
+        saver = states.Saver(out, World("cpu"), {}, states.Progress(), True)
+        saver.start(states.slices(weights, None, saver.world), states.Progress(1, 0, 5))
+        saver.finish()
+    assert there and all(there)
+    assert states.load_info(states.latest(tmp_path / "state"))["stage"] == 1
+
+
+def test_a_clock_that_is_set_back_keeps_no_state_from_being_written(small, text_dir, tmp_path):
+    back = "past = iter(range(10**9, 0, -3600))\ntime.time = lambda: float(next(past))"
+    args = [*arguments(small, text_dir, tmp_path / "out"), "--save-minutes", "0"]
+    run = shell(args, script=script(tmp_path / "train.py", back))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    names = [state.name for state in states.found(tmp_path / "out" / "state")]
+    assert names == ["step-00000009-measured", "step-00000009"], "one of the last step too"
+    rows = [json.loads(x) for x in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["seconds"] > 0 for row in rows)
+
+
+def test_a_folder_that_only_has_the_same_name_is_refused(tmp_path):
+    """As on another machine's own disk, where an earlier run left its lock."""
+    seen = run.Run(SimpleNamespace(args=SimpleNamespace(out=tmp_path)), World("cpu"))
+    for left in (None, "process 7 on there\n"):
+        if left:
+            (tmp_path / folder.LOCK).write_text(left)
+        with pytest.raises(ValueError, match=r"process 0 does not see .* all machines share"):
+            seen._refuse_apart("process 7 on here\n")
+    (tmp_path / folder.LOCK).write_text("process 7 on here\n")
+    seen._refuse_apart("process 7 on here\n")
 
 
 def test_a_state_of_another_version_is_named(tmp_path, capsys):
