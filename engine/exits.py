@@ -44,6 +44,8 @@ class OutOfMemory(ValueError):
 # its: something else left it behind
 _FIRST = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK", "0") == "0"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup: a lost connection stops nothing
+    SIGNALS = SIGNALS[:2]
 
 
 def _leave(number, frame) -> None:

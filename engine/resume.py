@@ -17,13 +17,13 @@ What it depends on.  The arguments that decide the result, and the contents of t
 and of the text, by their digests. A resumed run must have the same; what changed is named. The
 teacher's digest is taken while the teacher is loaded and the text tokenised.
 
-Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection) asks for a stop, and a line says so: the
-measurements at hand and the next step are finished, the state is saved, the exit code is 3. After
-the last step the run ends as if nobody had asked, with code 0. A second signal kills at once; under
-torchrun, which passes on to its processes the Ctrl-C that they already had, only if it comes a
-second or more after the first. torchrun kills what is not done 30 seconds after a stop: a state
-that is not whole after GRACE is given up, the one before counts, and a line says how many steps
-that costs. What else takes longer, as a measurement may, peers.py ends with a sentence.
+Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection; not under nohup) asks for a stop, and a line
+says so: the measurements at hand and the next step are finished, the state is saved, the exit code
+is 3. After the last step the run ends as if nobody had asked, with code 0. A second signal kills at
+once; under torchrun, which passes on to its processes the Ctrl-C that they already had, only if it
+comes a second or more after the first. torchrun kills what is not done 30 seconds after a stop: a
+state that is not whole after GRACE is given up, the one before counts, and a line says how many
+steps that costs. What else takes longer, as a measurement may, peers.py ends with a sentence.
 
 Limits.  Digests are of bytes: a teacher saved anew with the same weights counts as changed. --impl
 and --micro may change, and then the rounding does.

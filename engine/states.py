@@ -1,11 +1,12 @@
 """A state: what a run needs to go on, written by all processes while steps go on, read by any
 number of them.
 
-On disk.  state/step-N/ holds a file rank<r>.safetensors of each of the processes that wrote it, and
-state.json: stage and step, the figures so far, what the run depends on, the name of each file with
-its checksums. Of every tensor, process r holds the r-th of as many slices of rows: those that it
-works on with --shard, an equal share of the copy that each has without it. So a whole tensor is the
-slices one below the other, whatever number wrote them and whatever number reads.
+On disk.  state/step-N/, or between stages step-N-measured/, holds a file rank<r>.safetensors of
+each of the processes that wrote it, and state.json: stage and step, the figures so far, what the
+run depends on, the name of each file with its checksums. Of every tensor, process r holds the r-th
+of as many slices of rows: those that it works on with --shard, an equal share of the copy that each
+has without it. So a whole tensor is the slices one below the other, whatever number wrote them and
+whatever number reads.
 
 Beside the steps.  `Saver.start` copies this process's slices into the host's memory, and only that
 is waited for: nothing changes a weight before it is over. From a GPU they come through two pinned

@@ -425,7 +425,9 @@ def test_what_may_not_be_read_is_named_before_anything_is_written(
 @pytest.mark.parametrize("seconds", [0.3, 1.5, 2.5, 3.2])
 def test_a_stop_at_any_moment_is_one_line(teacher, text_dir, tmp_path, number, seconds):
     out = tmp_path / "out"
-    run = shell([*arguments(teacher, text_dir, out), "--tokens1", "10000000"], cwd=tmp_path)
+    args = [*arguments(teacher, text_dir, out), "--tokens1", "10000000"]
+    # The tests themselves may run under nohup
+    run = shell(args, cwd=tmp_path, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
     time.sleep(seconds)
     run.send_signal(number)
     said, errors = run.communicate(timeout=60)
@@ -454,6 +456,25 @@ def test_a_stop_of_the_demo_lets_the_run_at_work_end_its_step(tmp_path, number):
     _, errors = run.communicate(timeout=60)
     assert errors == b"demo.py: stopped; start again\n" and run.returncode == exits.STOPPED
     assert (tmp_path / "saved").read_text() == "1"
+
+
+@pytest.mark.parametrize("before", [signal.SIG_DFL, signal.SIG_IGN])
+def test_nohup_keeps_a_run_going_when_the_connection_is_lost(before):
+    lines = ["import os, signal, sys", f"sys.path.insert(0, {str(ROOT)!r})"]
+    lines += ["from engine import exits", "from engine.resume import StopRequest"]
+    lines += ["lost = lambda: os.kill(os.getpid(), signal.SIGHUP)", "def main():"]
+    lines += ["    stop = StopRequest(); lost(); heard = bool(stop); stop.close()"]
+    lines += ["    print(heard, flush=True); lost()", "exits.run(main, 'train.py')"]
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, before),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ignored = before == signal.SIG_IGN
+    assert run.stdout == f"{not ignored}\n"
+    assert run.returncode == (0 if ignored else exits.STOPPED), run.stderr
 
 
 def test_a_stop_that_python_wraps_is_still_a_stop():

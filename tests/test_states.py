@@ -252,12 +252,13 @@ def test_a_disk_that_is_full_for_one_process_ends_all_with_its_sentence(tmp_path
 def script(path: Path, *lines: str) -> Path:
     """train.py with a writer that is not as fast, or as able, as it should be."""
     head = ["import errno, os, sys, time", f"sys.path.insert(0, {str(ROOT)!r})"]
-    head += ["import train", "from engine import exits, resume, run, states"]
+    head += ["import train", "from engine import exits, peers, resume, run, states"]
     head += ["written, write = [], states.Saver._write"]
     path.write_text("\n".join([*head, *lines, "exits.run(train.main, 'train.py')\n"]))
     return path
 
 
+PATIENCE = "peers.AFTER = 30  # this machine may be slow\nexits.GRACE"
 SLOW = """
 def slow(*a):
     written.append(0)
@@ -293,7 +294,7 @@ def test_a_stop_that_leaves_no_time_counts_the_state_before(
     """torchrun's patience ends while the third state is being written."""
     out = tmp_path / "out"
     slow = slowly(overlap, 600)
-    slow = script(tmp_path / "train.py", slow, "exits.GRACE = 2.0", "run._QUIET = 0.2")
+    slow = script(tmp_path / "train.py", slow, f"{PATIENCE} = 2.0", "run._QUIET = 0.2")
     args = [*arguments(small, text_dir, out), "--save-minutes", "0"]
     run = shell(args, script=slow, env={"TORCHELASTIC_RUN_ID": "x"})
     until(run, "slow")
@@ -339,7 +340,7 @@ def test_a_stop_with_time_waits_for_a_slow_disk_and_says_so(
 
 def test_a_stop_before_any_state_is_whole_says_start_again(small, text_dir, tmp_path):
     slow = SLOW.format(600).replace("> 2", "> 0")
-    slow = script(tmp_path / "train.py", slow, "exits.GRACE = 1.0", "run._QUIET = 0.2")
+    slow = script(tmp_path / "train.py", slow, f"{PATIENCE} = 1.0", "run._QUIET = 0.2")
     args = [*arguments(small, text_dir, tmp_path / "out"), "--save-minutes", "0"]
     run = shell(args, script=slow, env={"TORCHELASTIC_RUN_ID": "x"})
     until(run, "slow")
