@@ -24,7 +24,7 @@ from engine import cost, data, folder, quant
 from engine.cost import Stage, at_a_time, clock, flops, parameters, trained_parameters
 from engine.exits import OutOfMemory
 from engine.fit import ROOM, Fit, Machine, host_share, settle
-from engine.machine import fix_order
+from engine.machine import fix_order, keep_memory
 from engine.parallel import World
 from engine.sequence import blocks_per_process
 from hub import checkpoint, files, rope_json
@@ -85,6 +85,8 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     if args.deterministic:
         fix_order()
     device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
+    if device.type == "cpu":
+        keep_memory()
     native = LlamaConfig.from_hf(checkpoint.read_config(args.teacher))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)

@@ -6,6 +6,7 @@ nothing foreign is touched, refused means unchanged, resume finds what is best.
 import errno
 import json
 import os
+import platform
 import resource
 import shutil
 import signal
@@ -710,6 +711,26 @@ def test_equal_names_sizes_and_times_do_not_make_texts_equal(teacher, tmp_path):
         )
         streams.append(np.asarray(corpus.train))
     assert not np.array_equal(*streams)
+
+
+def test_memory_that_a_tensor_leaves_is_kept_for_the_next():
+    """In a process of its own, as it holds for the rest of it; of 64 MiB each page is a fault."""
+    if platform.libc_ver() < ("glibc", "2.36"):
+        pytest.skip("an older glibc, or another C library, keeps less or what it likes")
+    code = """if True:
+        import resource
+        import torch
+        from engine.machine import keep_memory
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(8):
+                torch.zeros(2**24).add_(1)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        faults(), print(faults()), keep_memory(), faults(), print(faults())
+        """
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
+    before, after = map(int, found.stdout.split())
+    assert after < 100 < before
 
 
 @pytest.mark.parametrize(
