@@ -21,7 +21,7 @@ from engine.lookups import Lookups
 from evals import held_out, longtext, pictures, prompts, report
 from evals import layers as diagnose
 from evals.held_out import HeldOut
-from evals.next_token import FEW, block_scores, hidden_at
+from evals.next_token import block_scores
 from evals.report import mean_and_error
 from evals.retention import retention
 from evals.ruler import Prompts
@@ -588,23 +588,6 @@ def test_weights_that_do_not_fit_are_refused_before_any_text_is_read(
     with pytest.raises(ValueError, match=r"missing: model\.norm\.weight"):
         evaluation.main(["--model", str(model_copy), "--device", "cpu", *more.split()])
     assert capsys.readouterr().err == "", "nor is a warning given of what will not be"
-
-
-@pytest.mark.parametrize("changes", [{}, {"sliding_window": 40}, {"num_hidden_layers": 1}])
-def test_few_positions_are_scored_as_they_are_among_all(changes):
-    """The last layer then does its work for them alone."""
-    model = random_model(0, model_type="mistral", **changes).double()
-    ids = torch.randint(0, model.config.vocab_size, (5, 97), generator=torch.manual_seed(0))
-    at = torch.tensor([[0, 3, 95], [1, 40, 41], [93, 94, 95], [2, 2, 7], [60, 30, 90]])
-    assert at.shape[1] * FEW <= 96
-    losses, right = block_scores(model, ids)
-    some, some_right = block_scores(model, ids, at)
-    rows = np.arange(5)[:, None]
-    assert np.allclose(some, losses[rows, at.numpy()], atol=1e-6)  # losses are in float32
-    assert np.array_equal(some_right, right[rows, at.numpy()])
-    torch.testing.assert_close(
-        hidden_at(model, ids[:, :-1], at), model.hidden(ids[:, :-1])[torch.from_numpy(rows), at]
-    )
 
 
 def test_recall_is_the_likeliest_token_at_each_question(text_dir, tmp_path):

@@ -179,32 +179,10 @@ world.exit(0)
 """
 
 
-SCORE = """
-import sys
-import torch
-sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-from conftest import random_model
-from engine import parallel
-from evals.next_token import FEW, block_scores
-from model import make_student
-
-world = parallel.World("cpu")
-teacher = random_model()
-student = make_student(teacher, teacher.config.extended("linear", 2.0))
-ids = torch.randint(0, teacher.config.vocab_size, (2, 2 * FEW + 1))
-at = torch.tensor([[1, 50], [7, 2 * FEW - 1]])
-whole = [block_scores(model, ids, at)[0] for model in (teacher, student)]
-parallel.shard(teacher, student, world, torch.float32)
-cut = [block_scores(model, ids, at)[0] for model in (teacher, student)]
-assert all((a == b).all() for a, b in zip(whole, cut)), (whole, cut)
-print("all right")
-world.exit(0)
-"""
-
-
-def two_say_all_right(code: str, folder: Path) -> None:
-    script = folder / "script.py"
-    script.write_text(code)
+def test_gradients_are_averaged_in_buckets_of_any_size(tmp_path):
+    """While the backward makes them and after it; each by itself, a few or all together."""
+    script = tmp_path / "reduce.py"
+    script.write_text(REDUCE)
     launch = [
         sys.executable,
         "-m",
@@ -222,16 +200,6 @@ def two_say_all_right(code: str, folder: Path) -> None:
         timeout=200,
     )
     assert ran.returncode == 0 and ran.stdout == "all right\n", ran.stderr[-3000:]
-
-
-def test_gradients_are_averaged_in_buckets_of_any_size(tmp_path):
-    """While the backward makes them and after it; each by itself, a few or all together."""
-    two_say_all_right(REDUCE, tmp_path)
-
-
-def test_few_positions_are_scored_by_models_that_are_cut(tmp_path):
-    """As by whole ones: the last layer is gathered for them alone."""
-    two_say_all_right(SCORE, tmp_path)
 
 
 @pytest.mark.parametrize("first, then", [((2, "--shard"), (1,)), ((1,), (2, "--shard"))])
