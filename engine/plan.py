@@ -34,6 +34,7 @@ from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
 
+MEASURED = 8  # times the context, in runs/README.md, with every kind
 FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
 
@@ -327,6 +328,12 @@ def describe(
         lines.append(
             "positions   dynamic is served by transformers and mlx-lm alone: "
             "vLLM and llama.cpp read it otherwise"
+        )
+    if student.rope.length > MEASURED * c.rope.length:
+        lines.append(
+            f"warning     beyond {MEASURED} times the context little is measured: at 32 (yarn, "
+            "SmolLM2) short texts came back, but the loss rose past the length of stage 2's "
+            "blocks, which --length2 raises (runs/README.md)"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")

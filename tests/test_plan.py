@@ -354,6 +354,16 @@ def test_the_rate_follows_the_size_of_the_weights_that_learn(kind, share, tmp_pa
     assert rates[1] == pytest.approx(2 * rates[0]) and rates[2] == share * 2e-3
 
 
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_context_longer_than_was_measured_is_warned_of(kind):
+    config = random_model().config
+    for factor, warned in ((2, False), (8, False), (9, True), (64, True)):
+        text = plan.describe(config, config.extended(kind, factor), [], [])
+        assert ("warning     beyond 8 times" in text) == warned
+    twice = config.extended(kind, 8)
+    assert "warning" not in plan.describe(twice, twice.extended(kind, 8), [], [])
+
+
 def test_the_relation_loss_that_is_named_is_that_of_the_blocks_that_have_one():
     """Stage 1's own, and of stage 2 the auxiliary ones."""
     first = cost.Stage("stage1", "relation", 512, 16, 1, 1e-3)
