@@ -4,7 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 OLDEST := $(shell sed -n 's/^requires-python = ">=\(.*\)"$$/\1/p' pyproject.toml)
-PIP := $(RUN) -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported, once; pip would compile ten times as much
+PIP := $(RUN) -m pip install --quiet --disable-pip-version-check --no-compile
+unexport PYTHONDONTWRITEBYTECODE
+# A process of tests has files one after the other, so that each file's runs are made once
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist worksteal -m "not gpu"
 # What reads files, flags and formats and needs no long run: some two minutes on one core
 FAST := $(wildcard $(patsubst %,tests/test_%.py,card checkpoint config data docs docstrings download links plan rope ruler tasks tokenizer))
 
@@ -17,10 +21,10 @@ figures: $(VENV)/runtime  ## the figures in demo/figures, from the last `make de
 	$(RUN) demo/figures.py
 
 test: $(VENV)/dev  ## everything that needs no GPU
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu"
+	$(PYTEST)
 
 test-fast: $(VENV)/dev  ## the part of it that depends most on the Python
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not gpu" $(FAST)
+	$(PYTEST) $(FAST)
 
 test-pythons:  ## `make test` on every Python that pyproject.toml names and is installed; a line each
 	tests/pythons.sh

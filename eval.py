@@ -48,7 +48,7 @@ from pathlib import Path
 import torch
 
 from engine import data, folder
-from engine.machine import versions
+from engine.machine import keep_memory, versions
 from evals import flags, held_out, layers, likelihood, longtext, prompts, report, tasks
 from evals.generate import stream
 from evals.report import Scores
@@ -81,9 +81,11 @@ def main(argv: list[str] | None = None) -> None:
     Raises ValueError for what cannot be measured.
     """
     args = flags.parse(argv, __doc__)  # nothing changes args after this line
+    began, device = time.time(), torch.device(args.device)
+    if device.type == "cpu":
+        keep_memory()
     if args.prompt is not None:
         return continue_text(args)
-    began, device = time.time(), torch.device(args.device)
     dtype, _ = choose_dtype(device, args.dtype)
     if args.out:
         check_out(args)

@@ -30,11 +30,13 @@ chunks, models cut over GPUs, CUDA graphs), engine/step.py computes the same los
 another way; tests/test_step.py holds it to these.
 
 The numbers.  `defaults` has every number that a person tunes, by what it depends on; a flag wins.
-Two points, 2e-3 at width C = 576 and the paper's 2e-5 at C = 4096, fix the rate's power law: Adam
-moves every weight by about its rate per step, and the wider a layer, the more such moves add up in
-its output. Stage 1 wants many small steps on short blocks, stage 2 steps more than length (LOG.md
-has the runs). All kinds of positions but linear leave the fast pairs alone and lose less before
-training: they take gentler rates and fewer tokens.
+The rate is 6 s / C, at most 2e-3, where s is the root mean square of a weight of q, k or v and C
+the width. Adam moves every weight by about its rate per step: what counts is how far against the
+weight's own size, and the wider a layer, the more such moves add up in its output. SmolLM2-135M
+(s = 0.19, C = 576) was best at 2e-3, Qwen2.5-Coder-0.5B (0.016, 896) near 1e-4, and the paper
+trains a 7B at 2e-5, where s = 0.02 would give 3e-5. Stage 1 wants many small steps on short
+blocks, stage 2 steps more than length (LOG.md has the runs). All kinds of positions but linear
+leave the fast pairs alone and lose less before training: they take gentler rates and fewer tokens.
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
@@ -51,8 +53,8 @@ SIGTERM or SIGHUP, a state saved if training had begun and there was time. torch
 all but 0.
 
 Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
-number of query heads even where keys are shared: --preset authors does as they do. For widths far
-from the two that were measured the defaults are guesses: try a few rates.
+number of query heads even where keys are shared: --preset authors does as they do. For models
+unlike the two that were measured the defaults are guesses: try a few rates.
 
 Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.py.
 """
@@ -121,12 +123,14 @@ PLAIN = {"relation": relation_loss, "next token": next_token_loss}
 # ---- the numbers that a person tunes
 
 
-def defaults(teacher: LlamaConfig, student: LlamaConfig, gpu: bool) -> dict[str, float]:
-    """What the flags of these names are where they are left out; step1, step2: tokens of a step."""
+def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) -> dict[str, float]:
+    """What the flags of these names are where they are left out; step1, step2: tokens of a step.
+
+    s: the size of a weight of q, k or v.
+    """
     C, native, linear = teacher.width, teacher.rope.length, student.rope.kind == "linear"
     narrow = C <= 1024
-    # 2e-3 was best at C = 320 too; the power law's 0.3 at C = 64 blows a model up
-    rate = min(2e-3, 2e-3 * (576 / C) ** 2.3) * (1.0 if linear else 0.3)
+    rate = min(2e-3, 6 * s / C) * (1.0 if linear else 0.3)
     tokens1, tokens2 = {
         # gpu, linear
         (True, True): (1_048_576, 3_145_728),

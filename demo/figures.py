@@ -12,6 +12,9 @@ What.  Each figure in demo/figures/ stands beside the numbers it is drawn from:
     tiles        which tiles the kernels visit, and whose statistics they use there
     memory       peak memory of the loss against T: the rows of `python -m bench memory` that are
                  kept in memory.jsonl; a GPU's are added by hand
+    qwen25       loss by position of Qwen2.5-Coder-0.5B up to 262,144 tokens, and the share of its
+                 short scores that is kept, against stage 1's learning rate: the rows of
+                 runs/qwen25-0.5b.json
     retention    the teacher's scores that SmolLM2 keeps, against the tokens of its training: the
                  rows of runs/smollm2-135m.json at scale 8 with the default loss and rates, however
                  their tokens are split; and the control, trained alike with nothing stretched
@@ -52,6 +55,7 @@ from rope import frequencies  # noqa: E402
 HERE = ROOT / "demo" / "figures"
 TEACHER = ROOT / "demo" / "teacher"
 SCORES = ROOT / "runs" / "smollm2-135m.json"
+QWEN = ROOT / "runs" / "qwen25-0.5b.json"
 COLOURS = demo.COLOURS
 SENTENCE = "def read_json(path):\n    with open(path) as file:\n        return json.load(file)\n"
 # What the picture of the loss by position shows, and how it is called there
@@ -67,6 +71,16 @@ SHOWN = {
     "average accuracy": "mean of LAMBADA, PIQA, ARC-easy, OpenBookQA",
 }
 WHICH = {"1": "stage 1 alone", "both": "both stages"}  # of train.py's --stage
+AVERAGE = "average accuracy of five"
+BINS = 16  # of a curve up to 262,144 tokens
+QWEN_ROWS = {
+    "teacher": "teacher",
+    "linear student": "linear",
+    "control student": "linear's control",
+    "yarn untrained": "yarn, untrained",
+    "yarn student": "yarn",
+    "control-yarn student": "yarn's control",
+}
 WALK = (
     "not visited",
     "row i's statistics",
@@ -317,6 +331,75 @@ def draw_retention(values: dict) -> Figure:
     return figure
 
 
+# ---- qwen
+
+
+def qwen_values() -> dict:
+    """Of QWEN's rows, seed 0: nats per token by position, BINS means up to 262,144 tokens.
+
+    tried: {kind: {WHICH or "control": [[stage 1's learning rate, % of the teacher's average]]}}.
+    """
+    rows = json.loads(QWEN.read_text())["rows"]
+    rows = [r for r in rows if AVERAGE in r["figures"].get("student", {})]
+    teacher = rows[0]["figures"]["teacher"][AVERAGE]
+    curves, tried, untrained = {}, {kind: {} for kind in demo.KINDS}, {}
+    for row in rows:
+        known, name, arguments = row["figures"], row["row"].split()[0], row["arguments"]
+        if name.endswith("-long"):
+            continue
+        kept = {k: round(100 * m[AVERAGE] / teacher, 2) for k, m in known.items()}
+        kind = arguments["rope"]
+        which = "control" if name.startswith("control") else WHICH[arguments["stage"]]
+        tried[kind].setdefault(which, []).append([arguments["stage1 lr"], kept["student"]])
+        if "untrained" in kept:
+            untrained[kind] = kept["untrained"]
+        whole = [p for p in row.get("loss by position", []) if p["window"] > 32768]
+        for column in ("teacher", "untrained", "student"):
+            if whole and column in whole[0] and row["seed"] == 0:
+                label = column if column == "teacher" else f"{name} {column}"
+                curves[label] = np.reshape(whole[0][column], (BINS, -1)).mean(1).round(4).tolist()
+    return {"curves": curves, "tried": tried, "untrained": untrained}
+
+
+def draw_qwen(values: dict) -> Figure:
+    figure, (left, right) = canvas(13.5, 5.2, 2)
+    curves = values["curves"]
+    beyond = curves.pop("linear untrained")  # twice as high as all others
+    for name, losses in curves.items():
+        style = ":" if "untrained" in name else "--" if "control" in name else "-"
+        at = (np.arange(BINS) + 0.5) * 256 / BINS
+        left.plot(at, losses, style, color=_colour(name), lw=2.5)
+    heights = _apart([losses[-1] for losses in curves.values()], 0.05)
+    for name, y in zip(curves, heights, strict=True):
+        left.text(259, y, QWEN_ROWS[name], color=_colour(name), va="center", weight="bold")
+    said = f"linear, untrained: {min(beyond):.1f} to {max(beyond):.1f}"
+    left.text(40, 3.13, said, color=COLOURS["linear"], weight="bold")
+    left.axvspan(0, 32, color="0.93", zorder=0)
+    left.text(2, 2.03, "native", color="0.35")
+    left.set(xlim=(0, 256), ylim=(2, 3.2), xticks=range(0, 257, 32))
+    left.set_xticklabels(f"{n}K" for n in range(0, 257, 32))
+    tidy(left, "loss by position (nats per token)", "tokens read before", "")
+    for kind, found in values["tried"].items():
+        look = {"color": COLOURS[kind], "ms": 8, "mew": 2, "ls": ""}
+        for which, points in found.items():
+            mark = "x" if which == "control" else "o"
+            fill = "white" if which == WHICH["1"] else COLOURS[kind]
+            at = zip(*points, strict=True)
+            right.plot(*at, marker=mark, mfc=fill, **look, label=f"{kind}, {which}")
+        line = {"color": COLOURS[kind], "ls": ":", "zorder": 0}
+        right.axhline(values["untrained"][kind], **line, label=f"{kind}, untrained")
+    right.axhline(100, color=COLOURS["teacher"], lw=1.5, ls="--", label="teacher", zorder=0)
+    right.set(xscale="log", ylim=(65, 103))
+    title = "% of the teacher's average of five short tasks"
+    tidy(right, title, "stage 1's learning rate (log axis)", "")
+    right.legend(fontsize=11, loc="lower left", framealpha=1, edgecolor="none")
+    return figure
+
+
+def _colour(name: str) -> str:
+    return COLOURS["teacher" if name == "teacher" else "yarn" if "yarn" in name else "linear"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("out/demo"), help="a `make demo` run")
@@ -326,6 +409,7 @@ def main() -> None:
     show("rope", draw_rope, rope_values(teacher) | {"about": drawn})
     show("tiles", draw_tiles, tile_values())
     show("retention", draw_retention, retention_values())
+    show("qwen25", draw_qwen, qwen_values())
     memory.draw([row for _, row in files.json_lines(HERE / "memory.jsonl")], HERE / "memory.png")
     if not (run / "demo.json").is_file():
         print(f"{run} holds no demo run: the rest is drawn from the JSON of the last one")

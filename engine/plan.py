@@ -7,12 +7,16 @@ peak learning rate. `make_stages` fills in what the user left out from train.py'
 engine/fit.py decides how a step uses the memory that is free; `check` refuses what cannot work,
 with the flag that helps.
 
-Limits.  A plan knows shapes, not text: whether the text is long enough shows when it has been read.
+Limits.  A plan knows shapes and the size of weights, not text: whether the text is long enough
+shows when it has been read.
 """
 
 import argparse
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -21,7 +25,7 @@ from engine.cost import Stage, at_a_time, clock, flops, parameters, trained_para
 from engine.exits import OutOfMemory
 from engine.fit import ROOM, Fit, Machine, host_share, settle
 from engine.lookups import DOCUMENTS, LENGTHS
-from engine.machine import fix_order
+from engine.machine import fix_order, keep_memory
 from engine.parallel import World
 from engine.sequence import blocks_per_process
 from hub import checkpoint, files, rope_json
@@ -31,6 +35,7 @@ from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY
 
+MEASURED = 8  # times the context, in runs/README.md, with every kind
 SHARE = 1 / 20  # of the steps' work, for the table
 FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
@@ -84,6 +89,8 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     if args.deterministic:
         fix_order()
     device, (dtype, why_dtype) = world.device, choose_dtype(world.device, args.dtype)
+    if device.type == "cpu":
+        keep_memory()
     native = LlamaConfig.from_hf(checkpoint.read_config(args.teacher))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
@@ -177,15 +184,30 @@ def rope_kind(config: LlamaConfig) -> str:
     return config.rope.kind if config.rope.kind in MULTIPLY else "linear"
 
 
+def weight_size(config: LlamaConfig, path: Path, layers: int = 8) -> float:
+    """The median root mean square of the matrices that learn, of about so many layers.
+
+    Raises ValueError where the weights in `path` do not fit the config.
+    """
+    with torch.device("meta"):
+        checkpoint.check_fits(Llama(config), path)  # headers alone: milliseconds
+    some = range(0, config.n_layer, math.ceil(config.n_layer / layers))
+    names = [f"model.layers.{n}.self_attn.{part}.weight" for n in some for part in TRAINED]
+    found = checkpoint.read_tensors(path, names).values()
+    return statistics.median(w.float().square().mean().sqrt().item() for w in found)
+
+
 def make_stages(
     args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig, defaults: Callable
 ) -> list[Stage]:
     """The stages that --stage asks for: stage 1 on short blocks, stage 2 on long ones.
 
     Stage 2 may have an `auxiliary`: for each long block, --native-blocks of stage 1's kind at its
-    length, so that what stage 1 won is not lost again.
+    length, so that what stage 1 won is not lost again. Raises ValueError where the teacher's
+    weights do not fit its config.
     """
-    number = defaults(config, student, args.device.startswith("cuda"))
+    size = weight_size(config, args.teacher)
+    number = defaults(config, student, size, args.device.startswith("cuda"))
     number |= {k: v for k, v in vars(args).items() if k in number and v is not None}
 
     def stage(n: int, objective: str, logits: bool = False) -> Stage:
@@ -242,8 +264,6 @@ def check(
         )
     if args.data:
         data.find_files(args.data, [args.cache, args.out])  # they exist and are of kinds read
-    with torch.device("meta"):
-        checkpoint.check_fits(Llama(config), args.teacher)  # headers alone: milliseconds
     # An export reads them, at the end; links that lead out are refused
     exported = checkpoint.copied_files(args.teacher)
     exported["README.md"] = files.file_of(args.teacher, "README.md")
@@ -337,6 +357,12 @@ def describe(
         lines.append(
             "positions   dynamic is served by transformers and mlx-lm alone: "
             "vLLM and llama.cpp read it otherwise"
+        )
+    if student.rope.length > MEASURED * c.rope.length:
+        lines.append(
+            f"warning     beyond {MEASURED} times the context little is measured: at 32 (yarn, "
+            "SmolLM2) short texts came back, but the loss rose past the length of stage 2's "
+            "blocks, which --length2 raises (runs/README.md)"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")

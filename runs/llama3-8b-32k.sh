@@ -6,7 +6,7 @@
 # Needs    one GPU of 80 GB: the plan says 67 GiB for stage 1 and 48 GiB for stage 2 (not measured).
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 49 GiB each (the plan's).
 # Teacher  meta-llama/Meta-Llama-3-8B, a Hugging Face directory of safetensors.
-# Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
+# Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
 # Time     not measured. 2.5e17 floating-point operations: 11 minutes at 400 TFLOP/s, scoring and export on top.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three

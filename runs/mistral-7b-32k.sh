@@ -7,7 +7,7 @@
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 40 GiB each (the plan's).
 # Teacher  mistralai/Mistral-7B-v0.1, a copy whose config.json says "max_position_embeddings": 8192. As published it
 #          says 32768, with attention over a sliding window of 4096; scale 4 is meant on top of 8192.
-# Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
+# Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
 # Time     not measured. 2.4e17 floating-point operations: 10 minutes at 400 TFLOP/s, scoring and export on top.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three

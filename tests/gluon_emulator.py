@@ -21,6 +21,7 @@ encoding, layouts, the launch.
 """
 
 import ast
+import functools
 import random
 import threading
 import types
@@ -292,7 +293,8 @@ class Turns:
     """Threads of which one runs at a time."""
 
     def __init__(self, functions):
-        self.lock, self.running, self.waits, self.error = threading.Condition(), None, {}, None
+        self.waits, self.error = {}, None
+        self.called = [threading.Semaphore(0) for _ in functions]
         self.threads = [
             threading.Thread(target=self._body, args=(n, f, a))
             for n, (f, a) in enumerate(functions)
@@ -301,8 +303,7 @@ class Turns:
     def _body(self, n, function, arguments):
         _enter((self, n))
         try:
-            with self.lock:
-                self.lock.wait_for(lambda: self.running == n or self.error)
+            self.called[n].acquire()
             if not self.error:
                 function(*arguments)
                 _leave()
@@ -313,20 +314,21 @@ class Turns:
             self._next()
 
     def _next(self):
-        ready = [
-            n for n, condition in sorted(self.waits.items()) if condition is None or condition()
-        ]
-        if self.waits and not ready:
-            self.error = self.error or AssertionError("every partition waits: it would hang")
-        with self.lock:
-            self.running = World.chance.choice(ready) if ready else None
-            self.lock.notify_all()
+        """Calls one that need not wait; after an error all, to end."""
+        if not self.error:
+            ready = [n for n, holds in sorted(self.waits.items()) if holds is None or holds()]
+            if ready:
+                self.called[World.chance.choice(ready)].release()
+            elif self.waits:
+                self.error = AssertionError("every partition waits: it would hang")
+        if self.error:
+            for each in self.called:
+                each.release()
 
     def pause(self, n, condition):
         self.waits[n] = condition
         self._next()
-        with self.lock:
-            self.lock.wait_for(lambda: self.running == n or self.error)
+        self.called[n].acquire()
         if self.error:
             raise AssertionError("another partition failed")
         self.waits[n] = None
@@ -453,6 +455,7 @@ class _NotInPlace(ast.NodeTransformer):
         return ast.Assign([node.target], ast.BinOp(read, node.op, node.value))
 
 
+@functools.cache
 def kernels(path: Path, changes: tuple[tuple[str, str], ...] = (), **names) -> dict:
     """The file's jitted functions as plain Python. `changes` are made in its text first: planted faults."""
     text = path.read_text()

@@ -163,47 +163,60 @@ def model_with(folder: Path, template, **settings) -> Path:
 
 THEIRS = """
 import json, sys, transformers
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-out = []
-for messages, tools in json.load(sys.stdin):
-    try:
-        ask = lambda **how: tokenizer.apply_chat_template(messages, tools=tools, **how)
-        ids = ask(tokenize=True)
-        out.append([ask(tokenize=False), list(ids if isinstance(ids, list) else ids["input_ids"])])
-    except Exception as e:
-        out.append(str(e))
+asked, out = json.load(sys.stdin), {}
+for path in sys.argv[1:]:
+    tokenizer, out[path] = transformers.AutoTokenizer.from_pretrained(path), []
+    for messages, tools in asked:
+        try:
+            ask = lambda **how: tokenizer.apply_chat_template(messages, tools=tools, **how)
+            ids = ask(tokenize=True)
+            ids = list(ids if isinstance(ids, list) else ids["input_ids"])
+            out[path].append([ask(tokenize=False), ids])
+        except Exception as e:
+            out[path].append(str(e))
 print(json.dumps(out))
 """
+ASKED = [(messages, tools) for messages in SAY.values() for tools in (None, [TOOL])]
 
 
-@pytest.mark.parametrize("version", ["4.57", "5"])
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_text_and_ids_are_those_of_transformers(tmp_path, name, version):
-    if version == "4.57" and not V4.is_dir():
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """A model with each template."""
+    place = tmp_path_factory.mktemp("models")
+    apart = ("llama3", "qwen")
+    return {n: model_with(place / n, t, apart=n in apart) for n, t in TEMPLATES.items()}
+
+
+@pytest.fixture(scope="module", params=["4.57", "5"])
+def theirs(request, models) -> dict[str, list]:
+    """What transformers of a version makes of ASKED, by the path of the model: one process for all."""
+    if request.param == "4.57" and not V4.is_dir():
         pytest.skip("transformers 4.57 is not there; `make test` installs it")
-    path = model_with(tmp_path / "model", TEMPLATES[name], apart=name in ("llama3", "qwen"))
-    chats = Chats(load_tokenizer(path))
-    asked = [(messages, tools) for messages in SAY.values() for tools in (None, [TOOL])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if version == "4.57":
+    if request.param == "4.57":
         environment["PYTHONPATH"] = str(V4)
     done = subprocess.run(
-        [sys.executable, "-c", THEIRS, path],
-        input=json.dumps(asked),
+        [sys.executable, "-c", THEIRS, *models.values()],
+        input=json.dumps(ASKED),
         env=environment,
         capture_output=True,
         text=True,
         check=True,
     )
-    taken = 0
-    for (messages, tools), theirs in zip(asked, json.loads(done.stdout), strict=True):
-        if isinstance(theirs, str):
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_text_and_ids_are_those_of_transformers(models, theirs, name):
+    chats, taken = Chats(load_tokenizer(models[name])), 0
+    for (messages, tools), said in zip(ASKED, theirs[str(models[name])], strict=True):
+        if isinstance(said, str):
             with pytest.raises(ChatRefused) as e:
                 chats(messages, tools)
-            assert str(e.value)[:20] == theirs[:20]
+            assert str(e.value)[:20] == said[:20]
         else:
-            assert chats.text(messages, tools) == theirs[0]
-            assert chats(messages, tools).tolist() == theirs[1]
+            assert chats.text(messages, tools) == said[0]
+            assert chats(messages, tools).tolist() == said[1]
             taken += 1
     assert taken >= 6
 

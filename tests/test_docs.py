@@ -5,15 +5,16 @@ The pages are README.md, CONTRIBUTING.md, docs/ and a README.md in runs/, demo/ 
 
 import ast
 import json
+import os
 import re
 import statistics
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from forked import Forked
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -236,17 +237,24 @@ COMMANDS = sorted(set(re.findall(r"python ((?:[\w./]+\.py)|(?:-m bench \w+))", E
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_every_command_of_the_pages_exists_with_the_flags_it_shows(script):
+def test_every_command_of_the_pages_exists_with_the_flags_it_shows(script, tmp_path):
     shown = set()
     for line in EVERYTHING.replace("\\\n", " ").splitlines():
         for rest in line.split(f"python {script}")[1:]:
             shown |= set(re.findall(r"(?<!\w)(--[a-z][\w-]*)", rest.split("#")[0].split("`")[0]))
     assert script.startswith("-m") or (ROOT / script).is_file()
     if shown:
-        run = subprocess.run(
-            [sys.executable, *script.split(), "--help"], capture_output=True, text=True, cwd=ROOT
-        )
-        assert run.returncode == 0 and not [f for f in shown if f not in run.stdout], shown
+        file, args = ROOT / script, []
+        if script.startswith("-m"):
+            file, (_, module, *args) = tmp_path / "module.py", script.split()
+            code = "import runpy, sys; sys.path[0] = sys.argv.pop(1)\n"
+            file.write_text(
+                f"{code}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+            )
+            args = [str(ROOT), *args]
+        run = Forked(file, [*args, "--help"], dict(os.environ), cwd=ROOT)
+        said, errors = run.communicate()
+        assert run.returncode == 0 and not [f for f in shown if f not in said], (shown, errors)
 
 
 # ---- the figures
@@ -349,6 +357,140 @@ def test_the_losses_by_position_are_what_the_runs_measured():
     assert checked == 4
 
 
+QWEN = json.loads((ROOT / "runs" / "qwen25-0.5b.json").read_text())["rows"]
+FIVE = "average accuracy of five"
+QWEN_SCORES = SCORES | {
+    "ppl 32K": "perplexity in windows of 32768",
+    "ppl 256K": "perplexity in windows of 262144",
+    "0 to 32K": "loss in 0-1x",
+    "32K to 64K": "loss in 1-2x",
+    "64K to 128K": "loss in 2-4x",
+    "128K to 256K": "loss in 4-8x",
+    "windows of 32K": "loss in windows of 32768",
+    "windows of 256K": "loss in windows of 262144",
+}
+
+
+def qwen_section() -> str:
+    return (ROOT / "runs" / "README.md").read_text().split("## Qwen2.5")[1].split("\n## ")[0]
+
+
+def qwen_rows(column: str):
+    """Of the section's tables that have the column: [{column: cell}], the first cell as ""."""
+    columns = []
+    for line in qwen_section().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            columns = []
+        elif not columns:
+            columns = ["", *cells[1:]]
+        elif column in columns and not cells[0].startswith("---"):
+            yield dict(zip(columns, cells, strict=True))
+
+
+def qwen_run(cells: dict[str, str]) -> tuple[dict, str]:
+    """A row's run, and which of its models."""
+    label, _, which = cells[""].replace("`", "").partition(", ")
+    model = "teacher" if label == "teacher" else which if which == "untrained" else "student"
+    row = "linear" if label == "teacher" else label
+    rates = "".join(f" {f} {cells[f'`{f}`']}" for f in ("--lr1", "--lr2") if cells.get(f"`{f}`"))
+    seed, machine = int(which == "seed 1"), 1 if which == "trained again" else 2
+    found = [
+        run
+        for run in QWEN
+        if (run["row"] == row + rates if rates else run["row"].startswith(f"{row} --lr1"))
+        and (run["seed"], run["machine"]) == (seed, machine)
+    ]
+    return found[0], model  # without rates: the first, with the rates of the first table
+
+
+def interval(kept: dict[str, float]) -> str:
+    value, low, high = (f"{100 * kept[k]:.1f}" for k in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+@pytest.mark.parametrize("column, rows", [("ppl 256K", 11), ("BoolQ", 27), ("windows of 256K", 8)])
+def test_qwens_tables_are_what_its_runs_measured(column, rows):
+    found = list(qwen_rows(column))
+    for cells in found:
+        run, model = qwen_run(cells)
+        figures = run["figures"][model]
+        for name, cell in cells.items():
+            value = figures.get(QWEN_SCORES.get(name))
+            if name in QWEN_SCORES and value is None:
+                assert not cell and "ppl" in name, cells
+            elif name in QWEN_SCORES and "loss" in QWEN_SCORES[name]:
+                assert cell == f"{value:.2f}", cells
+            elif name in QWEN_SCORES:
+                assert cell == shown(value * (100 if "accuracy" in QWEN_SCORES[name] else 1)), cells
+        if model == "student":  # the commands that train it have the table's rates
+            rates = [run["arguments"].get(f"stage{n} lr") for n in (1, 2)]
+            assert rates == [
+                float(cells.get(f"`--lr{n}`") or rates[n - 1] or 0) or None for n in (1, 2)
+            ]
+    assert len(found) == rows
+
+
+def test_what_qwen_kept_is_what_its_runs_measured():
+    teacher = qwen_run({"": "teacher"})[0]["figures"]["teacher"][FIVE]
+    for cells in qwen_rows("ppl 256K"):
+        run, model = qwen_run(cells)
+        own = {"student": run["retention"][FIVE].get("kept"), "teacher": None}
+        own["untrained"] = run.get("retention of the untrained", {}).get(FIVE)
+        control = run.get("retention against the control") if model == "student" else None
+        expected = [
+            interval(kept["student"]) if kept else ""
+            for kept in (own[model], control and control[FIVE])
+        ]
+        assert [cells["% kept of the teacher"], cells["% kept of the control"]] == expected
+    for cells in qwen_rows("BoolQ"):
+        if "ppl 256K" not in cells:
+            run, _ = qwen_run(cells)
+            share = 100 * run["figures"]["student"][FIVE] / teacher
+            assert cells["% kept of the teacher"] == f"{share:.1f}"
+
+
+def test_qwens_ruler_is_what_its_runs_measured():
+    teacher = next(run["figures"]["teacher"] for run in QWEN if run["row"] == "teacher")
+    found = list(qwen_rows("teacher, 128K"))
+    for cells in found:
+        for column, cell in list(cells.items())[1:]:
+            row, length = column.replace("`", "").split(", ")
+            figures = teacher if row == "teacher" else qwen_run({"": row})[0]["figures"]["student"]
+            task = cells[""].replace("mean of the 11", "mean of 11 tasks")
+            name = f"RULER {task} at {1024 * int(length[:-1])}"
+            error = f" ± {100 * figures[f'{name}, standard error']:.1f}" if "mean" in name else ""
+            assert cell == f"{100 * figures[name]:.1f}{error}"
+    assert len(found) == 12
+
+
+def test_what_is_said_of_qwens_aims_is_what_its_runs_measured():
+    text = " ".join(qwen_section().split())
+    (linear, _), (yarn, _) = (qwen_run({"": row}) for row in ("linear", "yarn"))
+    seeds = ("", ", seed 1")
+    for row, run in (("linear", linear), ("yarn", yarn)):
+        less = [run[f"mean of five less the control's{seed}"] for seed in seeds]
+        assert f"{row} {-less[0]['points']:.2f} and {-less[1]['points']:.2f} (" in text
+        assert f"{less[0]['error']:.2f}" in text
+        assert interval(run["retention"][FIVE]["kept"]["student"]) in text
+    at_256k = (run["figures"]["student"]["loss in windows of 262144"] for run in (yarn, linear))
+    assert "yarn {:.2f}; linear {:.2f}".format(*at_256k) in text
+    teacher = linear["figures"]["teacher"]["loss in windows of 32768"]
+    assert f"the teacher's at 32K, {teacher:.2f}" in text
+    untrained = yarn["mean of five less the untrained's"]
+    assert f"Training takes {-untrained['points']:.1f} points" in text
+    (bins,) = (p for p in yarn["loss by position"] if p["window"] == 262144)
+    assert all(a < b for a, b in zip(bins["student"], bins["teacher"], strict=True))
+    assert len(bins["student"]) == 64
+    ruler = next(run["figures"]["teacher"] for run in QWEN if run["row"] == "teacher")
+    for length in (4096, 65536, 131072):
+        name = f"RULER mean of 11 tasks at {length}"
+        both = yarn["figures"]["student"], ruler
+        apart = abs(both[0][name] - both[1][name])
+        error = sum(m[f"{name}, standard error"] ** 2 for m in both) ** 0.5
+        assert f"{100 * apart:.1f} ± {100 * error:.1f}" in text
+
+
 def test_the_readme_says_what_the_papers_loss_alone_gives():
     """Beside the sum of both and the KL alone, at equal tokens."""
     text = " ".join(README.split())
@@ -405,6 +547,8 @@ def test_the_retention_figure_has_every_row_of_the_runs(monkeypatch):
 
     kept = json.loads((figures.HERE / "retention.json").read_text())
     assert kept == figures.retention_values(), "run `make figures`"
+    kept = json.loads((figures.HERE / "qwen25.json").read_text())
+    assert kept == figures.qwen_values(), "run `make figures`"
 
 
 def test_every_page_names_the_pythons_of_pyproject():

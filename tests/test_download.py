@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
 import pytest
 from conftest import ROOT
+from forked import Forked
 
 from hub.download import model_name, repository_of, resolve
 
@@ -81,14 +80,16 @@ def server(tiny_dir):
 
 def run(code: str, home, endpoint: str, **more: str) -> str:
     """What `code` prints, in a process of its own: huggingface_hub reads its variables once."""
+    script = home / "script.py"
+    begin = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+    script.write_text(begin + "assert 'huggingface_hub' not in sys.modules\n" + code)
     keep = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     no_proxy = {"no_proxy": "127.0.0.1", "NO_PROXY": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     environment = keep | no_proxy | {"HF_HOME": str(home), "HF_ENDPOINT": endpoint} | more
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
+    done = Forked(script, [], environment, cwd=ROOT)
+    said, errors = done.communicate()
+    assert done.returncode == 0, errors[-2000:]
+    return said.strip()
 
 
 LOAD = """

@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import ROOT, random_model
+from forked import Forked
 
 from engine import step
 from examples import own_trainer
@@ -330,41 +332,41 @@ import torch
 from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 import test_own_trainer as t
-student, teacher = t.load(Path(sys.argv[3]), sys.argv[5] == "peft")
-if sys.argv[5] == "everything":
-    student.requires_grad_()
-args = t.arguments(sys.argv[4], per_device_train_batch_size=2)
-trainer = t.own_trainer.RelationTrainer(
-    model=student, teacher=teacher, args=args, train_dataset=t.dataset()
-)
-loss, grads = t.step_of(trainer, 10.0)
-if args.process_index == 0:
-    torch.save((loss, grads), Path(sys.argv[4]) / "step.pt")
+for what in sys.argv[5:]:
+    student, teacher = t.load(Path(sys.argv[3]), what == "peft")
+    if what == "everything":
+        student.requires_grad_()
+    args = t.arguments(sys.argv[4], per_device_train_batch_size=2)
+    trainer = t.own_trainer.RelationTrainer(
+        model=student, teacher=teacher, args=args, train_dataset=t.dataset()
+    )
+    loss, grads = t.step_of(trainer, 10.0)
+    if args.process_index == 0:
+        torch.save((loss, grads), Path(sys.argv[4]) / f"{what}.pt")
 torch.distributed.barrier()  # then without the interpreter's end, in which gloo's thread may abort
 os._exit(0)
 """
+TRAINED = ("projections", "peft", "everything")
 
 
-@pytest.mark.parametrize("what", ["projections", "peft", "everything"])
-def test_two_processes_are_one_plain_batch(models, tmp_path, what):
-    (tmp_path / "script.py").write_text(SCRIPT)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    places = [ROOT, ROOT / "tests", models, tmp_path, what]
-    done = subprocess.run(
-        [*launch, str(tmp_path / "script.py"), *map(str, places)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    loss, grads = torch.load(tmp_path / "step.pt")
+@pytest.fixture(scope="module")
+def of_two_processes(models, tmp_path_factory) -> Path:
+    """The loss and the gradients of a step of each of TRAINED, under torchrun."""
+    place = tmp_path_factory.mktemp("steps")
+    (place / "script.py").write_text(SCRIPT)
+    launch = ["--standalone", "--nproc_per_node", "2", place / "script.py"]
+    places = [ROOT, ROOT / "tests", models, place, *TRAINED]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    agent = ROOT / "tests" / "forked_torchrun.py"
+    done = Forked(agent, [*map(str, launch + places)], environment)
+    _, errors = done.communicate()
+    assert done.returncode == 0, errors[-2000:]
+    return place
+
+
+@pytest.mark.parametrize("what", TRAINED)
+def test_two_processes_are_one_plain_batch(models, of_two_processes, what):
+    loss, grads = torch.load(of_two_processes / f"{what}.pt")
     expected = plain_gradient(models, adapter=what == "peft")
     if what == "everything":  # what no relation sees gets zeros, and no process waits for it
         grads = {name: grads[name] for name in expected[1]}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, write_model
+from forked import Forked
 from safetensors.torch import load_file
 
 from engine import exits, parallel, states
@@ -31,17 +32,16 @@ def small(tmp_path_factory) -> Path:
 
 
 def start(
-    processes: int, small: Path, text_dir: Path, out: Path, *more: str, script=ROOT / "train.py"
+    processes: int,
+    small: Path,
+    text_dir: Path,
+    out: Path,
+    *more: str,
+    script=ROOT / "train.py",
+    new: bool = False,
 ):
-    launch = [sys.executable]
-    if processes > 1:
-        launch += [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node",
-            str(processes),
-        ]
+    """train.py in so many processes; new: of interpreters that have imported nothing."""
+    torchrun = ["--standalone", "--nproc_per_node", str(processes)]
     sizes = [
         "--tokens1",
         str(STEPS1 * 4 * 64),
@@ -64,10 +64,16 @@ def start(
         "--cache",
         str(out.parent / "cache"),
     ]
-    command = [*launch, str(script), *places, *sizes, "--device", "cpu", *more]
+    args = [*places, *sizes, "--device", "cpu", *more]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    if new:
+        command = [sys.executable, "-m", "torch.distributed.run", *torchrun, str(script), *args]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+    if processes == 1:
+        return Forked(script, args, environment)
+    agent = ROOT / "tests" / "forked_torchrun.py"
+    return Forked(agent, [*torchrun, str(script), *args], environment)
 
 
 def finish(run: subprocess.Popen) -> str:
@@ -123,7 +129,7 @@ def same_to_rounding(a: Path, b: Path) -> None:
 
 
 def test_two_processes_give_the_result_of_one(full, small, text_dir, tmp_path):
-    said = finish(start(2, small, text_dir, tmp_path / "two"))
+    said = finish(start(2, small, text_dir, tmp_path / "two", new=True))
     same_to_rounding(full, tmp_path / "two")
     assert said.count("exported to") == 1 and said.count("parameters") == 1, "rank 0 alone speaks"
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(
@@ -394,7 +400,7 @@ def test_torchruns_patience_counts_from_the_signal_and_not_from_the_handler(tmp_
 
 
 def test_what_two_processes_refuse_is_one_sentence(small, text_dir, tmp_path):
-    run = start(2, small, text_dir, tmp_path / "out", "--batch1", "3")
+    run = start(2, small, text_dir, tmp_path / "out", "--batch1", "3", new=True)
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 1 and not (tmp_path / "out").exists()
     said = [line for line in errors.splitlines() if line.startswith("train.py:")]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, random_model
+from conftest import ROOT, TEACHER, random_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,6 +30,7 @@ from engine.run import Run
 from engine.tiles import Tiles
 from evals import held_out as held_out_file
 from evals.held_out import HeldOut
+from hub import checkpoint
 from hub.tokenizer import load_tokenizer
 from model import TRAINED, make_student, trainable
 
@@ -328,10 +329,43 @@ def test_the_named_shapes_have_their_models_size(name, millions):
 def test_the_defaults_make_sense_from_2k_to_128k(native, kind, gpu):
     """Enough steps on a GPU, and blocks that the student's context holds."""
     config = random_model(max_position_embeddings=native).config
-    number = train.defaults(config, config.extended(kind, 8), gpu)
+    number = train.defaults(config, config.extended(kind, 8), 0.02, gpu)
     steps = {n: number[f"tokens{n}"] / max(number[f"step{n}"], number[f"length{n}"]) for n in "12"}
     assert number["length1"] <= native and number["length2"] <= 8 * native
     assert steps["1"] >= plan.FEWEST_STEPS and steps["2"] >= (plan.FEWEST_STEPS if gpu else 4)
+
+
+@pytest.mark.parametrize("kind, share", [("linear", 1.0), ("yarn", 0.3)])
+def test_the_rate_follows_the_size_of_the_weights_that_learn(kind, share, tmp_path):
+    """Twice the weights, twice the rate; other weights do not count; at most 2e-3."""
+    model = random_model(num_hidden_layers=9)  # more than are read
+    config, student = model.config, model.config.extended(kind, 8)
+    learning = [
+        p for n, p in model.named_parameters() if n.split(".")[-2] in TRAINED and p.dim() > 1
+    ]
+    rates = []
+    for factor in (1.0, 2.0, 1e3):
+        with torch.no_grad():
+            for i, p in enumerate(learning):  # q, k, v by turns
+                p.fill_(factor * 1e-3 * (1 + i % 3))
+            model.model.layers[0].mlp.up_proj.weight.mul_(factor)
+        path = tmp_path / str(factor)
+        checkpoint.save_pretrained(model, path, tokenizer_from=TEACHER)
+        size = plan.weight_size(config, path)
+        assert size == pytest.approx(factor * 2e-3, rel=1e-3)  # the median
+        rates.append(train.defaults(config, student, size, True)["lr1"])
+    assert rates[0] == pytest.approx(share * 6 * 2e-3 / config.width, rel=1e-3)
+    assert rates[1] == pytest.approx(2 * rates[0]) and rates[2] == share * 2e-3
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_a_context_longer_than_was_measured_is_warned_of(kind):
+    config = random_model().config
+    for factor, warned in ((2, False), (8, False), (9, True), (64, True)):
+        text = plan.describe(config, config.extended(kind, factor), [], [])
+        assert ("warning     beyond 8 times" in text) == warned
+    twice = config.extended(kind, 8)
+    assert "warning" not in plan.describe(twice, twice.extended(kind, 8), [], [])
 
 
 def test_the_relation_loss_that_is_named_is_that_of_the_blocks_that_have_one():

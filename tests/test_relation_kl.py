@@ -189,10 +189,10 @@ def test_tiled_error_is_at_most_twice_that_of_low_precision_eager(dtype, offset)
         assert error <= 2 * allowed, f"{error} against eager's {allowed}"
 
 
-def test_gradcheck_in_float64():
-    x, y = inputs(B=1, H=2, T=69, D=4)  # two strips, the second one short
+def test_gradcheck_in_float64(T=69):
+    x, y = inputs(B=1, H=2, T=T, D=4)
     x.requires_grad_()
-    for causal, lengths in ((True, None), (False, None), (True, torch.tensor([20]))):
+    for causal, lengths in ((True, None), (False, None), (True, torch.tensor([T // 3 - 3]))):
         assert torch.autograd.gradcheck(
             lambda z, c=causal, n=lengths: relation_kl(z, y, causal=c, lengths=n, impl="tiled"), x
         )
@@ -271,7 +271,7 @@ def test_many_strips_keep_every_rule(rows, monkeypatch):
     """The lengths above are one or two strips as shipped."""
     monkeypatch.setattr(sys.modules["kernel_cpu"], "BT", rows)
     monkeypatch.setattr(sys.modules["relation_kl"], "BT", rows)
-    test_gradcheck_in_float64()
+    test_gradcheck_in_float64(21 if rows == 1 else 69)
     test_a_row_much_wider_than_exp_reaches_is_right()
     test_tiled_error_is_at_most_twice_that_of_low_precision_eager(torch.float32, 3.0)
     test_tiled_error_is_at_most_twice_that_of_low_precision_eager(torch.bfloat16, 0.0)
@@ -347,8 +347,8 @@ def peak():  # KiB; getrusage's would begin with the parent's
     return int(re.search(r"VmHWM:\\s*(\\d+)", Path("/proc/self/status").read_text())[1])
 torch.set_num_threads(1)
 T = int(sys.argv[1])
-x = torch.randn(1, 4, T, 64).requires_grad_()
-y = torch.randn(1, 4, T, 64)
+x = torch.randn(1, 2, T, 64).requires_grad_()
+y = torch.randn(1, 2, T, 64)
 Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
 before = peak()
 relation_kl(x, y, impl=sys.argv[2]).sum().backward()
@@ -374,7 +374,7 @@ def test_memory_grows_linearly(impl):
         return int(out.stdout)
 
     small, large = extra(2048), extra(8192)
-    assert large <= 4 * small + 8 * 1024, f"{small} KiB at 2048, {large} KiB at 8192"
+    assert large <= 4 * small + 4 * 1024, f"{small} KiB at 2048, {large} KiB at 8192"
     assert large * 1024 < 8192 * 8192 * 4, "less than one dense float32 matrix of one head"
 
 

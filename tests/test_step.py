@@ -1,12 +1,14 @@
 """The fast path of a step equals the plain losses, in loss and in every gradient."""
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import random_model
+from conftest import ROOT, random_model
+from forked import Forked
 
 from engine import cost, lora, offload, parallel, sequence, step
 from engine import tiles as tiles_file
@@ -208,7 +210,17 @@ def test_a_block_over_several_processes_is_that_of_one(size, tmp_path):
     """In float64 under gloo: one loss, one gradient, one norm, to 1e-12; T ragged; two key/value
     heads over four processes; sharded or not.
     """
-    torch.multiprocessing.spawn(_process, (size, str(tmp_path)), nprocs=size)
+    script, places = tmp_path / "script.py", [str(ROOT), str(ROOT / "tests")]
+    script.write_text(
+        f"import os, sys\nsys.path[:0] = {places}\nimport test_step\n"
+        "test_step._process(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])\n"
+        "os._exit(0)  # without the interpreter's end, in which gloo's thread may abort\n"
+    )
+    args = [str(size), str(tmp_path)]
+    ranks = [Forked(script, [str(rank), *args], dict(os.environ)) for rank in range(size)]
+    for each in ranks:
+        _, errors = each.communicate(timeout=300)
+        assert each.returncode == 0, errors
     found = torch.load(tmp_path / "found.pt")
     for name, (objective, kind, adapters, blocks, T, _, _) in CASES.items():
         alone = SimpleNamespace(size=1, rank=0)

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEACHER, write_model
+from forked import Forked
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
@@ -29,6 +29,8 @@ from hub import files
 from hub.tokenizer import load_tokenizer
 
 STEPS1, STEPS2 = 6, 3
+# A limit on the size of a file stands for a full disk
+SMALL_DISK = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
 
 
 @pytest.fixture(scope="module")
@@ -65,19 +67,23 @@ def arguments(small: Path, text_dir: Path, out: Path, *more: str) -> list[str]:
     return [*places, *sizes, "--device", "cpu", *more]
 
 
-def shell(args: list[str], **more) -> subprocess.Popen:
+def shell(args: list[str], new: bool = False, **more) -> subprocess.Popen | Forked:
+    """`python train.py args`; new: in an interpreter that has imported nothing, and draws; first:
+    what another one runs before.
+    """
     environment = dict(os.environ, OMP_NUM_THREADS="1", **more.pop("env", {}))
-    command = [sys.executable, str(more.pop("script", ROOT / "train.py")), *args]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more
-    )
+    script = more.pop("script", ROOT / "train.py")
+    if not new:
+        return Forked(script, args, environment, **more)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, str(script), *args], env=environment, **pipes, **more)
 
 
 @pytest.fixture(scope="module")
 def whole(small, text_dir, tmp_path_factory) -> Path:
-    """One uninterrupted run, in a process of its own."""
+    """One uninterrupted run, as a user starts it."""
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run = shell(arguments(small, text_dir, out))
+    run = shell(arguments(small, text_dir, out), new=True)
     said, errors = run.communicate()
     assert run.returncode == 0, errors
     (out.parent / "said.txt").write_text(said)
@@ -238,7 +244,9 @@ def test_bad_arguments_are_refused_with_nothing_written(small, text_dir, tmp_pat
 
 
 def test_the_command_ends_with_one_sentence_and_code_2(small, text_dir, tmp_path):
-    run = shell([*arguments(small, text_dir, tmp_path / "out"), "--teacher", str(tmp_path)])
+    run = shell(
+        [*arguments(small, text_dir, tmp_path / "out"), "--teacher", str(tmp_path)], new=True
+    )
     _, errors = run.communicate()
     assert run.returncode == 2 and "Traceback" not in errors
     assert errors.startswith("train.py: ") and errors.count("\n") == 1
@@ -279,9 +287,7 @@ def test_a_dry_run_says_where_a_resumed_run_would_go_on(whole, small, text_dir, 
 
 
 def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path):
-    """A limit on the size of a file stands for the full disk: the log still fits, the next state
-    does not.
-    """
+    """The log still fits, the next state does not."""
     out = tmp_path / "out"
     stopped = shell([*arguments(small, text_dir, out), "--save-minutes", "0"])
     while not (out / "state").exists() or states.latest(out / "state") is None:
@@ -290,10 +296,8 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small, text_dir, tmp_path
     stopped.kill()
     stopped.communicate()
     before = {p: p.read_bytes() for p in (out / "state").glob("step-*/*")}
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731
-    run = shell(
-        [*arguments(small, text_dir, out), "--save-minutes", "0", "--resume"], preexec_fn=limit
-    )
+    more = ("--save-minutes", "0", "--resume")
+    run = shell([*arguments(small, text_dir, out), *more], first=SMALL_DISK.format(20_000))
     _, errors = run.communicate()
     assert run.returncode == 2 and errors.count("\n") == 1 and "Traceback" not in errors
     assert "cannot write to" in errors and "MiB free" in errors and "--resume" in errors
