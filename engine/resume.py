@@ -15,8 +15,7 @@ torch's attention orders anew in each run.
 
 What it depends on.  The arguments that decide the result, and the contents of the teacher's files
 and of the text, by their digests. A resumed run must have the same; what changed is named. The
-teacher's digest is taken while the teacher is loaded and the text tokenised and, in a new run,
-which compares it with nothing, while teacher and untrained student are measured.
+teacher's digest is taken while the teacher is loaded and the text tokenised.
 
 Signals.  Ctrl-C, SIGTERM or SIGHUP (a lost connection; not under nohup) asks for a stop, and a line
 says so: the measurements at hand and the next step are finished, the state is saved, the exit code

@@ -2,8 +2,8 @@
 
     with Run(plan, world) as run:           the folder, its lock, the newest good state
         run.read_text()                     tokenised once
-        run.begin(weights, held_out)        a resumed run's weights, signals
-        for stage in run.stages():          the log; those that are left
+        run.begin(weights, held_out)        a resumed run's weights, the log, signals
+        for stage in run.stages():          those that are left
             with run.training(...):         Adam's moments of a resumed run; memory that runs out
                 for n in run.steps(stage):  those that are left, of each:
                     micro_batches, figures, agree, log, save_if_due, stopping
@@ -60,7 +60,7 @@ class Run:
             return
         args, stages = self.args, self.plan.stages
         self.depends = resume.matters(args, stages, self.plan.blocks)
-        # 13 GB take a while: beside loading, tokenising and, in a new run, measuring
+        # 13 GB take a while: beside loading and tokenising
         self.digest = Job(resume.digest, args.teacher) if self.world.main else None
         if args.dry_run and self.digest:
             self.depends[resume.TEACHERS_FILES] = self.digest.result()
@@ -110,7 +110,7 @@ class Run:
             documents = Lookups(tokenizer, corpus.train) if args.lookups else None
             plan.check_text(corpus, stages, documents)
             self.depends["text"] = corpus.digest
-            if self.world.main and self.at.state:
+            if self.world.main:
                 self.depends[resume.TEACHERS_FILES] = self.digest.result()
                 resume.same_contents(self.at, self.depends)
             self.out.add(*self.out.owned(args.cache))  # the text will be worth keeping
@@ -139,6 +139,8 @@ class Run:
             "versions": versions(self.plan.device) | {"processes": self.world.size},
         }
         self.about |= {"text": self.corpus.name, "command": sys.argv}
+        if self.world.main:
+            self.watch = watch.Watch(self.out, self.plan, self.world.size, self.about, self.at)
 
     def measure(self, name: str, model: Llama) -> None:
         """A column of the table, filled by the first process; by all, where they share the model or
@@ -155,15 +157,10 @@ class Run:
 
     def stages(self) -> Iterator[Stage]:
         """The stages that are left."""
-        self.world.on_main(self._begin_log)
         for number in range(self.at.stage, len(self.plan.stages)):
             self.at.stage = number
             yield self.plan.stages[number]
         self.saver.release()  # an export may need it
-
-    def _begin_log(self) -> None:
-        self.depends[resume.TEACHERS_FILES] = self.digest.result()
-        self.watch = watch.Watch(self.out, self.plan, self.world.size, self.about, self.at)
 
     @contextlib.contextmanager
     def training(self, stage: Stage, optimiser: torch.optim.Optimizer, step):
