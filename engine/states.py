@@ -76,12 +76,9 @@ class Progress:
 class Job:
     """f(*args) in a thread, which ends with the process at the latest; its result, or its error."""
 
-    def __init__(self, f, *args, thread: bool = True):
+    def __init__(self, f, *args):
         self.over, self.value, self.error = threading.Event(), None, None
-        if thread:
-            threading.Thread(target=self._run, args=(f, args), daemon=True).start()
-        else:
-            self._run(f, args)
+        threading.Thread(target=self._run, args=(f, args), daemon=True).start()
 
     def _run(self, f, args) -> None:
         try:
@@ -169,7 +166,7 @@ class Saver:
         self._keep(replace(at) if at.state else None)
         self.job, self.next = None, None  # of the state that is being written, and what it knows
         self.room = torch.empty(0, dtype=torch.uint8)  # the copy
-        self.touched = Job(bool, thread=False)  # over once its pages are made; it has none yet
+        self.touched = Job(bool)  # over once its pages are made; it has none yet
         self.gpu = world.device.type == "cuda"
         self.pinned: list[Tensor] = []
 
@@ -249,10 +246,8 @@ class Saver:
         def write(f, numbers: range) -> None:
             for i in numbers:
                 data = memoryview(chunks[i].numpy())
-                sums[i], at = zlib.crc32(data), i * CHUNK
-                while data:
-                    n = os.pwrite(f.fileno(), data, at)
-                    data, at = data[n:], at + n
+                sums[i] = zlib.crc32(data)
+                files.write_at(f.fileno(), data, i * CHUNK)
 
         with files.disk_sentences(self.out.path, self.promise), file.open("xb") as f:
             starts = range(min(_THREADS, len(chunks)))

@@ -31,7 +31,6 @@ Source.  The safetensors format description; the layout of transformers 4.57 and
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import struct
@@ -510,14 +509,11 @@ def _write_shards(
         tensor = tensor_of(name).cpu()
         assert tensor.dtype == like[name].dtype and tensor.shape == like[name].shape
         data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        while data:
-            n = os.pwrite(fd, data, at)
-            data, at = data[n:], at + n
+        files.write_at(fd, data, at)
 
     def sync(file: Path, begun: list[Future]) -> None:
         wait(begun)
-        with file.open("rb") as f:
-            os.fsync(f.fileno())
+        files.sync_file(file)
 
     written, synced = [], []
     with contextlib.ExitStack() as opened, ThreadPoolExecutor(_THREADS) as writing:

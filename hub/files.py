@@ -172,8 +172,19 @@ def sync_tree(folder: Path) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             file.chmod(readable())
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+            sync_file(file)
+
+
+def sync_file(file: Path) -> None:
+    with file.open("rb") as f:
+        os.fsync(f.fileno())
+
+
+def write_at(fd: int, data: memoryview, at: int) -> None:
+    """All bytes of `data`, from byte `at` of the file on; threads may write side by side."""
+    while data:
+        n = os.pwrite(fd, data, at)
+        data, at = data[n:], at + n
 
 
 def sync_directory(path: Path) -> None:
