@@ -210,7 +210,7 @@ def memory(
     come = copied + (4 * trained // shards if micro == per_rank else 0)
     if tiles:
         kept = tiled_bytes(c, stage, dtype, micro, rank, tiles, P)
-        goes = kept["layers' inputs"] + kept["attention's outputs"]
+        goes = sum(kept[k] for k in ("layers' inputs", "attention's outputs", "q, k and v"))
         parts["trained weights, gradients, Adam"] -= min(come, goes)
         return parts | kept
     kept = activation_bytes(c, stage, dtype, micro, recomputed, rank, attention, fused, gpu)
@@ -286,6 +286,7 @@ def tiled_bytes(
     on_gpu = {
         "layers' inputs": inputs * models * C * b * tokens,
         "attention's outputs": outputs * output_bytes(c, b) * tokens,
+        "q, k and v": max(0, tiles.qkv - 1) * qkv * tokens,
         "positions": 2 * models * T * c.head_dim * b,
     }
     if related:
@@ -311,7 +312,7 @@ def tiled_bytes(
     # whole; what the last layer kept
     chunk = c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * related) + 12 * C
     head = min(HEAD_CHUNK, tokens) * chunk + tokens * (models + 2) * C * b
-    head += tokens * (models * C * b + output_bytes(c, b))
+    head += tokens * (models * C * b + output_bytes(c, b) + bool(tiles.qkv) * qkv)
     return on_gpu | {"a layer at work": max(layer, head)}
 
 

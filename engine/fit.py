@@ -9,11 +9,12 @@ What.  In this order, as each costs more time than the one before:
                      as fit, with as many blocks at a time as that allows
     tiles            of tokens, a block at a time (engine/tiles.py): inputs of the last layers and
                      their attention outputs on the GPU, of those before in the host's memory, as
-                     many outputs as there is room for; the others are computed again
+                     many outputs as there is room for; the others are computed again. Where all
+                     have room on the GPU, q, k and v of as many layers too
 
 Where recomputing attention would cost more than projections twice, which long blocks come to, tiles
-that keep all outputs on the GPU go before recompute. With more processes than blocks a block is cut
-over several (engine/sequence.py), and always done in tiles.
+that keep all outputs, here or on the host, go before recompute. With more processes than blocks a
+block is cut over several (engine/sequence.py), and always done in tiles.
 
 Where nothing fits, one sentence says what would: the longest block, as it is and with the frozen
 weights in 4 bits, or how many GPUs.
@@ -66,7 +67,7 @@ class Fit:
             some = f"{self.recomputed} of {layers} layers"
             which = "every layer" if self.recomputed == layers else some
             return f"{blocks}, {which} again in its backward"
-        outputs, on_gpu = self.tiles.outputs, self.tiles.on_gpu
+        outputs, on_gpu, qkv = self.tiles.outputs, self.tiles.on_gpu, self.tiles.qkv
         where = "all inputs on the device"
         if on_gpu < layers:
             gib = self.tiles.host / 2**30
@@ -74,6 +75,7 @@ class Fit:
         return (
             f"{blocks}, in tiles of {self.tiles.tokens:,} tokens, {where}; attention again in "
             f"{layers - outputs} of {layers} layers"
+            + (f", q, k and v kept in {qkv}" if qkv else "")
         )
 
 
@@ -131,7 +133,7 @@ def _first(m: Machine, stage: Stage, micro: int | None) -> Fit | None:
     tiled = _tiled(m, stage, micro)
     c = m.c
     long = 2 * c.width * (c.n_head + 2 * c.n_kv_head) / c.n_head < stage.T
-    if tiled and long and tiled.tiles.on_gpu == tiled.tiles.outputs == c.n_layer:
+    if tiled and long and tiled.tiles.outputs == c.n_layer:
         return tiled
     found = []
     for blocks in [most] if micro else range(most, 0, -1):
@@ -214,8 +216,8 @@ def _tiled(m: Machine, stage: Stage, micro: int | None) -> Fit | None:
     L, P = m.c.n_layer, processes_per_block(stage.batch, m.processes)
     blocks = at_a_time(stage, micro or 1, blocks_per_process(stage.batch, m.processes))
 
-    def fit(on_gpu: int, outputs: int) -> Fit:
-        tiles = Tiles(on_gpu=on_gpu, outputs=outputs)
+    def fit(on_gpu: int, outputs: int, qkv: int = 0) -> Fit:
+        tiles = Tiles(on_gpu=on_gpu, outputs=outputs, qkv=qkv)
         need = _need(m, stage, micro, blocks, 0, tiles)
         host = _host(m, stage, micro, blocks, tiles)
         return Fit(blocks, 0, need, dataclasses.replace(tiles, host=host), P)
@@ -226,7 +228,9 @@ def _tiled(m: Machine, stage: Stage, micro: int | None) -> Fit | None:
             if tried.tiles.host > m.host:
                 break  # fewer on the GPU are more on the host
             if _total(tried.need) <= ROOM * m.free:
-                return tried
+                all_there = on_gpu == outputs == L
+                more = (fit(on_gpu, outputs, qkv) for qkv in range(L if all_there else 0, 0, -1))
+                return next((f for f in more if _total(f.need) <= ROOM * m.free), tried)
     return None
 
 

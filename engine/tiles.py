@@ -8,7 +8,7 @@ backward:
                 o            attention over the whole block, some heads at a time; o and its
                              log-sum-exps are kept
                 h'           tile by tile: h + o's projection, then + MLP
-    backward    q, k, v      again, tile by tile
+    backward    q, k, v      again, tile by tile, where there was no room to keep them
                 do, dh       a tile of h' is made again and its gradient taken, at once
                 dq, dk, dv   attention's backward from q, k, v, o and log-sum-exps, some heads at a
                              time, in the places of q, k and v
@@ -19,7 +19,8 @@ stage 1 teacher and student go side by side, and the relations, with their kept 
 to dq, dk and dv.
 
 What it costs.  In attention forwards, of which a backward is 2.5: 1 + 2.5 where o is kept, and one
-more where it is not. A projection is made three times, everything else twice.
+more where it is not. A projection is made three times, or twice where q, k and v were kept;
+everything else twice.
 
 How.  One autograd.Function per layer, which is given the weights that learn, so that hooks,
 reducers and FSDP see a gradient per weight once. Over tiles it is summed in float32. Attention's
@@ -58,6 +59,7 @@ class Tiles:
     tokens: int = TOKENS
     on_gpu: int = 0  # layers whose input, and attention's output if kept, stay on the GPU
     outputs: int = 0  # layers whose attention output is kept, and not computed again
+    qkv: int = 0  # layers whose q, k and v are kept, on the GPU
     host: int = 0  # bytes that the others' inputs and outputs take on the host, pinned beforehand
 
 
@@ -143,6 +145,7 @@ class Layer:
         self.below = below  # the layer whose backward comes next
         self.host = l < layers - work.tiles.on_gpu
         self.keeps_output = l >= layers - work.tiles.outputs
+        self.keeps_qkv = l >= layers - work.tiles.qkv
         self.held: list[Held] = []  # whatever the store has of this layer
 
     def __call__(self, h: Tensor, h_teacher: Tensor | None = None, relations_alone: bool = False):
@@ -156,12 +159,13 @@ class Layer:
         """h [B, T/P, C] of each -> (student's h after the layer, teacher's, mean KLs [3])."""
         if self.keep:
             self.h = self._put(h)
-        heads = [self.work.cut.heads(x) for x in self._project(self.student, h, 0)]
+        heads = self._heads(self.student, h, 0)
+        self.heads = heads if self.keep and self.keeps_qkv else None
         parts = after_teacher = None
         if self.teacher is not None:
             if self.keep:
                 self.h_teacher = self._put(h_teacher)
-            theirs = [self.work.cut.heads(x) for x in self._project(self.teacher, h_teacher, 1)]
+            theirs = self._heads(self.teacher, h_teacher, 1)
             self.kept = [[] for _ in heads]
             parts = [
                 self._relate(*pair, r) for r, pair in enumerate(zip(heads, theirs, strict=True))
@@ -182,6 +186,10 @@ class Layer:
             outs = [attention.attend(*some) for some in _some_heads(heads)]
         del heads
         return self._finish(self.student, h, self._tokens(outs)), after_teacher, parts
+
+    def _heads(self, layer: nn.Module, h: Tensor, which: int) -> list[Tensor]:
+        """q, k and v [B, H/P, T, D] of this process's heads."""
+        return [self.work.cut.heads(x) for x in self._project(layer, h, which)]
 
     def _project(self, layer: nn.Module, h: Tensor, which: int) -> list[Tensor]:
         """q, k and v [B, heads, T/P, D] of all tokens, laid out as one call would."""
@@ -234,7 +242,8 @@ class Layer:
         """Gradients of the layer's input [B, T/P, C], in the place of dh, and of its weights."""
         work, c = self.work, self.student.self_attn.c
         h = work.store.get(self.h)
-        heads = [work.cut.heads(x) for x in self._project(self.student, h, 0)]
+        heads = self.heads or self._heads(self.student, h, 0)
+        self.heads = None
         related = [] if self.teacher is None else self._relate_backward(heads, d_parts)
         if self.relations_alone:
             dh = torch.zeros_like(h)
@@ -255,7 +264,7 @@ class Layer:
     def _relate_backward(self, heads: list[Tensor], d_parts: Tensor) -> list[Tensor]:
         """The relations' gradients in q, k and v [B, H/P, T, D]."""
         h_teacher, found = self.work.store.get(self.h_teacher), []
-        theirs = [self.work.cut.heads(x) for x in self._project(self.teacher, h_teacher, 1)]
+        theirs = self._heads(self.teacher, h_teacher, 1)
         for r in range(3):
             with torch.enable_grad():
                 x = heads[r].detach().requires_grad_()

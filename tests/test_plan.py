@@ -540,8 +540,10 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
 @pytest.mark.parametrize("heads", [2, 4])
-@pytest.mark.parametrize("on_gpu, outputs", [(0, 4), (4, 4), (0, 0), (2, 0)])
-def test_a_pass_in_tiles_holds_what_the_plan_says(on_gpu, outputs, heads, rank, monkeypatch):
+@pytest.mark.parametrize(
+    "on_gpu, outputs, qkv", [(0, 4, 0), (4, 4, 0), (0, 0, 0), (2, 0, 0), (4, 4, 3)]
+)
+def test_a_pass_in_tiles_holds_what_the_plan_says(on_gpu, outputs, qkv, heads, rank, monkeypatch):
     """All but what attention's kernel on a GPU holds for itself; and nothing stays after it."""
     monkeypatch.setattr(tiles_file, "ROWS", 2048)
     monkeypatch.setattr(offload, "CHUNK", 2**16)
@@ -550,7 +552,7 @@ def test_a_pass_in_tiles_holds_what_the_plan_says(on_gpu, outputs, heads, rank, 
     sizes = {"hidden_size": 64, "intermediate_size": 172, "num_hidden_layers": 4, "head_dim": 16}
     SHAPES["tiled"] = sizes | {"num_key_value_heads": heads}
     teacher, student = pair("tiled", rank)
-    T, tiles = 2048, Tiles(128, on_gpu, outputs)
+    T, tiles = 2048, Tiles(128, on_gpu, outputs, qkv)
     stage = cost.Stage("stage2", "next token", T, 1, 1, 1e-3)
     ids = torch.randint(0, 512, (1, T + 1))
     made = step.Step(teacher, student, {}, dtype=f32, tiles=tiles)
@@ -633,8 +635,14 @@ def test_the_less_room_the_more_is_given_up():
     assert (fewer.micro, fewer.recomputed, fewer.tiles) == (2, 0, None)
     again = fit.settle(machine(21, 0), stage, None)
     assert again.recomputed and not again.tiles
+    short = fit.settle(machine(78, 100), long_stage(32768), None)
+    assert short.tiles.qkv == 32
     long = fit.settle(machine(78, 100), long_stage(65536), None)
     assert long.tiles.on_gpu == long.tiles.outputs == 32 and long.tiles.host == 0
+    assert 0 < long.tiles.qkv < 32 and f", q, k and v kept in {long.tiles.qkv}" in long.describe(32)
+    fused = dataclasses.replace(machine(78, 100), fused=True)
+    some = fit.settle(fused, long_stage(131072), None)  # in which all layers again would fit
+    assert some.tiles.outputs == 32 > some.tiles.on_gpu and not some.recomputed
     longer = fit.settle(machine(78, 100), long_stage(262144), None)
     assert longer.tiles.outputs == 32 > longer.tiles.on_gpu > 0
     assert 0 < longer.tiles.host <= 100 * 2**30

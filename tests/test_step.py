@@ -142,15 +142,15 @@ def test_tiles_give_the_loss_and_the_gradient_of_the_whole(
     objective, kind, kl_weight, rank, monkeypatch
 ):
     """In float64, to rounding: ragged tiles, a host's stack with ragged chunks, with and without
-    attention's output kept.
+    attention's output kept, with q, k and v kept.
     """
     monkeypatch.setattr(offload, "CHUNK", 3000)
     monkeypatch.setattr(tiles_file, "ROWS", 200)  # two calls of attention
     teacher, student = models(kind, rank, torch.float64)
     how = {"dtype": torch.float64, "kl_weight": kl_weight}
     expected = values_and_gradients(step.Step(teacher, student, {}, **how), objective)
-    for tokens, on_gpu, outputs in ((14, 0, 3), (100, 1, 2), (7, 3, 0)):
-        tiles = Tiles(tokens, on_gpu, outputs)
+    for sizes in ((14, 0, 3), (100, 1, 2), (7, 3, 0), (14, 3, 3, 2)):
+        tiles = Tiles(*sizes)
         found = values_and_gradients(step.Step(teacher, student, {}, tiles=tiles, **how), objective)
         for x, y in zip(found, expected, strict=True):
             assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3)
@@ -160,6 +160,7 @@ CASES = {  # objective, positions, adapters, blocks, T, sharded, tiles
     "stage 2": ("next token", "linear", None, 1, T, False, None),
     "stage 1": ("relation", "yarn", None, 1, T, False, None),
     "adapters in tiles": ("next token", "yarn", 4, 1, 49, False, Tiles(7, 1, 2)),
+    "q, k, v kept": ("relation", "yarn", None, 1, 49, False, Tiles(7, 3, 3, 2)),
     "two blocks": ("relation", "linear", 4, 2, T, False, Tiles(20, 0, 0)),
     "sharded": ("relation", "linear", None, 1, 47, True, Tiles(20, 1, 3)),
     "sharded adapters": ("next token", "linear", 4, 2, T, True, Tiles(20, 0, 3)),
@@ -284,6 +285,8 @@ def test_tiles_in_bfloat16_are_as_exact_as_the_whole(objective, device):
     assert (tiled - exact).norm() <= 2 * (whole - exact).norm()
     if device == "cpu":
         assert torch.equal(tiled, run(torch.bfloat16, Tiles(14, 1, 2))), "the same bits twice"
+        again, kept = (run(torch.bfloat16, Tiles(14, 3, 3, n)) for n in (0, 2))
+        assert torch.equal(again, kept), "q, k and v made again or kept"
 
 
 def test_the_noise_of_adapters_is_the_same_in_forward_and_backward():
