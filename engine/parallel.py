@@ -32,6 +32,7 @@ Source.  PyTorch's FSDP2, torch.distributed.fsdp.fully_shard.
 
 import contextlib
 import datetime
+import itertools
 import os
 import re
 import sys
@@ -297,6 +298,10 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
     root = fully_shard(Unit(*units), mesh=mesh, mp_policy=policy)
     # FSDP takes what runs first for the root; from here on units run on their own
     root(lambda: None)
+    # A unit that runs on its own begins its gather when the GPU is done with the one before, which
+    # therefore begins it instead, beside its own work
+    for unit, after in itertools.pairwise(units):
+        unit.set_modules_to_forward_prefetch([after])
     return units
 
 
