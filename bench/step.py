@@ -211,6 +211,7 @@ class Timed:
     def make_step(self, graphs: bool) -> Step:
         how = {"recomputed": self.fit.recomputed, "tiles": self.fit.tiles, "graphs": graphs}
         how |= {"dtype": self.dtype, "kl_weight": float(self.stage.logits)}
+        how |= {"gathered": self.fit.gathered}
         return Step(self.teacher, self.student, {}, world=self.world, units=self.units, **how)
 
     def __call__(self, longest: int | None = None) -> None:

@@ -192,6 +192,7 @@ def memory(
     fused: bool = False,
     gpu: bool = False,
     bits: int | None = None,
+    gathered: bool = False,
 ) -> dict[str, int]:
     """Bytes by part for one process working on `micro` of its `per_rank` blocks at a time, the
     first `recomputed` layers computed again in the backward. The stage's `auxiliary` is left out.
@@ -199,10 +200,11 @@ def memory(
     shards: over how many --shard cuts; processes: how many sum their gradients where it cuts
     nothing; attention: what it computes in, `dtype` if None; tiles: how a long block is done, of
     which P processes do a share each; fused, gpu: see activation_bytes; bits: of frozen matrices,
-    if they are packed (engine/quant.py). The peak is where the parts are largest together.
+    if they are packed (engine/quant.py); gathered: what is cut is gathered once a step
+    (engine/parallel.py). The peak is where the parts are largest together.
     """
     b, trained = dtype.itemsize, trained_parameters(c, rank)
-    parts = weight_bytes(c, b, rank, shards, bits)
+    parts = weight_bytes(c, b, rank, shards, bits, gathered)
     copied = bucket_bytes(c, rank) if processes > 1 and shards == 1 else 0
     if copied:
         parts["gradients in buckets"] = copied
@@ -235,10 +237,15 @@ def memory(
 
 
 def weight_bytes(
-    c: LlamaConfig, b: int, rank: int | None, shards: int, bits: int | None
+    c: LlamaConfig,
+    b: int,
+    rank: int | None,
+    shards: int,
+    bits: int | None,
+    gathered: bool = False,
 ) -> dict[str, int]:
     """Bytes by part of both models' weights in `b` bytes per number, and of what is there for those
-    that learn; shards, bits: see memory.
+    that learn; shards, bits, gathered: see memory.
     """
     everything, qkv = parameters(c)
     ends = c.vocab_size * c.width * (1 if c.tied else 2) + c.width
@@ -251,9 +258,10 @@ def weight_bytes(
     }
     if bits:
         parts["a matrix unpacked"] = c.width * max(c.mlp_width, c.n_head * c.head_dim) * b
-    if shards > 1:  # the layer at work and the next one, gathered, and the gradients of one
+    if shards > 1:  # the layer at work, or all, and one that comes; the gradients of one
+        layers = c.n_layer + 1 if gathered else 2
         parts["gathered layers"] = (
-            2 * (everything - ends + trained) * b + 4 * trained
+            layers * (everything - ends + trained) * b + 4 * trained
         ) // c.n_layer
     return parts
 

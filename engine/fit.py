@@ -16,6 +16,9 @@ Where recomputing attention would cost more than projections twice, which long b
 that keep all outputs, here or on the host, go before recompute. With more processes than blocks a
 block is cut over several (engine/sequence.py), and always done in tiles.
 
+With --shard, layers are gathered once a step where all of them fit beside what was chosen, under
+the bound up to which nothing is computed again; else whenever they are at work.
+
 Where nothing fits, one sentence says what would: the longest block, as it is and with the frozen
 weights in 4 bits, or how many GPUs.
 
@@ -55,27 +58,29 @@ class Fit:
     need: dict[str, int]  # bytes by part, at the peak
     tiles: Tiles | None = None
     P: int = 1  # processes that share a block
+    gathered: bool = False  # --shard gathers each layer once a step, and all are held to its end
 
     def describe(self, layers: int) -> str:
         """One line: what is kept, and where."""
         blocks = f"{self.micro} block{'s' * (self.micro > 1)} at a time"
         if self.P > 1:
             blocks = f"each block over {self.P} processes, {blocks}"
+        once = ", layers gathered once a step" if self.gathered else ""
         if not self.tiles:
             if not self.recomputed:
-                return f"{blocks}, nothing twice"
+                return f"{blocks}, nothing twice{once}"
             some = f"{self.recomputed} of {layers} layers"
             which = "every layer" if self.recomputed == layers else some
-            return f"{blocks}, {which} again in its backward"
+            return f"{blocks}, {which} again in its backward{once}"
         outputs, on_gpu, qkv = self.tiles.outputs, self.tiles.on_gpu, self.tiles.qkv
         where = "all inputs on the device"
         if on_gpu < layers:
             gib = self.tiles.host / 2**30
             where = f"inputs of {layers - on_gpu} of {layers} layers on the host ({gib:.3g} GiB)"
+        kept = f", q, k and v kept in {qkv}" if qkv else ""
         return (
             f"{blocks}, in tiles of {self.tiles.tokens:,} tokens, {where}; attention again in "
-            f"{layers - outputs} of {layers} layers"
-            + (f", q, k and v kept in {qkv}" if qkv else "")
+            f"{layers - outputs} of {layers} layers{kept}{once}"
         )
 
 
@@ -117,7 +122,14 @@ def settle(m: Machine, stage: Stage, micro: int | None) -> Fit:
     found = _first(m, stage, micro)
     if found is None:
         raise ValueError(refusal(m, stage, micro))
-    return found
+    return _gathered_once(m, stage, micro, found) if m.shards() > 1 else found
+
+
+def _gathered_once(m: Machine, stage: Stage, micro: int | None, found: Fit) -> Fit:
+    """The same way with each layer gathered once a step, where there is room for all of them."""
+    need = _need(m, stage, micro, found.micro, found.recomputed, found.tiles, gathered=True)
+    fits = _total(need) <= KEEP * m.free
+    return dataclasses.replace(found, need=need, gathered=True) if fits else found
 
 
 def _first(m: Machine, stage: Stage, micro: int | None) -> Fit | None:
@@ -176,6 +188,7 @@ def _need(
     blocks: int,
     recomputed: int,
     tiles: Tiles | None = None,
+    gathered: bool = False,
 ) -> dict[str, int]:
     """Bytes by part, of a stage and its auxiliary the larger ones."""
     needs = []
@@ -196,6 +209,7 @@ def _need(
             fused=m.fused,
             gpu=m.device.type == "cuda",
             bits=m.bits,
+            gathered=gathered,
         )
         needs.append(parts | {"a step's ids": 8 * own * (part.T + 1)})
     return max(needs, key=_total)

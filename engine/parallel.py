@@ -16,8 +16,10 @@ graphs, at a step's end (`Reducer`).
 Sharded (--shard).  For models that do not fit one GPU. Layer l of the teacher and layer l of the
 student share their frozen tensors, so the two are one FSDP2 unit, a `Unit`, in which every tensor,
 shared or not, is cut over the ranks once. A unit is gathered in the compute dtype when its layer is
-at work and dropped after it; gradients are reduced in float32, onto float32 weights. Embeddings,
-the last norm and the head are frozen and shared: each rank holds them whole.
+at work and dropped after it, or, where memory has room for all (engine/fit.py), once a step, and
+dropped by the backward of the step's last micro-batch (`gathered_once`): the weights change between
+steps alone. Gradients are reduced in float32, onto float32 weights, after each micro-batch.
+Embeddings, the last norm and the head are frozen and shared: each rank holds them whole.
 
 With more ranks than blocks in a step, each block is cut along its tokens over the ranks that share
 it (engine/sequence.py); ranks and blocks are multiples of each other.
@@ -28,7 +30,9 @@ without using them.
 Source.  PyTorch's FSDP2, torch.distributed.fsdp.fully_shard.
 """
 
+import contextlib
 import datetime
+import itertools
 import os
 import re
 import sys
@@ -294,6 +298,10 @@ def shard(teacher: Llama, student: Llama, world: World, dtype: torch.dtype) -> l
     root = fully_shard(Unit(*units), mesh=mesh, mp_policy=policy)
     # FSDP takes what runs first for the root; from here on units run on their own
     root(lambda: None)
+    # A unit that runs on its own begins its gather when the GPU is done with the one before, which
+    # therefore begins it instead, beside its own work
+    for unit, after in itertools.pairwise(units):
+        unit.set_modules_to_forward_prefetch([after])
     return units
 
 
@@ -301,6 +309,21 @@ def gathered(layer: nn.Module, f, *args):
     """f(*args), with the layer's weights whole while it runs, and again in its backward."""
     routed = vars(layer).get("forward")
     return routed.unit[0](f, *args) if isinstance(routed, _Routed) else f(*args)
+
+
+@contextlib.contextmanager
+def gathered_once(units: list[Unit], last: bool):
+    """Around a step's micro-batch: it leaves units gathered for the next one. The step's last one
+    leaves none, as the optimiser then changes what they were gathered from.
+    """
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_backward(last, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)  # again, for whoever measures
+        if last:
+            unit.reshard()  # nothing is left to do where its backward has run
 
 
 def unshard(student: Llama, world: World) -> None:

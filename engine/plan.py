@@ -78,6 +78,7 @@ class Plan:
             "dropout": args.lora_dropout,
             "recomputed": self.fit(stage).recomputed,
             "tiles": self.fit(stage).tiles,
+            "gathered": self.fit(stage).gathered,
         }
 
 

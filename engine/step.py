@@ -11,7 +11,8 @@ something is:
     the last layer   ends at its q, k and v where no loss depends on more
     tiles            a long block, a tile of tokens at a time, its layers' inputs in the host's
                      memory (engine/tiles.py), over one process or several (engine/sequence.py)
-    units            with --shard, what gathers layer l of both models while it is at work
+    units            with --shard, what gathers layer l of both models while it is at work, or once
+                     a step (`gathered`)
     a CUDA graph     one launch per micro-batch instead of thousands (engine/graph.py)
     fused kernels    between products, from inside model.py (kernel_glue.py)
 
@@ -63,15 +64,18 @@ class Step:
         recomputed: int = 0,
         world: parallel.World | None = None,
         units: list | None = None,
+        gathered: bool = False,
         graphs: bool = True,
         tiles: Tiles | None = None,
     ):
         """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight) -> (loss, relations
-        [L, 3], next-token KL), "next token": f(student, ids [n, T + 1], dtype) -> (loss,)}. graphs:
-        record CUDA graphs wherever that is possible.
+        [L, 3], next-token KL), "next token": f(student, ids [n, T + 1], dtype) -> (loss,)}.
+        gathered: units are gathered once a step; graphs: record CUDA graphs wherever that is
+        possible.
         """
         self.teacher, self.student, self.plain, self.dtype = teacher, student, plain, dtype
         self.kl_weight, self.recomputed, self.units = kl_weight, recomputed, units
+        self.gathered = gathered
         self.options = {"relations": relations, "authors_heads": authors_heads, "impl": impl}
         self.weights = list(trainable(student).values())
         self.processes = world.size if world else 1
@@ -125,7 +129,8 @@ class Step:
             self.reducer.last = last and self.reducer.inside
             share *= self.reducer.share
         alone = processes_per_block(stage.batch, self.processes) == 1
-        return self.gradients(stage, ids, share, alone)
+        with parallel.gathered_once(self.units if self.gathered else [], last):
+            return self.gradients(stage, ids, share, alone)
 
     def finish(self) -> Tensor:
         """Gradients, any shape, averaged over processes; the norm of all before clipping."""

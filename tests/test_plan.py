@@ -653,6 +653,35 @@ def test_the_less_room_the_more_is_given_up():
         assert settled.describe(32).count("\n") == 0
 
 
+def test_layers_are_gathered_once_a_step_where_all_fit_beside_what_was_chosen():
+    """It is counted, and takes nothing from blocks at a time or from what is kept."""
+    stages = [cost.Stage("stage1", "relation", 4096, 16, 1, 1e-3, True), long_stage(16384, 4)]
+    seen = set()
+    for stage in (*stages, long_stage(131_072, 1)):
+        for free in range(24, 160, 4):
+            m = machine(free, 100, 4, None, shard=True)
+            settled, plain = fit.settle(m, stage, None), fit._first(m, stage, None)
+            seen.add(settled.gathered)
+            assert (settled.micro, settled.recomputed, settled.tiles, settled.P) == (
+                plain.micro, plain.recomputed, plain.tiles, plain.P
+            )  # fmt: skip
+            # every layer's matrices in bfloat16, the teacher's q, k and v and the student's
+            c, trained = m.c, cost.trained_parameters(m.c, None)
+            all_layers = 2 * (cost.parameters(c)[0] - 2 * c.vocab_size * c.width + trained)
+            one = all_layers / 32
+            more = sum(settled.need.values()) - sum(plain.need.values())
+            room = fit.KEEP * m.free - sum(plain.need.values())
+            assert settled.gathered == (room >= 31 * one - 1e6), (stage.name, free)
+            assert more == pytest.approx(31 * one if settled.gathered else 0, rel=1e-3)
+            said = settled.describe(32).removesuffix(", layers gathered once a step")
+            assert said == plain.describe(32) and settled.gathered == (said != settled.describe(32))
+    assert seen == {False, True}
+    h100 = dataclasses.replace(machine(78, 100, 4, None, shard=True), fused=True)
+    four = fit.settle(h100, stages[0], None)
+    assert four.describe(32) == "2 blocks at a time, nothing twice, layers gathered once a step"
+    assert not fit.settle(machine(400, 0, 4, None), stages[0], None).gathered
+
+
 @pytest.mark.parametrize("free, host, T", [(22, 100, 81_920), (78.5, 102, 350_000)])
 def test_the_lengths_that_others_reach_are_planned(free, host, T):
     assert fit.settle(machine(free, host), long_stage(T), None).tiles

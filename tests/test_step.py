@@ -1,5 +1,6 @@
 """The fast path of a step equals the plain losses, in loss and in every gradient."""
 
+import contextlib
 import os
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, random_model
 from forked import Forked
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from engine import cost, lora, offload, parallel, sequence, step
 from engine import tiles as tiles_file
@@ -188,15 +190,126 @@ def share_of(case: tuple, world) -> tuple[list[torch.Tensor], torch.Tensor | Non
     return [v / world.size for v in values] + gradients + [norm], h
 
 
-def _process(rank: int, size: int, folder: str) -> None:
+BLOCKS = torch.randint(0, VOCAB, (4, T + 1), generator=torch.Generator().manual_seed(2))
+STEPS = {  # a step's micro-batches: objective, blocks a step, rows; adapters, what memory asks for
+    "two": ((("relation", 4, (0, 1)), ("relation", 4, (2, 3))), None, {}),
+    "one": ((("relation", 2, (3, 0)),), None, {}),
+    "recomputed": ((("relation", 4, (0, 1)), ("relation", 4, (2, 3))), None, {"recomputed": 2}),
+    "native blocks beside": (
+        (("next token", 2, (0, 1)), ("relation", 4, (2, 3)), ("relation", 4, (0, 2))), 4, {}
+    ),
+    "... recomputed": (
+        (("next token", 4, (0, 1)), ("next token", 4, (2, 3)), ("relation", 2, (0, 2))),
+        None,
+        {"recomputed": 2},
+    ),
+    "a block over both": (
+        (("next token", 1, (0,)), ("relation", 2, (1, 2))), None, {"tiles": Tiles(20, 1, 2)}
+    ),
+}  # fmt: skip
+
+
+def two_steps(case: tuple, world, gathered: bool = False) -> tuple[list[torch.Tensor], list[int]]:
+    """(Of two steps, one after the other's weights: gradients, norm, h measured after it; gathers
+    of each step, and of each time that is measured).
+    """
+    micro_batches, adapters, how = case
+    teacher, student = models("yarn", adapters, torch.float64)
+    units = None
+    if world.size > 1:
+        units = parallel.shard(teacher, student, world, torch.float64)
+        how = how | {"units": units, "gathered": gathered}
+    how = how | {"dtype": torch.float64, "world": world}
+    made, found, gathers = step.Step(teacher, student, {}, **how), [], []
+    sgd = torch.optim.SGD(made.weights, lr=0.1)
+    for _ in range(2):
+        with gathers_of_fsdp() as counted:
+            made.zero()
+            for i, (objective, blocks, rows) in enumerate(micro_batches):
+                stage = cost.Stage("stage", objective, T, blocks, 1, 1e-3, objective == "relation")
+                P = sequence.processes_per_block(blocks, world.size)
+                mine = BLOCKS[list(rows)].chunk(world.size // P)[world.rank // P]
+                last = i + 1 == len(micro_batches)
+                made.backward(stage, mine, 1 / len(micro_batches), last)
+            found += [made.finish(), *(parallel.whole(w.grad) for w in made.weights)]
+            sgd.step()
+        gathers.append(len(counted))
+        with gathers_of_fsdp() as counted, torch.no_grad():
+            found.append(student.hidden(BLOCKS[:1, :-1]))
+        gathers.append(len(counted))
+    made.close()
+    return found, gathers
+
+
+@contextlib.contextmanager
+def gathers_of_fsdp():
+    """A list that grows by an entry with each."""
+    real, counted = _fsdp_param_group.foreach_all_gather, []
+
+    def gather(*args):
+        counted.append(0)
+        return real(*args)
+
+    _fsdp_param_group.foreach_all_gather = gather
+    yield counted
+    _fsdp_param_group.foreach_all_gather = real
+
+
+def _steps(rank: int, size: int, folder: str) -> None:
+    with _met(rank, size, folder) as world:
+        found = {name: two_steps(case, world, gathered=True) for name, case in STEPS.items()}
+        found["as before"] = two_steps(STEPS["two"], world)
+        if rank == 0:
+            torch.save(found, f"{folder}/found.pt")
+
+
+def test_layers_gathered_once_a_step_give_the_gradients_of_one_process(tmp_path):
+    """Each unit is gathered once a step; the next step and what is measured see its new weights."""
+    in_processes("_steps", 2, tmp_path)
+    found, layers, alone = torch.load(tmp_path / "found.pt"), 3, SimpleNamespace(size=1, rank=0)
+    for name, case in (STEPS | {"as before": STEPS["two"]}).items():
+        figures, gathers = found[name]
+        expected, none = two_steps((*case[:2], {}), alone)
+        for x, y in zip(figures, expected, strict=True):
+            assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3), name
+        half = len(expected) // 2
+        assert (expected[half - 1] - expected[-1]).norm() > 1e-3, "a step is seen by the next"
+        times = 2 * len(case[0]) if name == "as before" else 1
+        first, measured, second, again = gathers
+        assert not any(none) and first == times * layers and measured == again == layers, name
+        # FSDP takes what was measured for part of the step, and may prefetch a layer of it in vain
+        assert second - first in (0, 1), name
+
+
+@contextlib.contextmanager
+def _met(rank: int, size: int, folder: str):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/met", rank=rank, world_size=size)
-    world = SimpleNamespace(size=size, rank=rank, device=torch.device("cpu"))
-    found = {name: share_of(case, world) for name, case in CASES.items()}
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
+    yield SimpleNamespace(size=size, rank=rank, device=torch.device("cpu"))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _process(rank: int, size: int, folder: str) -> None:
+    with _met(rank, size, folder) as world:
+        found = {name: share_of(case, world) for name, case in CASES.items()}
+        if rank == 0:
+            torch.save(found, f"{folder}/found.pt")
+
+
+def in_processes(function: str, size: int, tmp_path) -> None:
+    """Runs a function of this file in so many processes: f(rank, size, folder)."""
+    script, places = tmp_path / "script.py", [str(ROOT), str(ROOT / "tests")]
+    script.write_text(
+        f"import os, sys\nsys.path[:0] = {places}\nimport test_step\n"
+        f"test_step.{function}(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])\n"
+        "os._exit(0)  # without the interpreter's end, in which gloo's thread may abort\n"
+    )
+    args = [str(size), str(tmp_path)]
+    ranks = [Forked(script, [str(rank), *args], dict(os.environ)) for rank in range(size)]
+    for each in ranks:
+        _, errors = each.communicate(timeout=300)
+        assert each.returncode == 0, errors
 
 
 def test_a_long_block_is_measured_in_tiles(monkeypatch):
@@ -211,17 +324,7 @@ def test_a_block_over_several_processes_is_that_of_one(size, tmp_path):
     """In float64 under gloo: one loss, one gradient, one norm, to 1e-12; T ragged; two key/value
     heads over four processes; sharded or not.
     """
-    script, places = tmp_path / "script.py", [str(ROOT), str(ROOT / "tests")]
-    script.write_text(
-        f"import os, sys\nsys.path[:0] = {places}\nimport test_step\n"
-        "test_step._process(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])\n"
-        "os._exit(0)  # without the interpreter's end, in which gloo's thread may abort\n"
-    )
-    args = [str(size), str(tmp_path)]
-    ranks = [Forked(script, [str(rank), *args], dict(os.environ)) for rank in range(size)]
-    for each in ranks:
-        _, errors = each.communicate(timeout=300)
-        assert each.returncode == 0, errors
+    in_processes("_process", size, tmp_path)
     found = torch.load(tmp_path / "found.pt")
     for name, (objective, kind, adapters, blocks, T, _, _) in CASES.items():
         alone = SimpleNamespace(size=1, rank=0)
