@@ -351,9 +351,7 @@ def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, fl
     has the rule).
     """
     L, heads = c.n_layer, c.n_head + 2 * c.n_kv_head
-    qkv = 2 * c.width * c.head_dim * heads  # forward, per token and layer
-    rest = 2 * c.n_head * c.head_dim * c.width + 6 * c.width * c.mlp_width
-    attention = 2 * c.head_dim * c.n_head * stage.T
+    qkv, rest, attention = _forward_of_a_layer(c, stage.T)
     adapters = 2 * trained_parameters(c, rank) / L if rank else 0
     learning = 2 * adapters if rank else qkv
     stage1 = stage.objective == "relation"
@@ -369,6 +367,29 @@ def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, fl
     if stage.auxiliary:
         parts["relation blocks"] = sum(flops(c, stage.auxiliary, rank).values())
     return parts
+
+
+def flops_again(c: LlamaConfig, stage: Stage, recomputed: int, tiles: Tiles | None) -> float:
+    """Floating-point operations of one step that are done again in its backward, over all
+    processes: with tiles (engine/tiles.py), or of the first `recomputed` layers.
+    """
+    qkv, rest, attention = _forward_of_a_layer(c, stage.T)
+    models = 2 if stage.objective == "relation" else 1
+    again = recomputed * models * (qkv + rest + attention)
+    if tiles:  # the student's q, k, v twice, or once where they are kept; the teacher's once
+        again = c.n_layer * (rest + (models + 1) * qkv) - tiles.qkv * qkv
+        again += (c.n_layer - tiles.outputs) * attention
+    again *= stage.T * stage.batch
+    if stage.auxiliary:
+        again += flops_again(c, stage.auxiliary, recomputed, tiles)
+    return again
+
+
+def _forward_of_a_layer(c: LlamaConfig, T: int) -> tuple[int, int, int]:
+    """Floating-point operations per token of q, k and v; of all else; of attention over T."""
+    qkv = 2 * c.width * c.head_dim * (c.n_head + 2 * c.n_kv_head)
+    rest = 2 * c.n_head * c.head_dim * c.width + 6 * c.width * c.mlp_width
+    return qkv, rest, 2 * c.head_dim * c.n_head * T
 
 
 def free_memory(device: torch.device) -> int:

@@ -393,12 +393,14 @@ def qwen_run(cells: dict[str, str]) -> tuple[dict, str]:
     label, _, which = cells[""].replace("`", "").partition(", ")
     model = "teacher" if label == "teacher" else which if which == "untrained" else "student"
     row = "linear" if label == "teacher" else label
-    rates = [(f, cells.get(f"`{f}`", "").strip("*")) for f in ("--lr1", "--lr2")]  # bold: by default
+    rates = [
+        (f, cells.get(f"`{f}`", "").strip("*")) for f in ("--lr1", "--lr2")
+    ]  # bold: by default
     rates = "".join(f" {flag} {rate}" for flag, rate in rates if rate)
     found = [
         run
         for run in QWEN
-        if (run["row"] == row + rates or not rates and run["row"].startswith(f"{row} --lr1"))
+        if (run["row"] == row + rates or (not rates and run["row"].startswith(f"{row} --lr1")))
         and run["seed"] == int(which == "seed 1")
         and (run["machine"] == 1) == (which == "trained again")
     ]
