@@ -9,7 +9,8 @@
 # Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
 # Time     on an H100, with random weights of its shape (commit d39d6b1; bench/step.jsonl): 9m36s: start 16s, tokenising 3s,
 #          measuring 2m14s, steps 6m23s (10,480 and 11,370 tokens/s, 66 and 61 % of the product rate), saving 1s, export 39s.
-#          Since then the table reads an eighth of the blocks, and four threads write the export; not measured again.
+#          Since then the table reads an eighth of the blocks, and four threads write the export. At 6d64a37 steps took the
+#          same, but the run was lost before its end; by Mistral's parts it waits some 50 s beside its steps (LOG.md).
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.
