@@ -21,7 +21,7 @@ eager PyTorch -> kernel (LLaMA-2 7B at 16,384 tokens, H100, torch 2.11, commit 8
     rotation  134 MB, q and k      10 -> 2, 0.94 -> 0.17 ms   17 -> 2, 1.23 -> 0.23 ms
     gate      361 MB                5 -> 3, 0.61 -> 0.41 ms    9 -> 5, 1.13 -> 0.73 ms
 
-In 32 layers, each computed twice, that is 249 + 162 + 25 = 437 ms; a step of stage 2 became 425 ms
+In 32 layers, each computed twice, that is 249 + 162 + 25 = 436 ms; a step of stage 2 became 425 ms
 shorter (2.14 -> 1.71 s). By passes alone, at 3.35 TB/s, it would be 268: eager's norms and rotation
 reach but 1.4 to 2.3 TB/s. The kernels reach 1.2 (rotation backward) to 2.7 (gate). Memory is saved
 too: no norm's input in float32 and no silu(a) is kept for the backward.

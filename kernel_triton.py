@@ -12,7 +12,7 @@ with S_ij = a x_i.x_j of the student and U_ij = b y_i.y_j of the teacher.
 Names.  s_ student, t_ teacher; _i rows, _j columns, _n tokens; b_ a block, o_ offsets, m_ a mask, p_
 pointers. Of a program: i_b its batch, i_h its head, i_bh both in one, o_bh where that head begins
 in [B, H, T], i_0 the first row. BD: D, up to a power of two. MASK: some of the block is not seen.
-WIDE: offsets need 64 bits. HEADS: of a group (_place).
+WIDE: offsets need 64 bits. HEADS: how many heads a group has (_place).
 
 Forward.  One program owns BT rows and visits the columns up to its diagonal, BS at a time. It never
 holds more than two [BT, BS] score tiles, which it folds into five numbers a row: pivot and sum of

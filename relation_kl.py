@@ -45,7 +45,7 @@ How it is computed.  S and U are [T, T]: 4 GiB each per head at T = 32 768 in fl
              and y; the backward recomputes each strip and adds both halves of (3). As easy to read
              as this text, and up to three times as slow as the next one.
     tiled    strips as a CPU computes them fastest (kernel_cpu.py): in a few matrices that its cache
-             holds, and with the pivot and sum of each row kept, and up to 512 tokens G. Runs on any
+             holds. It keeps each row's pivots and sums, and up to T = 512 also G. Runs on any
              device.
     triton   the same two passes as fused GPU kernels (kernel_triton.py). A tile there holds part of
              a row, so the first pass keeps lse(S) and lse(U) and the second rebuilds P and R.

@@ -31,8 +31,8 @@ another way; tests/test_step.py holds it to these.
 
 The numbers.  `defaults` has every number that a person tunes, by what it depends on; a flag wins.
 The rate is 6 s / C, at most 2e-3, where s is the root mean square of a weight of q, k or v and C
-the width. Adam moves every weight by about its rate per step: what counts is how far against the
-weight's own size, and the wider a layer, the more such moves add up in its output. SmolLM2-135M
+the width. Adam moves every weight by about its rate per step. Small weights are changed more by the
+same move, and in a wider layer more moves add up in each output. SmolLM2-135M
 (s = 0.19, C = 576) was best at 2e-3, Qwen2.5-Coder-0.5B (0.016, 896) near 1e-4, and the paper
 trains a 7B at 2e-5, where s = 0.02 would give 3e-5. Stage 1 wants many small steps on short
 blocks, stage 2 steps more than length (LOG.md has the runs). All kinds of positions but linear
@@ -52,9 +52,10 @@ Exit codes: 0 done; 2 refused or cannot go on, and one sentence says why; 3 stop
 SIGTERM or SIGHUP, a state saved if training had begun and there was time. torchrun's own is 1 for
 all but 0.
 
-Limits.  Documents run on across block borders. The authors divide the K/K and V/V losses by the
-number of query heads even where keys are shared: --preset authors does as they do. For models
-unlike the two that were measured the defaults are guesses: try a few rates.
+Limits.  A block may hold parts of several documents, and attention sees across them. The authors
+divide the K/K and V/V losses by the number of query heads even where keys are shared: --preset
+authors does as they do. For models unlike the two that were measured the defaults are guesses: try
+a few rates.
 
 Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.py.
 """

@@ -22,7 +22,7 @@ Order.  The training stream has n = (tokens - 1) // T blocks. Epoch e visits the
 drawn from (seed, e); the k-th block of a run is thus a function of (seed, k), whatever the number
 of processes, and a resumed run needs only k.
 
-Limits.  Documents run on across block borders, and attention sees across them, as in most
+Limits.  A block may hold parts of several documents, and attention sees across them, as in most
 pre-training.
 """
 
