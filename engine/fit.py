@@ -1,7 +1,7 @@
 """How a step uses the memory that is free: what is kept, what is computed again, what waits on the
 host.
 
-What.  In this order, but for the last two:
+What.  The first of these that fits:
 
     keep             all that the backward needs, as many blocks at a time as fill 8192 tokens
     fewer blocks     at a time, down to FEWEST_TOKENS
@@ -12,9 +12,10 @@ What.  In this order, but for the last two:
                      many outputs as there is room for; the others are computed again. Where all
                      have room on the GPU, q, k and v of as many layers too
 
-Of the last two, which both do things twice, the one whose work takes less time (`_work`): tiles
-keep attention's outputs, so that they win where blocks are long. With more processes than blocks a
-block is cut over several (engine/sequence.py), and always done in tiles.
+Where both of the last two fit, the one whose work takes less time (`_work`): tiles keep attention's
+outputs, so that they win where blocks are long. Blocks below FEWEST_TOKENS stay out of tiles. With
+more processes than blocks a block is cut over several (engine/sequence.py), and always done in
+tiles.
 
 With --shard, layers are gathered once a step where all of them fit beside what was chosen, under
 the bound up to which nothing is computed again; else whenever they are at work.
@@ -149,7 +150,8 @@ def _first(m: Machine, stage: Stage, micro: int | None) -> Fit | None:
     for blocks in [most] if micro else range(most, 0, -1):
         if not ways or blocks * stage.T >= FEWEST_TOKENS:
             ways += _recomputing(m, stage, micro, blocks)
-    if tiled := _tiled(m, stage, micro):
+    tiled = _tiled(m, stage, micro)
+    if tiled and (not ways or tiled.micro * stage.T >= FEWEST_TOKENS):
         ways.append(tiled)
     return min(ways, key=lambda fit: _work(m, stage, fit), default=None)
 

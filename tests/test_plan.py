@@ -709,6 +709,21 @@ def test_of_recompute_and_tiles_the_one_with_less_work_is_taken(T, objective):
     assert bool(settled.tiles) == (T > 32768) and bool(settled.recomputed) == (T == 16384)
 
 
+@pytest.mark.parametrize("name, rank", [("llama3-1b", None), ("llama3-1b", 64), ("llama3-8b", 64)])
+@pytest.mark.parametrize("T", [1024, 2048])
+def test_a_short_block_goes_in_tiles_only_where_nothing_else_fits(name, rank, T):
+    c = bench_step.config_of(name)
+    stage = cost.Stage("stage1", "relation", T, 8192 // T, 1, 1e-3, True)
+    ways = set()
+    for free in np.arange(4, 80, 0.5):
+        m = dataclasses.replace(machine(free, 100, 1, rank), c=c, fused=True)
+        if settled := fit._first(m, stage, None):
+            others = any(fit._recomputing(m, stage, None, n) for n in range(stage.batch, 0, -1))
+            assert not (settled.tiles and others), (free, settled.describe(c.n_layer))
+            ways.add("tiles" if settled.tiles else "again" if settled.recomputed else "whole")
+    assert {"again", "whole"} <= ways
+
+
 @pytest.mark.parametrize("free, host, T", [(22, 100, 81_920), (78.5, 102, 350_000)])
 def test_the_lengths_that_others_reach_are_planned(free, host, T):
     assert fit.settle(machine(free, host), long_stage(T), None).tiles
