@@ -80,7 +80,7 @@ from evals import report
 from evals.held_out import HeldOut
 from hub import checkpoint, download, files
 from hub.card import licence_of, model_card
-from model import TRAINED, Llama, LlamaConfig, make_student, trainable
+from model import TRAINED, Llama, LlamaConfig, make_student, move_pairs, trainable
 from model import next_token_loss as cross_entropy
 from relation_kl import relation_kl
 
@@ -124,7 +124,7 @@ PLAIN = {"relation": relation_loss, "next token": next_token_loss}
 # ---- the numbers that a person tunes
 
 
-def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) -> dict[str, float]:
+def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) -> dict:
     """What the flags of these names are where they are left out; step1, step2: tokens of a step.
 
     s: the size of a weight of q, k or v.
@@ -151,6 +151,8 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
         "length2": min(student.rope.length, length2),
         "step2": 16_384,
         "lr2": rate / (4 if linear else 2),  # whatever --lr1 is
+        # Large biases of keys, which so small a rate cannot move: there it is a better start
+        "move_pairs": linear and teacher.qkv_bias and not teacher.qk_norm,  # adapters: never
     }
 
 
@@ -268,6 +270,8 @@ def make_models(plan: Plan, world: parallel.World):
         for name, value in stored.items():
             held = student.get_parameter(name).data
             held.copy_(value.to(held.device))  # as it is stored: half the bytes
+    if plan.pairs:
+        move_pairs(student, plan.pairs)
     units = parallel.shard(teacher, student, world, plan.dtype) if args.shard else None
     return teacher, student, units
 
