@@ -48,10 +48,10 @@ in the teacher, to rounding where the shift is whole:
         pytest tests/test_model.py::test_a_moved_pair_adds_to_a_score_what_it_did_in_the_teacher
 Pairs that do not complete a turn within M0 stay: they say what a token is rather than where, and
 must be slowed, or they reach angles that training never showed. The `shift` fastest pairs match no
-slot. They told neighbours apart; now they take the slots that became free, the slowest of those
-that turn, and hardly turn at all. A moved pair also turns s times as often over the new length as
-any did within M0. So it is a better start, not a better end: LOG.md, 2026-11-28, has where training
-without it ends as well or better.
+slot. They told neighbours apart; now they take the slots that became free, where they turn once
+within M0 or less. And beyond M0 the moved pairs reach angles that never came together in training,
+which interpolation is there to avoid. So it is a better start, and no promise of a better end:
+LOG.md has both, under 2026-11-28.
 
 How it is applied.  Angles in float32; cos and sin, times the attention factor, are then cast to the
 activations' dtype. Pair k is (x_k, x_{k+D/2}), Hugging Face's half-split layout:

@@ -145,7 +145,7 @@ def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argpa
                 "--move-pairs moves rows of q and k, which adapters leave the teacher's: leave out "
                 "--lora-rank or --move-pairs"
             )
-        args.move_pairs = False
+        args.move_pairs = False  # whatever the default
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora-dropout is {args.lora_dropout:g}; it must be below 1")
     if args.bits and not args.lora_rank:

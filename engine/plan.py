@@ -272,13 +272,13 @@ def check(
         )
     if args.move_pairs and student.rope.kind != "linear":
         raise ValueError(
-            f"--move-pairs is of --rope linear, and here it is {student.rope.kind}, which leaves "
-            "the fast pairs their own slots: give one of the two"
+            "--move-pairs is for --rope linear, which slows all pairs alike, and here it is "
+            f"{student.rope.kind}: leave it out, or give --rope linear"
         )
     if args.move_pairs and config.qk_norm:
         raise ValueError(
-            "--move-pairs would need other weights in q_norm and k_norm, which stay the teacher's: "
-            "leave it out"
+            "--move-pairs would have to move the weights of q_norm and k_norm, too, which stay the "
+            "teacher's: leave it out"
         )
     if args.lora_rank and args.lora_rank > config.width:
         raise ValueError(
@@ -430,12 +430,16 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
 
 
 def describe_pairs(pairs: list[int]) -> str:
-    """How many pairs start in another slot."""
-    moved = sum(slot != pair for slot, pair in enumerate(pairs))
+    """How far pairs are moved, and how many turn as before. pairs: of rope.pairs_by_slot."""
+    shift = pairs[0]
+    if not shift:
+        return (
+            "pairs       not moved, as none that turns is so slow that a stretched slot matches it"
+        )
+    matched = sum(pair == slot + shift for slot, pair in enumerate(pairs))
     return (
-        f"pairs       {moved} of {len(pairs)} of each head of q and k start in another slot, by "
-        f"{pairs[0]}, so that they turn as fast as in the teacher: before training, too "
-        "(--no-move-pairs)"
+        f"pairs       moved by {shift}: {matched} of {len(pairs)} turn as in the teacher, the "
+        f"{shift} fastest hardly; untrained is measured so (--no-move-pairs)"
     )
 
 

@@ -191,7 +191,7 @@ def test_a_stopped_and_resumed_run_moves_pairs_once(biases, text_dir, tmp_path):
     run.send_signal(signal.SIGTERM)
     said, errors = run.communicate()
     assert run.returncode == exits.STOPPED, errors
-    assert "pairs       2 of 4" in said
+    assert "pairs       moved by 1: 1 of 4" in said
     again = shell(arguments(small, text_dir, out, "--resume", *STILL))
     _, errors = again.communicate()
     assert again.returncode == 0, errors
@@ -546,7 +546,10 @@ def test_more_bad_arguments(small, text_dir, tmp_path, more, said):
 @pytest.mark.parametrize(
     "more, said",
     [
-        (["--rope", "yarn"], "--move-pairs is of --rope linear, and here it is yarn"),
+        (
+            ["--rope", "yarn"],
+            "--move-pairs is for --rope linear, which slows all pairs alike, and here it is yarn",
+        ),
         (["--lora-rank", "4"], "leave out --lora-rank or --move-pairs"),
         (["--preset", "authors"], "leave out --lora-rank or --move-pairs"),
         (["--teacher", "qwen3"], "q_norm and k_norm"),
@@ -575,7 +578,7 @@ def test_pairs_are_not_moved_where_that_would_not_be_exact(small, text_dir, tmp_
 def test_the_plan_says_that_pairs_are_moved(shape, more, moved, text_dir, tmp_path, capsys):
     teacher = write_model(tmp_path / "teacher", max_position_embeddings=128, **shape)
     train.main([*arguments(teacher, text_dir, tmp_path / "out"), "--dry-run", *more])
-    assert ("\npairs       2 of 4 " in capsys.readouterr().out) == moved
+    assert ("\npairs       moved by 1: 1 of 4 " in capsys.readouterr().out) == moved
 
 
 def test_an_out_that_is_a_file_or_lies_under_one_is_refused(small, text_dir, tmp_path):
