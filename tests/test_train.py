@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import train
-from engine import cost, curves, exits, parallel, plan, states, watch
+from engine import cost, curves, exits, models, parallel, plan, states, watch
 from engine.lookups import Lookups
 from hub import files
 from hub.tokenizer import load_tokenizer
@@ -349,13 +349,13 @@ def quick(small, text_dir, tmp_path, *more: str) -> list[str]:
 
 def spy(monkeypatch) -> list:
     """The student of the run that follows."""
-    made, students = train.make_student, []
+    made, students = models.make_student, []
 
     def make(*a, **k):
         students.append(made(*a, **k))
         return students[-1]
 
-    monkeypatch.setattr(train, "make_student", make)
+    monkeypatch.setattr(models, "make_student", make)
     return students
 
 
