@@ -403,7 +403,8 @@ def write_pretrained(
         (work / "README.md").write_text(card, encoding="utf-8")
     with Shards(work, like, shard_bytes) as shards, ThreadPoolExecutor() as syncing:
         synced = _write_shards(shards, meant, syncing, written)
-        _check_written(model, work, meant, stored, frozen_from)  # while the last ones are synced
+        # While the last ones are synced
+        _check_written(model, work, meant, stored.keys(), frozen_from)
         for shard in synced:
             shard.result()
 
@@ -502,13 +503,13 @@ def _write_shards(
 
 
 def _check_written(
-    model, work: Path, meant: Callable[[str], Tensor], stored: Set[str], frozen_from: Path | None
+    model, work: Path, meant: Callable[[str], Tensor], frozen: Set[str], frozen_from: Path | None
 ) -> None:
     """The directory must load, hold exactly the bytes that are `meant`, and give these weights'
     logits under the configuration of the model in memory.
 
-    Of what `frozen_from` has stored, the model must hold a copy, rounded or not: else the
-    directory is another model's by now, or something was trained unsaid.
+    Of a frozen tensor the model must hold a copy, rounded or not: else `frozen_from` is another
+    model's by now, or something was trained unsaid.
     """
     written = type(model).from_pretrained(work, device=str(model.device))
     with torch.device("meta"):
@@ -518,7 +519,7 @@ def _check_written(
     def check(name: str) -> None:
         own, p = held[name].detach(), found[name].detach()
         same = meant(name).to(p.device)
-        if name in stored and not _same_bits(same.to(own.dtype), own.to(p.device)):
+        if name in frozen and not _same_bits(same.to(own.dtype), own.to(p.device)):
             raise RuntimeError(
                 f"{name} is not what {frozen_from} holds, and not said to be trained"
             )
