@@ -20,9 +20,10 @@ perfect, and every query looks one token beside what it means. The next-token di
 and the gradient of their KL leads back:
         pytest tests/test_model.py::test_the_next_token_kl_sees_the_turn_that_no_relation_sees
 
-Stage 2.  The student alone learns to predict the next token in long blocks: `next_token_loss`. With
---native-blocks n, stage 1's L is added, over n blocks of stage 1's length beside each long one, so
-that what stage 1 won is kept.
+Stage 2.  The student learns to predict the next token in long blocks: `next_token_loss`. Where the
+teacher can read so long a block, half of each target is the teacher's distribution, and the student
+takes less from text that is unlike the teacher's own (--teacher-share). With --native-blocks n,
+stage 1's L is added, over n blocks of stage 1's length beside each long one.
 
 How it is computed.  The two losses below are the specification, and what runs wherever nothing more
 is needed. Where memory or time ask for more (layers computed again in the backward, logits in
@@ -111,9 +112,21 @@ def next_token_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: 
     return F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1).mean()
 
 
-def next_token_loss(student: Llama, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
-    """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it."""
-    return (cross_entropy(student, student.hidden(ids[:, :-1], dtype), ids[:, 1:]),)
+def next_token_loss(
+    teacher: Llama, student: Llama, ids: Tensor, dtype: torch.dtype, share: float = 0.0
+) -> tuple[Tensor]:
+    """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it; `share`
+    of it is the KL from the teacher's distribution instead.
+    """
+    for h, _ in student.walk(ids[:, :-1], dtype):  # noqa: B007 - the last h is used
+        pass
+    loss = (1 - share) * cross_entropy(student, student.model.norm(h), ids[:, 1:])
+    if share:
+        with torch.no_grad():
+            for h_teacher, _ in teacher.walk(ids[:, :-1], dtype):  # noqa: B007
+                pass
+        loss = loss + share * next_token_kl(teacher, student, h_teacher, h)
+    return (loss,)
 
 
 PLAIN = {"relation": relation_loss, "next token": next_token_loss}
@@ -121,7 +134,7 @@ PLAIN = {"relation": relation_loss, "next token": next_token_loss}
 # ---- the numbers that a person tunes
 
 
-def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) -> dict[str, float]:
+def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) -> dict:
     """What the flags of these names are where they are left out; step1, step2: tokens of a step.
 
     s: the size of a weight of q, k or v.
@@ -148,6 +161,10 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
         "length2": min(student.rope.length, length2),
         "step2": 16_384,
         "lr2": rate / (4 if linear else 2),  # whatever --lr1 is
+        # Biases outweigh what tokens add to a key, and a small rate cannot move them: K/K would
+        # compare bias with bias (LOG.md, 2026-11-28)
+        "relations": "qv" if teacher.qkv_bias else "qkv",
+        "teacher_share": 0.5,  # where length2 is no more than the native length, else 0
     }
 
 
@@ -175,7 +192,9 @@ PRESETS = {
         "length1": 4096,
         "batch1": 4,
         "tokens1": 144 * 4 * 4096,
+        "relations": "qkv",
         "logit_weight": 0.0,
+        "teacher_share": 0.0,
         "authors_heads": True,
     },
     "default": {
