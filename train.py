@@ -20,9 +20,10 @@ perfect, and every query looks one token beside what it means. The next-token di
 and the gradient of their KL leads back:
         pytest tests/test_model.py::test_the_next_token_kl_sees_the_turn_that_no_relation_sees
 
-Stage 2.  The student alone learns to predict the next token in long blocks: `next_token_loss`. With
---native-blocks n, stage 1's L is added, over n blocks of stage 1's length beside each long one, so
-that what stage 1 won is kept.
+Stage 2.  The student learns to predict the next token in long blocks: `next_token_loss`. Where the
+teacher can read so long a block, half of each target is the teacher's distribution, and the student
+takes less from text that is unlike the teacher's own (--teacher-share). With --native-blocks n,
+stage 1's L is added, over n blocks of stage 1's length beside each long one.
 
 How it is computed.  The two losses below are the specification, and what runs wherever nothing more
 is needed. Where memory or time ask for more (layers computed again in the backward, logits in
@@ -63,25 +64,22 @@ Source.  LinearARD, arXiv 2604.00004; the shape of this script, nanoGPT's train.
 
 from engine import exits  # first: from here on, a Ctrl-C ends in one line  # isort: skip
 
-import dataclasses
 import math
-import shlex
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import flags, lora, parallel, quant
+from engine import flags, parallel
 from engine.cost import Stage
-from engine.plan import Plan, make_plan
+from engine.export import export
+from engine.models import make_models
+from engine.plan import make_plan
 from engine.run import Run
-from engine.states import GOES_ON
 from engine.step import Step
 from evals import report
 from evals.held_out import HeldOut
-from hub import checkpoint, download, files
-from hub.card import licence_of, model_card
-from model import TRAINED, Llama, LlamaConfig, make_student, move_pairs, trainable
+from model import Llama, LlamaConfig, trainable
 from model import next_token_loss as cross_entropy
 from relation_kl import relation_kl
 
@@ -115,9 +113,21 @@ def next_token_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: 
     return F.kl_div(log_p, log_r, log_target=True, reduction="none").sum(-1).mean()
 
 
-def next_token_loss(student: Llama, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor]:
-    """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it."""
-    return (cross_entropy(student, student.hidden(ids[:, :-1], dtype), ids[:, 1:]),)
+def next_token_loss(
+    teacher: Llama, student: Llama, ids: Tensor, dtype: torch.dtype, share: float = 0.0
+) -> tuple[Tensor]:
+    """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it; `share`
+    of it is the KL from the teacher's distribution instead.
+    """
+    for h, _ in student.walk(ids[:, :-1], dtype):  # noqa: B007 - the last h is used
+        pass
+    loss = (1 - share) * cross_entropy(student, student.model.norm(h), ids[:, 1:])
+    if share:
+        with torch.no_grad():
+            for h_teacher, _ in teacher.walk(ids[:, :-1], dtype):  # noqa: B007
+                pass
+        loss = loss + share * next_token_kl(teacher, student, h_teacher, h)
+    return (loss,)
 
 
 PLAIN = {"relation": relation_loss, "next token": next_token_loss}
@@ -152,6 +162,10 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
         "length2": min(student.rope.length, length2),
         "step2": 16_384,
         "lr2": rate / (4 if linear else 2),  # whatever --lr1 is
+        # Biases outweigh what tokens add to a key, and a small rate cannot move them: K/K would
+        # compare bias with bias (LOG.md, 2026-11-28)
+        "relations": "qv" if teacher.qkv_bias else "qkv",
+        "teacher_share": 0.5,  # where length2 is no more than the native length, else 0
         "move_pairs": linear and teacher.qkv_bias and not teacher.qk_norm,  # with adapters: never
     }
 
@@ -180,7 +194,9 @@ PRESETS = {
         "length1": 4096,
         "batch1": 4,
         "tokens1": 144 * 4 * 4096,
+        "relations": "qkv",
         "logit_weight": 0.0,
+        "teacher_share": 0.0,
         "authors_heads": True,
     },
     "default": {
@@ -247,93 +263,8 @@ def main(argv: list[str] | None = None) -> None:
                     if run.stopping:
                         return run.stop()
             run.end_stage(stage, student)  # measured and saved
-        export(run, student)
+        export(run, student, report)
         run.done()
-
-
-def make_models(plan: Plan, world: parallel.World):
-    """(teacher, student, what --shard gathers at a time or None).
-
-    The student's tensors are the teacher's, but for float32 copies of q, k and v, or adapters.
-    """
-    args = plan.args
-    place = "cpu" if args.shard or args.bits else str(plan.device)
-    teacher = Llama.from_pretrained(args.teacher, dtype=plan.dtype, device=place)
-    student = make_student(teacher, plan.longer, trained=() if args.lora_rank else TRAINED)
-    if args.bits:
-        quant.pack(teacher, student, plan.device)
-    if args.lora_rank:
-        torch.manual_seed(args.seed)
-        lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
-    else:  # the copies start from the stored numbers, not from their rounding to plan.dtype
-        stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
-        for name, value in stored.items():
-            held = student.get_parameter(name).data
-            held.copy_(value.to(held.device))  # as it is stored: half the bytes
-    if plan.pairs:
-        move_pairs(student, plan.pairs)
-    units = parallel.shard(teacher, student, world, plan.dtype) if args.shard else None
-    return teacher, student, units
-
-
-def export(run: Run, student: Llama) -> None:
-    """The table, the adapter, and the Hugging Face directory, read back before it counts."""
-    if run.args.shard:
-        parallel.unshard(student, run.world)
-    with run.times("export"):
-        run.world.on_main(_export, run, student)
-
-
-def _export(run: Run, student: Llama) -> None:
-    plan, args, columns = run.plan, run.args, run.at.columns
-    with files.disk_sentences(args.out, GOES_ON):
-        text = report.render(report.Scores(columns), run.about) if columns else ""
-        try:
-            _write_models(run, student, text)
-        finally:  # what was measured stays, even where the export fails
-            if columns:
-                report.write(run.out, columns, run.about, {"seconds": run.times.rows()})
-    at = args.out / "student"
-    print(f"\n{text}\n" if text else "")
-    print(f"time: {run.times}")
-    if plan.tokenizer.note:
-        print(f"note: {plan.tokenizer.note}")
-    print(f"exported to {at} ({plan.longer.rope.length:,} tokens of context); next:")
-    text = ["--data", *args.data] if args.data else []
-    text += ["--text-field", args.text_field] if args.text_field else []
-    command = ["python", "eval.py", "--model", at, "--against", args.teacher, *text]
-    print(f"  {shlex.join(map(str, command))}")
-
-
-def _write_models(run: Run, student: Llama, scores: str) -> None:
-    """The adapter, and the student with its card."""
-    plan, args, out = run.plan, run.args, run.out
-    if args.lora_rank:
-        with out.directory("adapter") as work:
-            lora.write_adapter(student, work, str(args.teacher), TRAINED)
-    card = model_card(
-        download.model_name(args.teacher),
-        before=str(plan.native.rope),
-        after=str(plan.longer.rope),
-        kind=plan.longer.rope.kind,
-        length=plan.longer.rope.length,
-        stages=[dataclasses.asdict(stage) for stage in plan.stages],
-        scores=scores,
-        arguments=run.about["arguments"],
-        base_model=download.repository_of(args.teacher),
-        licence=licence_of(args.teacher),
-    )
-    original = Llama.from_pretrained(args.teacher) if args.bits else None
-    with out.directory("student") as work:
-        checkpoint.write_pretrained(
-            lora.merge(student, original),
-            work,
-            tokenizer_from=args.teacher,
-            card=card,
-            dtype=checkpoint.stored_dtype(args.teacher),
-            frozen_from=args.teacher,
-            trained=TRAINED,
-        )
 
 
 if __name__ == "__main__":

@@ -56,6 +56,8 @@ class Stage:
     steps: int
     lr: float
     logits: bool = False  # "relation": the next-token distributions are compared too
+    relations: str = "qkv"  # "relation": those that count
+    teacher_share: float = 0.0  # "next token": of the target that is the teacher's distribution
     auxiliary: "Stage | None" = None  # blocks of the other objective in the same steps
 
     @property
@@ -145,6 +147,7 @@ def activation_bytes(
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     wide = attention is not None and attention != dtype
     heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
+    both = stage1 or stage.teacher_share > 0  # models' logits are compared
     one, cut = layer_bytes(c, b, not rank, rank, wide, fused=fused), stage1 and not stage.logits
     if wide and not stage1:  # only the relations keep q, k and v as the layer made them
         one -= b * heads * c.head_dim
@@ -165,8 +168,10 @@ def activation_bytes(
         beside["relations"] += micro * heads * 4 * (whole * each + recomputed * 5 * stage.T)
     # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
     if not cut:
-        each = (0 if b == 4 else b) + 12 + 8 * stage1
+        each = (0 if b == 4 else b) + 12 + 8 * both
         beside["logits"] = min(HEAD_CHUNK, tokens) * c.vocab_size * each
+    if stage.teacher_share:
+        beside["teacher's h"] = tokens * c.width * b
     # autograd keeps the bfloat16 copies of float32 weights
     copies = b * trained_parameters(c, rank) // c.n_layer if b == 2 else 0
     beside["activations"] = kept * tokens + whole * copies
@@ -297,6 +302,9 @@ def tiled_bytes(
         "q, k and v": max(0, tiles.qkv - 1) * qkv * tokens,
         "positions": 2 * models * T * c.head_dim * b,
     }
+    both = related or stage.teacher_share > 0
+    if stage.teacher_share:
+        on_gpu["teacher's h"] = tokens * C * b
     if related:
         on_gpu["relations"] = c.n_layer * tokens * (c.n_head + 2 * heads) * 4 * 5
     # one layer at work: h and dh, q, k and v; then the larger of two
@@ -318,7 +326,7 @@ def tiled_bytes(
     layer = held * tokens + max(attention, relations)
     # The head comes after all layers: a chunk's logits and norm; h and its gradient, in chunks and
     # whole; what the last layer kept
-    chunk = c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * related) + 12 * C
+    chunk = c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * both) + 12 * C
     head = min(HEAD_CHUNK, tokens) * chunk + tokens * (models + 2) * C * b
     head += tokens * (models * C * b + output_bytes(c, b) + bool(tiles.qkv) * qkv)
     return on_gpu | {"a layer at work": max(layer, head)}
@@ -358,7 +366,7 @@ def flops(c: LlamaConfig, stage: Stage, rank: int | None = None) -> dict[str, fl
     cut = stage1 and not stage.logits  # the last layer ends at its q, k and v, and there is no head
     layers, head = L - cut, 0 if cut else 2 * c.width * c.vocab_size
     forward = L * qkv + layers * (rest + attention) + head
-    parts = {"teacher forward": forward} if stage1 else {}
+    parts = {"teacher forward": forward} if stage1 or stage.teacher_share else {}
     parts["student forward"] = forward + L * adapters
     if stage1:
         parts["relation"] = L * 6 * c.head_dim * stage.T * heads

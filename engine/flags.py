@@ -58,7 +58,15 @@ def _how(add: Callable) -> None:
         help="of the next-token KL beside the relations (1; the demo 3)",
     )
     add(
-        "--relations", choices=SUBSETS, default="qkv", help="which relations stage 1 compares (qkv)"
+        "--relations",
+        choices=SUBSETS,
+        help="which relations stage 1 compares (qkv; qv where keys have biases)",
+    )
+    add(
+        "--teacher-share",
+        type=share,
+        help="of stage 2's target that is the teacher's distribution (0.5 where the teacher can "
+        "read so long a block, else 0)",
     )
     add(
         "--native-blocks",

@@ -73,7 +73,7 @@ class Plan:
         return {
             "dtype": self.dtype,
             "kl_weight": args.logit_weight,
-            "relations": args.relations,
+            "relations": stage.relations,
             "authors_heads": args.authors_heads,
             "impl": args.impl,
             "dropout": args.lora_dropout,
@@ -122,7 +122,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     asked = 1 if args.lora_dropout else args.micro  # each block has its own noise
     fits = [settle(machine, stage, asked) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
-    print(describe_loss(args, stages))
+    print(describe_loss(args, stages, native.qkv_bias))
     pairs = pairs_by_slot(native.rope, longer.rope) if number["move_pairs"] else None
     if pairs:
         print(describe_pairs(pairs))
@@ -228,9 +228,11 @@ def make_stages(args: argparse.Namespace, config: LlamaConfig, number: dict) -> 
         batch = getattr(args, f"batch{n}") or max(1, number[f"step{n}"] // T)
         steps = max(1, round(number[f"tokens{n}"] / (T * batch)))
         lr = float(f"{number[f'lr{n}']:.2g}")
-        return Stage(f"stage{n}", objective, T, batch, steps, lr, logits)
+        return Stage(f"stage{n}", objective, T, batch, steps, lr, logits, number["relations"])
 
     first, second = stage(1, "relation", args.logit_weight > 0), stage(2, "next token")
+    if args.teacher_share is not None or config.rope.length >= second.T:
+        second = replace(second, teacher_share=number["teacher_share"])
     if args.native_blocks:
         auxiliary = replace(
             first,
@@ -263,6 +265,12 @@ def check(
             raise ValueError(
                 f"--batch{s.name[-1]} is {s.batch} and there are {processes} processes; "
                 "it must be a multiple of that"
+            )
+        if s.teacher_share and config.rope.length < s.T:
+            raise ValueError(
+                f"--teacher-share is {s.teacher_share:g}, but the teacher reads no more than "
+                f"{config.rope.length:,} tokens: lower --length2 (now {s.T:,}) to that, or give "
+                "--teacher-share 0"
             )
     distils = [s for s in stages for s in (s, s.auxiliary) if s and s.objective == "relation"]
     if student.rope.kind == "dynamic" and any(config.rope.length >= s.T for s in distils):
@@ -400,6 +408,11 @@ def describe(
             f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
             f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
         )
+        if stage.teacher_share:
+            lines.append(
+                f"            {stage.teacher_share:.0%} of the target is the teacher's "
+                "distribution, as it can read so long a block"
+            )
         if stage.steps < FEWEST_STEPS:
             n = stage.name[-1]
             lines.append(
@@ -415,9 +428,13 @@ def describe(
     return "\n".join(lines)
 
 
-def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
-    """The terms of stage 1's loss, with their weights, and the look-up documents among the text."""
-    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in args.relations]
+def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -> str:
+    """The terms of stage 1's loss, with their weights, and the look-up documents among the text.
+
+    biases: the keys have some.
+    """
+    chosen = stages[0].relations
+    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in chosen and chosen != "none"]
     weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
     terms += [f"{weight}next-token KL"] if args.logit_weight else []
     if not any(
@@ -426,7 +443,8 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage]) -> str:
         terms = ["next token"]
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
     preset = f" (--preset {args.preset})" if args.preset else ""
-    return f"loss        {' + '.join(terms)}{lookups}{preset}"
+    without = "; no K/K, as the keys have biases" if biases and chosen == "qv" else ""
+    return f"loss        {' + '.join(terms)}{without}{lookups}{preset}"
 
 
 def describe_pairs(pairs: list[int]) -> str:

@@ -83,13 +83,15 @@ def matters(args: argparse.Namespace, stages: list, blocks: int, moved: bool) ->
     blocks: that the table reads; moved: rotary pairs were, before training.
     """
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "bits")
-    keys += ("logit_weight", "relations", "authors_heads", "lookups", "eval_blocks", "dtype")
+    keys += ("logit_weight", "authors_heads", "lookups", "eval_blocks", "dtype")
     out = {k: blocks if k == "eval_blocks" else getattr(args, k) for k in keys}
+    out["relations"] = stages[0].relations
     out["move_pairs"] = moved
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
         if s.objective != "relation":
             plan["native blocks"] = s.auxiliary.batch // s.batch if s.auxiliary else 0
+            plan["teacher share"] = s.teacher_share
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
     return out | paths
@@ -140,8 +142,8 @@ def _flag(key: str) -> str:
     """What the command line calls a thing that a run depends on."""
     stage, _, what = key.partition(" ")
     if stage in ("stage1", "stage2"):
-        name = {"T": "length", "steps": "tokens", "native blocks": "native-blocks"}.get(what, what)
-        flag = f"--{name}" + ("" if "blocks" in name else stage[-1])
+        name = {"T": "length", "steps": "tokens"}.get(what, what).replace(" ", "-")
+        flag = f"--{name}" + ("" if "-" in name else stage[-1])
         return f"the steps of {stage} ({flag})" if what == "steps" else flag
     if key == "authors_heads":
         return "--preset authors"

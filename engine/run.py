@@ -14,7 +14,8 @@ not finite (`agree`). All write a state's files; everything else rank 0 alone. W
 over processes, all of them measure. A state is begun every --save-minutes, on a stop, and when a
 stage is done; one between stages is whole once the stage is measured, and holds weights alone, as
 the next stage begins with a new Adam. It is written while the run goes on (states.py), which waits
-for the copy, and for the state before where that is not whole yet.
+for the copy, and for the state before where that is not whole yet. Beside the last stage's steps
+rank 0 begins the export (head_start.py), which gives way to states and stops.
 
 Limits.  One run per folder at a time (folder.py); what a kill costs stands in resume.py.
 """
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from engine import cost, data, exits, folder, plan, resume, states, watch
 from engine.cost import Stage
+from engine.head_start import HeadStart
 from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World, lost
@@ -51,6 +53,7 @@ class Run:
         self.out = folder.Folder(self.args.out, "train.py", active=world.main)
         self.saving = self.stopping = False  # what all processes agreed on in this step
         self.saver = self.stop_request = None
+        self.head_start = HeadStart(self.out)
 
     # ---- where it is written, and where it begins
 
@@ -90,6 +93,7 @@ class Run:
             )
 
     def __exit__(self, kind, error, trace) -> None:
+        self.head_start.stop()
         # Within a stage: after it, what was not measured is not saved. Several processes could not
         # agree on it any more
         if self.saver and self.at.step and self.world.size == 1:
@@ -132,7 +136,8 @@ class Run:
         if self.at.state:
             states.load(self.at.state, weights, None, 0)
         out, overlap = self.out, self.plan.overlap
-        self.saver = Saver(out, self.world, self.depends, self.at, overlap)
+        make_room = self.head_start.give_up
+        self.saver = Saver(out, self.world, self.depends, self.at, overlap, make_room)
         self.stop_request, self.saved = resume.StopRequest(), time.monotonic()
         self.about = {
             "arguments": self.depends,
@@ -159,6 +164,8 @@ class Run:
         """The stages that are left."""
         for number in range(self.at.stage, len(self.plan.stages)):
             self.at.stage = number
+            if number == len(self.plan.stages) - 1 and self.world.main:
+                self.head_start.begin(self.args.teacher, self.plan.longer)
             yield self.plan.stages[number]
         self.saver.release()  # an export may need it
 
@@ -283,6 +290,7 @@ class Run:
 
     def stop(self) -> None:
         """Ends the process, as somebody asked, when the state is whole or time is up."""
+        self.head_start.stop()
         whole, last = self._finish_in_time(), self.saver.last
         if whole and not (last and last.total == self.at.total):  # else it was this step's already
             self.save(self.optimiser)

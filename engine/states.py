@@ -15,6 +15,9 @@ The copy itself is not pinned (8 GiB take 3.4 s), and its pages are touched by a
 first steps, as making them takes longer than filling them. Threads write the file, CHUNK by CHUNK,
 each with its crc32, and sync it.
 
+A full disk.  Where a file could not be written and something else can make room (head_start.py), it
+does, and the file is written once more, while the run waits.
+
 Whole or not there.  Once every process's file is synced, which they learn from the numbers that
 they exchange in each step anyway, the first writes state.json with all checksums, syncs it, and
 renames the folder: a name that exists was complete. Then the states before the last two go. A state
@@ -29,12 +32,13 @@ whose format LOG.md says why not to use; the format of the files: safetensors.
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,7 +51,7 @@ from engine import parallel
 from engine.cost import Stage
 from engine.folder import Folder
 from engine.parallel import World
-from hub import checkpoint, files
+from hub import files, shards
 
 GOES_ON = ". The last saved state is kept: --resume goes on from it"
 CHUNK = 1 << 26  # bytes that are copied, written and summed at a time
@@ -128,7 +132,7 @@ def refuse_non_finite(weights: dict[str, nn.Parameter], world: World) -> None:
 
 def _header(tensors: dict[str, Tensor]) -> Tensor:
     """The head of a safetensors file, as bytes [n]: where each of the tensors after it lies."""
-    return torch.frombuffer(bytearray(checkpoint.header(tensors)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(shards.header(tensors)), dtype=torch.uint8)
 
 
 def _chunks(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -159,10 +163,22 @@ def _fill(room: Tensor, views: list[Tensor]) -> Tensor:
 
 
 class Saver:
-    """Writes a run's states. All processes call each method together."""
+    """Writes a run's states. All processes call each method together.
 
-    def __init__(self, out: Folder, world: World, depends: dict, at: Progress, overlap: bool):
+    make_room: removes what a state is worth more than, and says whether there was any.
+    """
+
+    def __init__(
+        self,
+        out: Folder,
+        world: World,
+        depends: dict,
+        at: Progress,
+        overlap: bool,
+        make_room: Callable[[], bool] = lambda: False,
+    ):
         self.out, self.world, self.depends, self.overlap = out, world, depends, overlap
+        self.make_room = make_room
         self._keep(replace(at) if at.state else None)
         self.job, self.next = None, None  # of the state that is being written, and what it knows
         self.room = torch.empty(0, dtype=torch.uint8)  # the copy
@@ -208,9 +224,10 @@ class Saver:
         if self.gpu and not self.pinned:
             self.pinned = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         if self.overlap:
-            self.job = Job(self._write, file, self._copy(parts))
+            self.write = functools.partial(self._write, file, self._copy(parts))
         else:
-            self.job = Job(self._write_at_once, file, parts)
+            self.write = functools.partial(self._write_at_once, file, parts)
+        self.job = Job(self.write)
 
     def _place(self) -> str:
         with files.disk_sentences(self.out.path, self.promise):
@@ -249,7 +266,7 @@ class Saver:
                 sums[i] = zlib.crc32(data)
                 files.write_at(f.fileno(), data, i * CHUNK)
 
-        with files.disk_sentences(self.out.path, self.promise), file.open("xb") as f:
+        with files.disk_sentences(self.out.path, self.promise), file.open("wb") as f:
             starts = range(min(_THREADS, len(chunks)))
             jobs = [Job(write, f, range(k, len(chunks), len(starts))) for k in starts]
             for job in jobs:
@@ -262,7 +279,7 @@ class Saver:
     def _write_at_once(self, file: Path, tensors: list[Tensor]) -> list[int]:
         """The same from where the tensors are, through one piece of memory."""
         sums, room = [], (self.pinned or [torch.empty(CHUNK, dtype=torch.uint8)])[0]
-        with files.disk_sentences(self.out.path, self.promise), file.open("xb") as f:
+        with files.disk_sentences(self.out.path, self.promise), file.open("wb") as f:
             for views in _chunks(tensors):
                 piece = _fill(room, views)
                 if self.gpu:
@@ -288,7 +305,12 @@ class Saver:
         if not self.world.min(float(done)):
             return False
         job, self.job = self.job, None
-        sums = self.world.on_all(job.result)
+        try:
+            sums = self.world.on_all(job.result)
+        except ValueError:
+            if not self.world.on_main(self.make_room):
+                raise
+            sums = self.world.on_all(self.write)  # from the copy, which is as it was
         self.world.on_main(self._publish, sums)
         self._keep(replace(self.next, state=self.out.path / self._name()))
         return True

@@ -69,7 +69,8 @@ class Step:
         tiles: Tiles | None = None,
     ):
         """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight) -> (loss, relations
-        [L, 3], next-token KL), "next token": f(student, ids [n, T + 1], dtype) -> (loss,)}.
+        [L, 3], next-token KL), "next token": f(teacher, student, ids [n, T + 1], dtype,
+        teacher's share) -> (loss,)}.
         gathered: units are gathered once a step; graphs: record CUDA graphs wherever that is
         possible.
         """
@@ -95,21 +96,22 @@ class Step:
     def losses(self, stage: Stage, ids: Tensor) -> tuple[Tensor, ...]:
         """The loss of ids [n, T + 1], and what else is logged: plain where that is enough."""
         relation, plain = stage.objective == "relation", self.plain.get(stage.objective)
-        how = {"dtype": self.dtype, **(self.options if relation else {})}
+        how = {"dtype": self.dtype}
+        how |= self.options if relation else {"share": stage.teacher_share}
         P = processes_per_block(stage.batch, self.processes)
         if self.tiles or P > 1:
             every = len(self.student.model.layers)
             tiles = self.tiles or Tiles(on_gpu=every, outputs=every)
             how |= {"tiles": tiles, "store": self.store, "P": P, "noisy": self.noisy}
             if not relation:
-                return long_next_token_loss(self.student, ids, **how)
+                return long_next_token_loss(self.teacher, self.student, ids, **how)
             return long_relation_loss(self.teacher, self.student, ids, self.kl_weight, **how)
         enough = not (self.recomputed or self.units) and len(ids) * stage.T <= HEAD_CHUNK
         how["recomputed"] = self.recomputed
         if not relation:
             if plain and enough:
-                return plain(self.student, ids, self.dtype)
-            return next_token_loss(self.student, ids, **how)
+                return plain(self.teacher, self.student, ids, self.dtype, stage.teacher_share)
+            return next_token_loss(self.teacher, self.student, ids, **how)
         ids, usual = ids[:, :-1], self.options == _USUAL
         if plain and enough and usual and self.kl_weight:
             return plain(self.teacher, self.student, ids, self.dtype, self.kl_weight)
@@ -253,11 +255,55 @@ def logit_kl(
 
 
 def next_token_loss(
-    student: Llama, ids: Tensor, dtype: torch.dtype, recomputed: int = 0
+    teacher: Llama,
+    student: Llama,
+    ids: Tensor,
+    dtype: torch.dtype,
+    recomputed: int = 0,
+    share: float = 0.0,
 ) -> tuple[Tensor]:
-    """(cross-entropy,) in nats of ids [B, T + 1], a mean over B T tokens."""
-    h = student.hidden(ids[:, :-1], dtype, recomputed)
-    return (cross_entropy(student, h, ids[:, 1:], HEAD_CHUNK),)
+    """(loss,) in nats of ids [B, T + 1], a mean over B T tokens: 1 - share of the cross-entropy,
+    share of the KL from the teacher's distribution.
+    """
+    ids, targets = ids[:, :-1], ids[:, 1:]
+    if not share:
+        h = student.hidden(ids, dtype, recomputed)
+        return (cross_entropy(student, h, targets, HEAD_CHUNK),)
+    with torch.no_grad():  # before the student keeps anything
+        h_teacher = _after_layers(teacher, ids, dtype)
+    h = _after_layers(student, ids, dtype, recomputed)
+    return (_shared_losses(teacher, student, h_teacher, h, targets, share).mean(),)
+
+
+def _after_layers(model: Llama, ids: Tensor, dtype: torch.dtype, recomputed: int = 0) -> Tensor:
+    """h [B, T, C] of ids [B, T] before the last norm."""
+    for h, _ in model.walk(ids, dtype, recomputed):  # noqa: B007 - the last one is wanted
+        pass
+    return h
+
+
+def _shared_losses(
+    teacher: Llama, student: Llama, h_teacher: Tensor, h: Tensor, targets: Tensor, share: float
+) -> Tensor:
+    """(1 - share) * cross-entropy + share * KL(teacher || student), in nats, [B T].
+
+    h [B, T, C] of each before the last norm, targets [B, T]. It is the cross-entropy of one target,
+    the mixture of both, less share times the teacher's entropy: one log-softmax of each.
+    """
+
+    def part(x: Tensor, y: Tensor, ids: Tensor) -> Tensor:
+        with torch.no_grad():
+            log_r = widened(teacher.lm_head(teacher.model.norm(y))).log_softmax(-1)
+            target = log_r.exp()
+            entropy = torch.linalg.vecdot(target, log_r).neg_()
+            del log_r
+            target.mul_(share).scatter_add_(
+                1, ids[:, None], target.new_full((len(ids), 1), 1 - share)
+            )
+        logits = widened(student.lm_head(student.model.norm(x)))
+        return F.cross_entropy(logits, target, reduction="none") - share * entropy
+
+    return by_chunks(part, HEAD_CHUNK, *(t.flatten(0, 1) for t in (h, h_teacher, targets)))
 
 
 # ---- the same over tiles, and over the processes that share a block
@@ -291,6 +337,7 @@ def long_relation_loss(
 
 
 def long_next_token_loss(
+    teacher: Llama,
     student: Llama,
     ids: Tensor,
     *,
@@ -299,11 +346,20 @@ def long_next_token_loss(
     store: Store,
     P: int = 1,
     noisy: bool = False,
+    share: float = 0.0,
 ) -> tuple[Tensor]:
-    """next_token_loss of ids [B, T + 1], of which P processes do a share each."""
+    """next_token_loss of ids [B, T + 1], of which P processes do a part each."""
+    if share:
+        with torch.no_grad():
+            work, h = begin(ids[:, :-1], dtype, tiles, store, P, teacher)
+            h_teacher, _, _ = walk(work, h, teacher)
     work, h = _begin(student, ids, dtype, tiles, store, P, noisy)
     h, _, _ = walk(work, h, student)
-    losses = _cross_entropies(student, h, _share(work, ids)[:, 1:])
+    targets = _own(work, ids)[:, 1:]
+    if share:
+        losses = _shared_losses(teacher, student, h_teacher, h, targets, share)
+    else:
+        losses = _cross_entropies(student, h, targets)
     return (losses.sum() * (P / ids[:, 1:].numel()),)
 
 
@@ -313,7 +369,7 @@ def _begin(student, ids, dtype, tiles, store, P, noisy, teacher=None) -> tuple[P
     return begin(ids[:, :-1], dtype, tiles, store, P, student, teacher, noise)
 
 
-def _share(work: Pass, ids: Tensor) -> Tensor:
+def _own(work: Pass, ids: Tensor) -> Tensor:
     """This process's tokens of ids [B, T + 1], and the one after them."""
     a, b = work.cut.span(ids.shape[1] - 1)
     return ids[:, a : b + 1]

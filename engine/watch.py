@@ -14,10 +14,11 @@ What.  Every step leaves one JSON line in metrics.jsonl, which is the source of 
                                 long ones) that are look-up documents
 
 gib is the peak so far: on a GPU of its memory; on a CPU of the whole process, with Python and
-torch, which the plan leaves out. Stage 1's loss is mean(layers) + weight * next_token_kl; stage 2's
-is the next token's. A terminal shows a bar, anything else about twenty plain lines per stage.
-curves.png is drawn at each saved state but at most once a minute.
---tensorboard and --wandb PROJECT write the same figures to a board (boards.py).
+torch, which the plan leaves out. Stage 1's loss is mean(layers) + weight * next_token_kl, where all
+three relations count; stage 2's is the next token's, by --teacher-share the KL from the teacher's
+distribution instead. A terminal shows a bar, anything else about twenty plain lines per stage.
+curves.png is drawn at each saved state but at most once a minute. --tensorboard and --wandb PROJECT
+write the same figures to a board (boards.py).
 
 Speed.  tflops is cost.flops over the seconds of the step, for all processes together, recomputation
 not counted; mfu is that over the number of devices times `peak`, the rate of one large matrix

@@ -2,9 +2,8 @@
 executed.
 
 What.  A checkpoint is a directory: config.json, one model.safetensors or several shards with an
-index, and the tokenizer's files. A safetensors file is an 8-byte little-endian length, that many
-bytes of JSON that give each tensor a dtype, a shape and a byte range, then the bytes. It can be
-mapped into memory and holds no code.
+index, and the tokenizer's files. A safetensors file (shards.py) can be mapped into memory and holds
+no code.
 
 Reading.  The headers alone are read first and compared with the shapes that config.json implies, so
 that a wrong checkpoint is refused in milliseconds and before any allocation. Then each tensor is
@@ -18,7 +17,8 @@ embedding, an adapter beside the weights.
 Writing.  Into a temporary neighbour, synced, then renamed: a kill at any moment leaves the old
 state or the new. A few threads write tensors to their places in all shards, so that the host's
 memory holds a few tensors at a time; a shard that is whole is synced while the next is written.
-Before `save_pretrained` reports success it reads its own output back, compares every byte, and the
+Tensors may be there before the rest is known (engine/head_start.py). Before `save_pretrained`
+reports success it reads its own output back, whoever wrote it, compares every byte, and the
 logits under the configuration read back with those under the one in memory. The tokenizer's files
 and the licence are the source's, byte for byte, but for the lengths at which programs cut texts,
 and references to code.
@@ -33,21 +33,17 @@ import contextlib
 import json
 import re
 import shutil
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards  # which comes with tokenizers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hub import files
+from hub.shards import DTYPES, INDEX, SHARD_BYTES, SINGLE, Shards, bytes_of
 
-SINGLE = "model.safetensors"
-# In the order in which a file holds them: numbers of more bytes first, so that all are aligned
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _THREADS = 4  # that read or write tensors: one is slower than a disk, and than the way to a GPU
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -164,7 +160,7 @@ def find_tensors(path: Path) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
 
     Raises ValueError where files, index and headers do not agree.
     """
-    index, single = files.file_of(path, f"{SINGLE}.index.json"), files.file_of(path, SINGLE)
+    index, single = files.file_of(path, INDEX), files.file_of(path, SINGLE)
     if not index.is_file():
         if not single.is_file():
             raise ValueError(_no_weights(path))
@@ -212,7 +208,7 @@ def _no_weights(path: Path) -> str:
     for pattern, remedy in _INSTEAD.items():
         if any(path.glob(pattern)):
             return f"{path} {remedy}"
-    return f"{path} holds no {SINGLE} and no {SINGLE}.index.json"
+    return f"{path} holds no {SINGLE} and no {INDEX}"
 
 
 def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
@@ -237,7 +233,7 @@ def check_fits(model: nn.Module, path: Path) -> dict[str, Path]:
     ]
     missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
     dtypes = {n: found[n][1] for n in wanted if n in found}
-    wrong += [f"{n} has dtype {dtype}" for n, dtype in dtypes.items() if dtype not in _DTYPES]
+    wrong += [f"{n} has dtype {dtype}" for n, dtype in dtypes.items() if dtype not in DTYPES]
     faults = {"missing": missing, "not in the model": extra, "of another shape or dtype": wrong}
     if missing == ["lm_head.weight"] and not extra and not wrong:
         raise ValueError(
@@ -260,7 +256,7 @@ def _refuse_second_model(path: Path, found: dict) -> None:
     if not same or not all(_equal((single, name), (found[name][0], name)) for name in held):
         raise ValueError(
             f"{path} holds two models: {SINGLE}, and the shards that "
-            f"{SINGLE}.index.json names; move the one that is not meant elsewhere"
+            f"{INDEX} names; move the one that is not meant elsewhere"
         )
 
 
@@ -355,59 +351,61 @@ def save_pretrained(model, path: str | Path, **how) -> None:
         write_pretrained(model, work, **how)
 
 
+def laid_out(
+    model, *, dtype: torch.dtype | None, frozen_from: Path | None, trained: tuple[str, ...]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """({tensor of an export: the same without numbers}, {frozen ones: the bytes of `frozen_from`,
+    mapped}); the arguments are write_pretrained's. The model itself may be without numbers.
+    """
+    held, stored = dict(model.named_parameters()), {}
+    if frozen_from:
+        stored = read_tensors(frozen_from, [n for n in held if n.split(".")[-2] not in trained])
+    kinds = {n: stored[n].dtype if n in stored else dtype or p.dtype for n, p in held.items()}
+    like = {n: torch.empty_like(p, dtype=kinds[n], device="meta") for n, p in held.items()}
+    return like, stored
+
+
 def write_pretrained(
     model,
     work: Path,
     *,
     tokenizer_from: Path | None = None,
     dtype: torch.dtype | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     card: str | None = None,
     frozen_from: Path | None = None,
     trained: tuple[str, ...] = (),
+    written: Set[str] = frozenset(),
 ) -> None:
     """Fills the folder `work`, reads it back and compares logits before it returns.
 
     dtype None keeps each tensor's own; tokenizer_from: a directory whose tokenizer files are copied
     byte for byte. frozen_from: a directory whose own bytes replace every tensor but those of the
     modules named in `trained`, as a model that computes in bfloat16 may hold a rounded copy of
-    them. Raises RuntimeError if what is on disk does not give the same logits.
+    them. written: frozen tensors that are in `work` already, in the files of the same Shards.
+    Raises RuntimeError if what is on disk is not what is meant, or does not give the same logits.
     """
     held = {name: p.detach() for name, p in model.named_parameters()}
-    stored = {}  # the bytes of what is not trained
-    if frozen_from:
-        stored = read_tensors(frozen_from, [n for n in held if n.split(".")[-2] not in trained])
+    like, stored = laid_out(model, dtype=dtype, frozen_from=frozen_from, trained=trained)
 
     def meant(name: str) -> Tensor:
         """The tensor as it is to be written, mapped or on the model's device."""
-        return stored[name] if name in stored else held[name].to(dtype or held[name].dtype)
+        return stored[name] if name in stored else held[name].to(like[name].dtype)
 
-    def checked(name: str) -> Tensor:
-        """`meant`, of which the model must hold a copy, rounded or not: else the directory is
-        another model's, or something was trained unsaid.
-        """
-        own, tensor = held[name], meant(name)
-        if name in stored and not _same_bits(tensor.to(own.device).to(own.dtype), own):
-            raise RuntimeError(
-                f"{name} is not what {frozen_from} holds, and not said to be trained"
-            )
-        return tensor
-
-    kinds = {n: stored[n].dtype if n in stored else dtype or p.dtype for n, p in held.items()}
-    like = {n: torch.empty_like(p, dtype=kinds[n], device="meta") for n, p in held.items()}
     config = model.config.to_hf()
     config.pop("dtype", None)
-    kind = str(kinds["model.embed_tokens.weight"])
+    kind = str(like["model.embed_tokens.weight"].dtype)
     config["torch_dtype"] = kind.removeprefix("torch.")  # every transformers reads this key
     (work / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer_from:
         _copy_tokenizer(Path(tokenizer_from), work, model.config.rope.length)
     if card:
         (work / "README.md").write_text(card, encoding="utf-8")
-    with ThreadPoolExecutor() as syncing:
-        shards = _write_shards(like, checked, work, shard_bytes, syncing)
-        _check_written(model, work, meant)  # while the last of them are synced
-        for shard in shards:
+    with Shards(work, like, shard_bytes) as shards, ThreadPoolExecutor() as syncing:
+        synced = _write_shards(shards, meant, syncing, written)
+        # While the last ones are synced
+        _check_written(model, work, meant, stored.keys(), frozen_from)
+        for shard in synced:
             shard.result()
 
 
@@ -474,87 +472,64 @@ def _rewritten(data: bytes, old: dict, new: dict, edited: bytes) -> bytes:
     return json.dumps(new, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def header(tensors: dict[str, Tensor], **metadata: str) -> bytes:
-    """The head of a safetensors file that holds these tensors, in this order."""
-    entries, at = {"__metadata__": metadata} if metadata else {}, 0
-    names = {dtype: name for name, dtype in _DTYPES.items()}
-    for name, t in tensors.items():
-        entries[name] = {
-            "dtype": names[t.dtype],
-            "shape": list(t.shape),
-            "data_offsets": [at, at + t.nbytes],
-        }
-        at += t.nbytes
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
-
-
 def _write_shards(
-    like: dict[str, Tensor],
+    shards: Shards,
     tensor_of: Callable[[str], Tensor],
-    work: Path,
-    shard_bytes: int,
     syncing: ThreadPoolExecutor,
+    written: Set[str] = frozenset(),
 ) -> list[Future]:
-    """The weights, in files of up to `shard_bytes`, with their index; returns what syncs each.
+    """All weights but those that are `written`, and their index; returns what syncs each file."""
 
-    like: every tensor without its numbers, which tensor_of gives. The bytes are those that the
-    safetensors package would write.
-    """
-    split = split_torch_state_dict_into_shards(like, max_shard_size=shard_bytes)
-    order = list(_DTYPES.values())
+    def write(name: str) -> None:
+        tensor, like = tensor_of(name).cpu(), shards.like[name]
+        assert tensor.dtype == like.dtype and tensor.shape == like.shape
+        shards.write(name, bytes_of(tensor))
 
-    def write(fd: int, name: str, at: int) -> None:
-        tensor = tensor_of(name).cpu()
-        assert tensor.dtype == like[name].dtype and tensor.shape == like[name].shape
-        data = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-        files.write_at(fd, data, at)
-
-    def sync(file: Path, begun: list[Future]) -> None:
+    def sync(file: str, begun: list[Future]) -> None:
         wait(begun)
-        files.sync_file(file)
+        shards.sync(file)
 
-    written, synced = [], []
-    with contextlib.ExitStack() as opened, ThreadPoolExecutor(_THREADS) as writing:
-        for file, names in split.filename_to_tensors.items():
-            names = sorted(names, key=lambda n: (order.index(like[n].dtype), n))
-            f = opened.enter_context((work / file).open("xb", buffering=0))
-            head = header({name: like[name] for name in names}, format="pt")
-            f.write(head)
-            at, begun = len(head), []
-            for name in names:
-                begun.append(writing.submit(write, f.fileno(), name, at))
-                at += like[name].nbytes
-            written += begun
-            synced.append(syncing.submit(sync, work / file, begun))
-        for each in written:
+    all_begun, synced = [], []
+    with ThreadPoolExecutor(_THREADS) as writing:
+        for file, names in shards.names.items():
+            begun = [writing.submit(write, name) for name in names if name not in written]
+            all_begun += begun
+            synced.append(syncing.submit(sync, file, begun))
+        for each in all_begun:
             each.result()
-    if split.is_sharded:
-        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-        (work / f"{SINGLE}.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    if shards.index:
+        (shards.work / INDEX).write_text(json.dumps(shards.index, indent=2) + "\n")
     return synced
 
 
-def _check_written(model, work: Path, meant: Callable[[str], Tensor]) -> None:
+def _check_written(
+    model, work: Path, meant: Callable[[str], Tensor], frozen: Set[str], frozen_from: Path | None
+) -> None:
     """The directory must load, hold exactly the bytes that are `meant`, and give these weights'
-    logits under the configuration of the model in memory."""
+    logits under the configuration of the model in memory.
+
+    Of a frozen tensor the model must hold a copy, rounded or not: else `frozen_from` is another
+    model's by now, or something was trained unsaid.
+    """
     written = type(model).from_pretrained(work, device=str(model.device))
     with torch.device("meta"):
         expected = type(model)(model.config)
-    found = dict(written.named_parameters())
+    held, found = dict(model.named_parameters()), dict(written.named_parameters())
 
-    def equal(name: str) -> bool:
-        p, same = found[name].detach(), meant(name)
-        return p.dtype == same.dtype and _same_bits(p, same.to(p.device))
+    def check(name: str) -> None:
+        own, p = held[name].detach(), found[name].detach()
+        same = meant(name).to(p.device)
+        if name in frozen and not _same_bits(same.to(own.dtype), own.to(p.device)):
+            raise RuntimeError(
+                f"{name} is not what {frozen_from} holds, and not said to be trained"
+            )
+        if not (p.dtype == same.dtype and _same_bits(p, same)):
+            raise RuntimeError(
+                f"the export in {work} does not hold {name} as it was written; the disk may fail"
+            )
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        for name, is_equal in zip(found, pool.map(equal, found), strict=True):
-            if not is_equal:
-                raise RuntimeError(
-                    f"the export in {work} does not hold {name} as it was written; the disk may "
-                    "fail"
-                )
+        for name, _ in zip(found, pool.map(check, found), strict=True):
             set_parameter(expected, name, found[name])
     ids = torch.arange(8, device=model.device)[None] % model.config.vocab_size
     with torch.no_grad():
@@ -587,4 +562,4 @@ def read_tensors(path: Path, names: list[str]) -> dict[str, Tensor]:
 
 def stored_dtype(path: Path) -> torch.dtype:
     """The dtype of the embedding on disk, which an export keeps."""
-    return _DTYPES[find_tensors(path)["model.embed_tokens.weight"][1]]
+    return DTYPES[find_tensors(path)["model.embed_tokens.weight"][1]]

@@ -32,8 +32,8 @@ case $row in
     yarn-long) kind=yarn flags=(--length2 $((native * 4))) ;;
     control) scale=1.000001 ;;  # the smallest that is above 1
     control-yarn) kind=yarn scale=1.000001 ;;
-    relations) flags=(--logit-weight 0) ;;
-    pretrain) flags=(--stage 2 --tokens2 4194304) ;;
+    relations) flags=(--logit-weight 0 --relations qkv) ;;
+    pretrain) flags=(--stage 2 --tokens2 4194304 --teacher-share 0) ;;
     teacher) parts=${parts/train/} ;;
     *) echo "qwen25-0.5b.sh: no row $row; the head of this file lists them" >&2 && exit 2 ;;
 esac

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from hub import checkpoint, files, rope_json
 from hub.checkpoint import set_parameter
+from hub.shards import Shards
 from hub.tokenizer import load_tokenizer
 from model import TRAINED, Llama, LlamaConfig, make_student
 
@@ -301,11 +302,11 @@ def test_a_failed_write_leaves_the_old_directory(tmp_path):
 def test_the_export_is_checked_by_reading_it_back(tmp_path, monkeypatch):
     real = checkpoint._write_shards
 
-    def lossy(like, tensor_of, *rest):
+    def lossy(shards, tensor_of, *rest):
         def other(name):
             return tensor_of(name) + 0.1 if name == "model.norm.weight" else tensor_of(name)
 
-        return real(like, other, *rest)
+        return real(shards, other, *rest)
 
     monkeypatch.setattr(checkpoint, "_write_shards", lossy)
     with pytest.raises(RuntimeError, match=r"model\.norm\.weight"):
@@ -323,8 +324,8 @@ def test_an_export_is_the_file_that_the_safetensors_package_writes(tmp_path, sha
     odd = {"model.norm.weight": torch.randn(33), "a": torch.randn(7, 3).bfloat16()}
     like = dict(model.named_parameters()) | {k: torch.nn.Parameter(v) for k, v in odd.items()}
     like = {k: v.detach() for k, v in like.items()} | {"b": torch.empty(0), "c": torch.tensor(1.5)}
-    with ThreadPoolExecutor() as pool:
-        for each in checkpoint._write_shards(like, like.__getitem__, tmp_path, shard_bytes, pool):
+    with Shards(tmp_path, like, shard_bytes) as shards, ThreadPoolExecutor() as pool:
+        for each in checkpoint._write_shards(shards, like.__getitem__, pool):
             each.result()
     written = sorted(tmp_path.glob("*.safetensors"))
     assert (len(written) > 1) == (shard_bytes < 10**9)

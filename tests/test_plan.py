@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEACHER, random_model
+from conftest import ROOT, TEACHER, random_model, write_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,7 +32,7 @@ from evals import held_out as held_out_file
 from evals.held_out import HeldOut
 from hub import checkpoint
 from hub.tokenizer import load_tokenizer
-from model import TRAINED, make_student, trainable
+from model import TRAINED, LlamaConfig, make_student, trainable
 
 SHAPES = {
     "grouped": {
@@ -62,20 +62,25 @@ def loss_of(stage: cost.Stage, teacher, student, dtype: torch.dtype, recomputed:
     if stage.objective == "relation":
         more = {"recomputed": recomputed, "logit_weight": float(stage.logits)}
         return step.relation_loss(teacher, student, ids[:, :-1], dtype, **more)[0]
+    if stage.teacher_share:
+        return step.next_token_loss(teacher, student, ids, dtype, recomputed, stage.teacher_share)[
+            0
+        ]
     h = student.hidden(ids[:, :-1], dtype, recomputed)
     return model_file.next_token_loss(student, h, ids[:, 1:])
 
 
 KINDS = {
-    "relation": ("stage1", "relation", False),
-    "relation and logits": ("stage1", "relation", True),
+    "relation": ("stage1", "relation", False, 0),
+    "relation and logits": ("stage1", "relation", True, 0),
+    "next token": ("stage2", "next token", False, 0),
+    "next token and teacher": ("stage2", "next token", False, 0.5),
 }
-KINDS |= {"next token": ("stage2", "next token", False)}
 
 
 def stage_of(kind: str) -> cost.Stage:
-    name, objective, logits = KINDS[kind]
-    return cost.Stage(name, objective, 64, 2, 1, 1e-3, logits)
+    name, objective, logits, share = KINDS[kind]
+    return cost.Stage(name, objective, 64, 2, 1, 1e-3, logits, teacher_share=share)
 
 
 class Kept:
@@ -116,7 +121,7 @@ def test_activations_are_what_autograd_keeps(shape, kind, rank, dtypes, monkeypa
     if (
         "logits" in parts
     ):  # a peak; of it, a single chunk's log-softmax is kept until the backward, and the teacher's
-        said += 4 * 2 * stage.T * 512 * (2 if stage.logits else 1)
+        said += 4 * 2 * stage.T * 512 * (2 if stage.logits or stage.teacher_share else 1)
     assert said == pytest.approx(kept.bytes, rel=0.15)
 
 
@@ -160,6 +165,9 @@ def test_checkpointing_keeps_the_layers_inputs_and_one_layer(shape, kind, rank, 
     monkeypatch.setattr(
         step, "logit_kl", lambda teacher, student, h_teacher, h_student, chunk: h_student.mean()
     )
+    monkeypatch.setattr(
+        step, "_shared_losses", lambda teacher, student, h_teacher, h, targets, share: h
+    )
     loss_of(stage, teacher, student, torch.float32, student.config.n_layer)
     assert len(layers) == student.config.n_layer
     L = student.config.n_layer
@@ -196,13 +204,14 @@ def test_flops_are_what_torch_counts(kind, rank, monkeypatch):
         "relation": 4 * (c.n_layer - 1),
         "relation and logits": 4 * c.n_layer,
         "next token": 3 * c.n_layer,
+        "next token and teacher": 4 * c.n_layer,
     }[kind]
     assert sum(parts.values()) - forwards * attention == pytest.approx(
         counter.get_total_flops(), rel=0.01
     )
     assert free == (
         0
-        if kind == "next token"
+        if stage.objective == "next token"
         else c.n_layer * 12 * c.head_dim * stage.T**2 / 2 * stage.batch * (4 + 2 * 2)
     )
 
@@ -356,6 +365,57 @@ def test_the_rate_follows_the_size_of_the_weights_that_learn(kind, share, tmp_pa
         rates.append(train.defaults(config, student, size, True)["lr1"])
     assert rates[0] == pytest.approx(share * 6 * 2e-3 / config.width, rel=1e-3)
     assert rates[1] == pytest.approx(2 * rates[0]) and rates[2] == share * 2e-3
+
+
+@pytest.mark.parametrize("given", [[], ["--relations", "k"], ["--preset", "authors"]])
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])  # keys without biases, and with
+def test_relations_of_keys_with_biases_are_left_out_unless_asked_for(kind, given, tmp_path):
+    path = write_model(tmp_path / kind, model_type=kind)
+    args = flags.parse(["--teacher", str(path), "--device", "cpu", *given], "", train.PRESETS)
+    config = LlamaConfig.from_hf(json.loads((path / "config.json").read_text()))
+    first, second = plan.make_stages(
+        args, config, plan.numbers(args, config, config.extended("yarn", 8), train.defaults)
+    )
+    asked = {"--relations": "k", "--preset": "qkv"}[given[0]] if given else None
+    assert first.relations == (asked or {"llama": "qkv", "qwen2": "qv"}[kind])
+    said = plan.describe_loss(args, [first, second], config.qkv_bias)
+    assert ("K/K" in said.split(";")[0]) == ("k" in first.relations)
+    assert ("as the keys have biases" in said) == (first.relations == "qv")
+
+
+@pytest.mark.parametrize(
+    "length, given, share",
+    [
+        (64, None, 0.5),
+        (32, None, 0.5),
+        (128, None, 0.0),
+        (64, "0", 0.0),
+        (64, "1", 1.0),
+        (128, "0.3", None),
+    ],
+)
+def test_the_teacher_has_a_share_of_the_target_where_it_can_read_the_block(
+    length, given, share, tiny_dir
+):
+    """Its native length is 64. None: refused."""
+    argv = ["--teacher", str(tiny_dir), "--device", "cpu", "--length2", str(length)]
+    argv += ["--teacher-share", given] if given else []
+    args = flags.parse(argv, "", train.PRESETS)
+    config = LlamaConfig.from_hf(json.loads((tiny_dir / "config.json").read_text()))
+    student = config.extended("yarn", 8)
+    stages = plan.make_stages(args, config, plan.numbers(args, config, student, train.defaults))
+    if share is None:
+        with pytest.raises(ValueError, match=r"--teacher-share is 0\.3, but .* 64 tokens"):
+            plan.check(args, config, student, stages, 1)
+    else:
+        plan.check(args, config, student, stages, 1)
+        assert stages[1].teacher_share == share and stages[0].teacher_share == 0
+        said = plan.describe(config, student, stages, [{}, {}])
+        assert ("of the target is the teacher's" in said) == (share > 0)
+        text = cost.flops(config, dataclasses.replace(stages[1], teacher_share=0.0))
+        whole = cost.flops(config, stages[1])
+        assert whole.pop("teacher forward", 0) == (text["student forward"] if share else 0)
+        assert whole == text
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])

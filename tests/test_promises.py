@@ -24,7 +24,7 @@ from test_train import SMALL_DISK, refused, same_result, shell
 
 import train
 from engine import cost, data, exits, folder, states
-from hub import files
+from hub import checkpoint, files
 from hub.tokenizer import load_tokenizer
 
 SIZES = [
@@ -233,7 +233,7 @@ def test_what_was_measured_is_reported_also_where_the_export_fails(
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
 
-    monkeypatch.setattr(train.checkpoint, "write_pretrained", full)
+    monkeypatch.setattr(checkpoint, "write_pretrained", full)
     more = ("--stage", "1", "--tokens1", "512", "--eval-blocks", "1")
     with pytest.raises(OSError, match="No space left"):
         train.main(arguments(teacher, text_dir, tmp_path / "out", *more))

@@ -8,7 +8,7 @@ import torch
 from conftest import random_model, write_model
 from safetensors.torch import load_file
 from test_plan import Live
-from test_step import PLAIN, on_a_gpu, values_and_gradients
+from test_step import PLAIN, on_a_gpu, stage_of, values_and_gradients
 
 import train
 from bench import step as bench_step
@@ -123,7 +123,7 @@ def test_the_plan_counts_the_bytes_of_packed_weights(bnb, stage):
     held |= {
         id(m): m.format.absmax.nbytes for m in teacher.modules() if isinstance(m, quant.Packed)
     }
-    tiny = cost.Stage("stage", stage, 50, 2, 1, 1e-3)
+    tiny = stage_of(stage)
     parts = cost.memory(teacher.config, tiny, torch.bfloat16, 1, 1, rank=4, bits=4)
     said = parts["frozen and shared weights"] + parts["teacher's q, k, v"]
     assert said == pytest.approx(sum(held.values()), rel=0.02)

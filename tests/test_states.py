@@ -17,10 +17,10 @@ from conftest import ROOT, random_model, write_model
 from safetensors.torch import load_file
 from test_train import arguments, same_result, shell
 
-import train
 from engine import cost, exits, fit, folder, plan, run, states
 from engine.folder import Folder
 from engine.parallel import World
+from model import TRAINED
 
 SHAPES = {"a": (5, 3), "b": (8, 2), "c": (2,), "d": (1, 7)}  # rows that no number of ranks divides
 
@@ -129,7 +129,7 @@ def test_what_changes_after_the_copy_is_not_in_the_state(tmp_path, monkeypatch):
 
 def test_the_copy_takes_the_memory_that_the_plan_says(tmp_path):
     student = random_model()
-    weights = {n: p for n, p in student.named_parameters() if n.split(".")[-2] in train.TRAINED}
+    weights = {n: p for n, p in student.named_parameters() if n.split(".")[-2] in TRAINED}
     said = 12 * cost.trained_parameters(student.config, None)
     with Folder(tmp_path, "train.py") as out:
         saver = states.Saver(out, World("cpu"), {}, states.Progress(), overlap=True)
@@ -244,6 +244,42 @@ def test_a_disk_that_is_full_for_one_process_ends_all_with_its_sentence(tmp_path
 
     together(2, run)
     assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_state_is_written_once_more_where_room_is_made(tmp_path, size, overlap):
+    """As it was when it began, whatever steps have done since."""
+    name = "_write" if overlap else "_write_at_once"
+    real, before = getattr(states.Saver, name), held(*trained())
+
+    def run(world: World) -> None:
+        weights, adam = trained()
+        failing = [world.rank == world.size - 1]
+
+        def full(self, file, parts):
+            if failing and failing.pop():
+                file.write_bytes(b"half")
+                raise ValueError("full")
+            return real(self, file, parts)
+
+        setattr(states.Saver, name, full)  # of this process alone
+        with Folder(tmp_path, "train.py", active=world.main) as out:
+            made = lambda: asked.append(0) or len(asked) == 1  # noqa: E731
+            saver, asked = states.Saver(out, world, {}, states.Progress(), overlap, made), []
+            saver.start(states.slices(weights, adam, world), states.Progress(step=3, total=1))
+            for p in weights.values() if overlap else ():
+                p.data.zero_()
+            assert saver.finish() and len(asked) == world.main
+            failing += [True]
+            saver.start(states.slices(weights, adam, world), states.Progress(step=4, total=2))
+            with pytest.raises(ValueError, match="full"):
+                saver.finish()
+            if size > 1:
+                dist.barrier()
+
+    together(size, run)
+    assert equal(before, again(states.latest(tmp_path / "state"), *trained(seed=1)))
 
 
 # ---- runs

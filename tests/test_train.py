@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import train
-from engine import cost, curves, exits, parallel, plan, states, watch
+from engine import cost, curves, exits, models, parallel, plan, states, watch
 from engine.lookups import Lookups
 from hub import files
 from hub.tokenizer import load_tokenizer
@@ -294,6 +294,8 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     assert "--lr1 was 0.01 and is 0.02" in said
     said = refused([*arguments(small, text_dir, copy), "--resume", "--native-blocks", "2"])
     assert "--native-blocks was 0 and is 2" in said
+    said = refused([*arguments(small, text_dir, copy), "--resume", "--relations", "q"])
+    assert "--relations was 'qkv' and is 'q'" in said
     state = states.latest(copy / "state") / "state.json"
     info = json.loads(state.read_text())
     info["depends"]["stage2 native blocks"] = 4  # and that they were dropped is named as well
@@ -379,13 +381,13 @@ def quick(small, text_dir, tmp_path, *more: str) -> list[str]:
 
 def spy(monkeypatch) -> list:
     """The student of the run that follows."""
-    made, students = train.make_student, []
+    made, students = models.make_student, []
 
     def make(*a, **k):
         students.append(made(*a, **k))
         return students[-1]
 
-    monkeypatch.setattr(train, "make_student", make)
+    monkeypatch.setattr(models, "make_student", make)
     return students
 
 

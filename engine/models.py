@@ -1,0 +1,40 @@
+"""Teacher and student of a run, as its plan says.
+
+The student's tensors are the teacher's, but for what learns: float32 copies of q, k and v, or
+adapters beside them (lora.py). Rotary pairs are moved, where the plan says so, in copies that start
+from the stored numbers; a resumed run's state then replaces them. With --bits 4 the layers'
+matrices are packed, once for both (quant.py); with --shard both are cut over the processes
+(parallel.py), and until then they wait in the host's memory.
+
+Limits.  With --shard one process's host memory must hold a whole teacher and what learns.
+"""
+
+import torch
+
+from engine import lora, parallel, quant
+from engine.parallel import Unit, World
+from engine.plan import Plan
+from hub import checkpoint
+from model import TRAINED, Llama, make_student, move_pairs, trainable
+
+
+def make_models(plan: Plan, world: World) -> tuple[Llama, Llama, list[Unit] | None]:
+    """(teacher, student, what --shard gathers at a time or None)."""
+    args = plan.args
+    place = "cpu" if args.shard or args.bits else str(plan.device)
+    teacher = Llama.from_pretrained(args.teacher, dtype=plan.dtype, device=place)
+    student = make_student(teacher, plan.longer, trained=() if args.lora_rank else TRAINED)
+    if args.bits:
+        quant.pack(teacher, student, plan.device)
+    if args.lora_rank:
+        torch.manual_seed(args.seed)
+        lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
+    else:  # the copies start from the stored numbers, not from their rounding to plan.dtype
+        stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
+        for name, value in stored.items():
+            held = student.get_parameter(name).data
+            held.copy_(value.to(held.device))  # as it is stored: half the bytes
+    if plan.pairs:
+        move_pairs(student, plan.pairs)
+    units = parallel.shard(teacher, student, world, plan.dtype) if args.shard else None
+    return teacher, student, units
