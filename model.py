@@ -351,6 +351,18 @@ def make_student(teacher: Llama, config: LlamaConfig, trained: tuple[str, ...] =
     return student.eval()
 
 
+@torch.no_grad()
+def move_pairs(student: Llama, pairs: list[int]) -> None:
+    """Slot j of every head of q and k gets the rows of pair pairs[j]; see rope.pairs_by_slot."""
+    D = student.config.head_dim
+    first = torch.tensor(pairs, device=student.model.layers[0].self_attn.q_proj.weight.device)
+    rows = torch.cat((first, first + D // 2))
+    for layer in student.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            for p in projection.parameters():  # [heads D, C] and [heads D]
+                p.copy_(p.unflatten(0, (-1, D))[:, rows].flatten(0, 1))
+
+
 def trainable(student: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that learn, by name."""
     return {name: p for name, p in student.named_parameters() if p.requires_grad}

@@ -36,6 +36,23 @@ bit for bit, the 15 above among them), slows the last by s, and blends between. 
 stays at 99.9 % of the teacher's:
         pytest tests/test_rope.py::test_yarn_keeps_the_pairs_that_tell_neighbours_apart
 
+What moving pairs wins back, under linear alone.  Before training, slot j turns at w_j / s, and some
+pair of the teacher turned nearly as fast: the pair k = j + shift, as the frequencies are geometric,
+
+    shift = (D/2) ln s / ln theta, rounded         5 of 32 at s = 8, theta = 10^6, D = 64
+
+`pairs_by_slot` starts slot j with that pair: rows k and k + D/2 of each head of q and k, weight and
+bias, become rows j and j + D/2. Without positions that is exact: q . k is a sum over pairs, in any
+order, and so are the Q/Q and K/K relations. With them, a moved pair adds to a score what it added
+in the teacher, to rounding where the shift is whole:
+        pytest tests/test_model.py::test_a_moved_pair_adds_to_a_score_what_it_did_in_the_teacher
+Pairs that do not complete a turn within M0 stay: they say what a token is rather than where, and
+must be slowed, or they reach angles that training never showed. The `shift` fastest pairs match no
+slot. They told neighbours apart; now they take the slots that became free, where they turn once
+within M0 or less. And beyond M0 the moved pairs reach angles that never came together in training,
+which interpolation is there to avoid. So it is a better start, and no promise of a better end:
+LOG.md has both, under 2026-11-28.
+
 How it is applied.  Angles in float32; cos and sin, times the attention factor, are then cast to the
 activations' dtype. Pair k is (x_k, x_{k+D/2}), Hugging Face's half-split layout:
 x' = x cos + rotate_half(x) sin.
@@ -144,6 +161,19 @@ def frequencies(
         derived = 1.0 if s <= 1 else math.sqrt(1 + math.log(s) / math.log(rope.original))
         return 1.0 / stretched, tuning["attention_factor"] or derived
     return w, 1.0
+
+
+def pairs_by_slot(teacher: RopeConfig, student: RopeConfig) -> list[int]:
+    """Which of the teacher's pairs each of the student's starts with, D/2 numbers; see above.
+
+    Both geometric with one ratio, as linear's are. Where no pair that turns is slow enough for a
+    slot of the student, all stay.
+    """
+    w, stretched = (frequencies(r, r.head_dim)[0] for r in (teacher, student))
+    shift = int((w / stretched[0]).log().abs().argmin())  # the pair nearest to slot 0
+    turning = int((w * teacher.length >= 2 * math.pi).sum())
+    shift = shift if shift < turning else 0
+    return [*range(shift, turning), *range(shift), *range(turning, len(w))]
 
 
 def rotation(

@@ -78,6 +78,12 @@ def _how(add: Callable) -> None:
         type=share,
         help="share of blocks that are look-up documents (0; the demo 0.25)",
     )
+    add(
+        "--move-pairs",
+        action=argparse.BooleanOptionalAction,
+        help="start each slot of q and k with the rotary pair that turned as fast (with linear, "
+        "where keys have biases)",
+    )
     add("--lora-rank", type=count, help="train adapters of this rank instead of full projections")
     add("--lora-alpha", type=positive, help="their weight is alpha / rank (twice the rank)")
     add("--lora-dropout", type=share, help="on the adapters' input (0)")
@@ -141,6 +147,13 @@ def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argpa
         raise ValueError("--lora-alpha and --lora-dropout are of adapters: add --lora-rank")
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
+    if args.lora_rank:
+        if args.move_pairs:
+            raise ValueError(
+                "--move-pairs moves rows of q and k, which adapters leave the teacher's: leave out "
+                "--lora-rank or --move-pairs"
+            )
+        args.move_pairs = False  # whatever the default
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora-dropout is {args.lora_dropout:g}; it must be below 1")
     if args.bits and not args.lora_rank:

@@ -1,9 +1,10 @@
 """Teacher and student of a run, as its plan says.
 
 The student's tensors are the teacher's, but for what learns: float32 copies of q, k and v, or
-adapters beside them (lora.py). With --bits 4 the layers' matrices are packed, once for both
-(quant.py); with --shard both are cut over the processes (parallel.py), and until then they wait in
-the host's memory.
+adapters beside them (lora.py). With --move-pairs q and k begin with their rotary pairs in other
+places (rope.py). With --bits 4 the layers' matrices are packed, once for both (quant.py); with
+--shard both are cut over the processes (parallel.py), and until then they wait in the host's
+memory.
 
 Limits.  With --shard one process's host memory must hold a whole teacher and what learns.
 """
@@ -14,7 +15,7 @@ from engine import lora, parallel, quant
 from engine.parallel import Unit, World
 from engine.plan import Plan
 from hub import checkpoint
-from model import TRAINED, Llama, make_student, trainable
+from model import TRAINED, Llama, make_student, move_pairs, trainable
 
 
 def make_models(plan: Plan, world: World) -> tuple[Llama, Llama, list[Unit] | None]:
@@ -33,5 +34,7 @@ def make_models(plan: Plan, world: World) -> tuple[Llama, Llama, list[Unit] | No
         for name, value in stored.items():
             held = student.get_parameter(name).data
             held.copy_(value.to(held.device))  # as it is stored: half the bytes
+    if plan.pairs:
+        move_pairs(student, plan.pairs)
     units = parallel.shard(teacher, student, world, plan.dtype) if args.shard else None
     return teacher, student, units

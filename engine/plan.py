@@ -3,7 +3,7 @@
     make_plan(args, world, defaults) -> Plan        made, checked and printed in one call
 
 Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a
-peak learning rate. `make_stages` fills in what the user left out from train.py's `defaults`;
+peak learning rate. `numbers` fills in what the user left out from train.py's `defaults`;
 engine/fit.py decides how a step uses the memory that is free; `check` refuses what cannot work,
 with the flag that helps.
 
@@ -33,7 +33,7 @@ from hub.tokenizer import Tokenizer, load_tokenizer
 from model import TRAINED, Llama, LlamaConfig, choose_glue
 from precision import choose_dtype
 from relation_kl import choose
-from rope import MULTIPLY
+from rope import MULTIPLY, pairs_by_slot
 
 MEASURED = 8  # times the context, in runs/README.md, with every kind
 SHARE = 1 / 20  # of the steps' work, for the table
@@ -56,6 +56,7 @@ class Plan:
     peak: float  # flop/s of one device
     overlap: bool  # a state is written while steps go on
     blocks: int  # long ones that the table reads
+    pairs: list[int] | None  # of the teacher, that the student's slots start with; None: their own
 
     @property
     def fused(self) -> bool:
@@ -95,7 +96,8 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     native = LlamaConfig.from_hf(checkpoint.read_config(args.teacher))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
-    stages = make_stages(args, native, longer, defaults)
+    number = numbers(args, native, longer, defaults)
+    stages = make_stages(args, native, number)
     check(args, native, longer, stages, world.size)
     if args.bits:
         quant.check(device)
@@ -121,6 +123,9 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     fits = [settle(machine, stage, asked) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages, native.qkv_bias))
+    pairs = pairs_by_slot(native.rope, longer.rope) if number["move_pairs"] else None
+    if pairs:
+        print(describe_pairs(pairs))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
     which = "kernel_glue.py's kernels" if kernels else "PyTorch's operators"
     print(f"between products: {which}, because {why_glue}")
@@ -141,8 +146,9 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     blocks, share = table_blocks(args, native, stages)
     print(describe_table(blocks, round(native.rope.length * args.scale), len(stages), share))
     return Plan(
-        args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak, overlap, blocks
-    )
+        args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak, overlap, blocks,
+        pairs,
+    )  # fmt: skip
 
 
 def table_blocks(
@@ -198,18 +204,24 @@ def weight_size(config: LlamaConfig, path: Path, layers: int = 8) -> float:
     return statistics.median(w.float().square().mean().sqrt().item() for w in found)
 
 
-def make_stages(
+def numbers(
     args: argparse.Namespace, config: LlamaConfig, student: LlamaConfig, defaults: Callable
-) -> list[Stage]:
-    """The stages that --stage asks for: stage 1 on short blocks, stage 2 on long ones.
+) -> dict:
+    """train.py's `defaults`, where no flag says otherwise.
 
-    Stage 2 may have an `auxiliary`: for each long block, --native-blocks of stage 1's kind at its
-    length, so that what stage 1 won is not lost again. Raises ValueError where the teacher's
-    weights do not fit its config.
+    Raises ValueError where the teacher's weights do not fit its config.
     """
     size = weight_size(config, args.teacher)
     number = defaults(config, student, size, args.device.startswith("cuda"))
-    number |= {k: v for k, v in vars(args).items() if k in number and v is not None}
+    return number | {k: v for k, v in vars(args).items() if k in number and v is not None}
+
+
+def make_stages(args: argparse.Namespace, config: LlamaConfig, number: dict) -> list[Stage]:
+    """The stages that --stage asks for: stage 1 on short blocks, stage 2 on long ones.
+
+    Stage 2 may have an `auxiliary`: for each long block, --native-blocks of stage 1's kind at its
+    length, so that what stage 1 won is not lost again. number: of `numbers`.
+    """
 
     def stage(n: int, objective: str, logits: bool = False) -> Stage:
         T = number[f"length{n}"]
@@ -265,6 +277,16 @@ def check(
         raise ValueError(
             "--rope dynamic changes nothing up to the native length: "
             "there is nothing to distil; use --stage 2 --native-blocks 0"
+        )
+    if args.move_pairs and student.rope.kind != "linear":
+        raise ValueError(
+            "--move-pairs is for --rope linear, which slows all pairs alike, and here it is "
+            f"{student.rope.kind}: leave it out, or give --rope linear"
+        )
+    if args.move_pairs and config.qk_norm:
+        raise ValueError(
+            "--move-pairs would have to move the weights of q_norm and k_norm, too, which stay the "
+            "teacher's: leave it out"
         )
     if args.lora_rank and args.lora_rank > config.width:
         raise ValueError(
@@ -423,6 +445,20 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -
     preset = f" (--preset {args.preset})" if args.preset else ""
     without = "; no K/K, as the keys have biases" if biases and chosen == "qv" else ""
     return f"loss        {' + '.join(terms)}{without}{lookups}{preset}"
+
+
+def describe_pairs(pairs: list[int]) -> str:
+    """How far pairs are moved, and how many turn as before. pairs: of rope.pairs_by_slot."""
+    shift = pairs[0]
+    if not shift:
+        return (
+            "pairs       not moved, as none that turns is so slow that a stretched slot matches it"
+        )
+    matched = sum(pair == slot + shift for slot, pair in enumerate(pairs))
+    return (
+        f"pairs       moved by {shift}: {matched} of {len(pairs)} turn as in the teacher, the "
+        f"{shift} fastest hardly; untrained is measured so (--no-move-pairs)"
+    )
 
 
 def describe_bits(device: torch.device, deterministic: bool) -> str:

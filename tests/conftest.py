@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine import default_text
 from hub import checkpoint
@@ -65,6 +66,18 @@ def write_model(path: Path, seed: int = 0, **changes) -> Path:
     config = json.loads((path / "config.json").read_text()) | {"eos_token_id": 4095}
     (path / "config.json").write_text(json.dumps(config))
     return path
+
+
+def moved_tensors(teacher: Path) -> dict[str, torch.Tensor]:
+    """A file's tensors, q's and k's rotary pairs 0 and 1 of each head in each other's place, as
+    --move-pairs has them at head_dim 8, theta 10^4, 64 or 128 tokens and scale 4.
+    """
+    tensors = load_file(teacher / "model.safetensors")
+    for name, value in tensors.items():
+        if name.split(".")[-2] in ("q_proj", "k_proj"):
+            heads = value.unflatten(0, (-1, 8))
+            tensors[name] = heads[:, [1, 0, 2, 3, 5, 4, 6, 7]].flatten(0, 1)
+    return tensors
 
 
 @pytest.fixture(scope="session")

@@ -146,7 +146,8 @@ def checkpoint_case(rng: random.Random, work: Path, base: Path) -> None:
     config = LlamaConfig.from_hf(json.loads((path / "config.json").read_text()))
     student = config.extended(plan.rope_kind(config), 2)
     load_tokenizer(path)
-    plan.check(args, config, student, plan.make_stages(args, config, student, train.defaults), 1)
+    number = plan.numbers(args, config, student, train.defaults)
+    plan.check(args, config, student, plan.make_stages(args, config, number), 1)
     ids = torch.arange(7)[None] % config.vocab_size
     ours = Llama.from_pretrained(path, dtype=torch.float32)(ids)
     if rng.random() < 0.04:
@@ -475,7 +476,7 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
     args = flags.parse(argv, "", train.PRESETS)
     config = LlamaConfig.from_hf(json.loads((args.teacher / "config.json").read_text()))
     student = config.extended(args.rope or plan.rope_kind(config), args.scale)
-    stages = plan.make_stages(args, config, student, train.defaults)
+    stages = plan.make_stages(args, config, plan.numbers(args, config, student, train.defaults))
     plan.check(args, config, student, stages, 1)
     cpu, rank = torch.device("cpu"), args.lora_rank
     machine = fit.Machine(config, torch.float32, cpu, rank, False, 1, free=1 << 34, host=0)

@@ -14,7 +14,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_model
+import torch
+from conftest import ROOT, moved_tensors, write_model
 from forked import Forked
 from safetensors.torch import load_file
 
@@ -145,6 +146,24 @@ def test_the_noise_of_dropout_does_not_depend_on_the_processes(one, small, text_
 def test_sharded_gives_the_result_of_one(full, small, text_dir, tmp_path):
     finish(start(2, small, text_dir, tmp_path / "two", "--shard"))
     same_to_rounding(full, tmp_path / "two")
+
+
+def test_sharded_starts_with_moved_pairs(small, text_dir, tmp_path):
+    """Steps too small to change a bit: the export is the teacher with its pairs moved."""
+    still = (
+        "--move-pairs",
+        "--scale",
+        "4",
+        "--lr1",
+        "1e-30",
+        "--lr2",
+        "1e-30",
+        "--eval-blocks",
+        "0",
+    )
+    finish(start(2, small, text_dir, tmp_path / "two", "--shard", *still))
+    ours = load_file(tmp_path / "two" / "student" / "model.safetensors")
+    assert all(torch.equal(ours[name], value) for name, value in moved_tensors(small).items())
 
 
 def test_sharded_adapters(one, small, text_dir, tmp_path):

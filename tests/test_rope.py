@@ -8,7 +8,7 @@ from transformers import LlamaConfig as TheirConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from hub import rope_json
-from rope import RopeConfig, frequencies, rotate, rotation
+from rope import RopeConfig, frequencies, pairs_by_slot, rotate, rotation
 
 INDEX = [0, 1, 16, 20, 24, 32, 40, 45, 48, 63]
 LONG = [1.0 + 0.25 * i for i in range(64)]
@@ -406,3 +406,35 @@ def test_yarn_on_yarn_derives_its_attention_factor_anew_or_refuses():
     )
     with pytest.raises(ValueError, match="attention_factor of its own"):
         rope_json.read(dict(BASE, rope_scaling=table | {"attention_factor": 2.0})).scaled("yarn", 8)
+
+
+@pytest.mark.parametrize("theta", [1e4, 5e5, 1e6])
+@pytest.mark.parametrize("head_dim", [2, 4, 10, 64, 96, 126, 128])
+def test_moved_pairs_are_a_permutation_and_turn_as_they_did(head_dim, theta):
+    n = head_dim // 2
+    for teacher in (
+        RopeConfig(theta=theta, max_position=2048, head_dim=head_dim),
+        RopeConfig("linear", theta, 4.0, 8192, head_dim=head_dim),
+    ):
+        w = frequencies(teacher, head_dim)[0]
+        turning = int((w * teacher.length >= 2 * math.pi).sum())
+        for scale in (1.05, 2, 3, 4, 8, 16.5, 32, 64, 1000):
+            student = teacher.scaled("linear", scale)
+            stretched = frequencies(student, head_dim)[0]
+            pairs = pairs_by_slot(teacher, student)
+            assert sorted(pairs) == list(range(n))
+            assert pairs[turning:] == list(range(turning, n)), "what hardly turns stays"
+            shift = pairs[0]
+            matched = turning - shift
+            assert pairs[:matched] == list(range(shift, turning))
+            if shift:  # no slot turns more nearly as a pair did than its own
+                assert shift == round(n * math.log(scale) / math.log(theta)) < turning
+                apart = (w[shift:turning, None] / stretched).log().abs()
+                own = apart[range(matched), range(matched)]
+                assert (own <= apart.min(1).values + 1e-4).all()
+
+
+def test_no_pair_moves_where_all_that_turn_are_faster_than_every_slot():
+    """At s = 1000, theta = 10^4, the pair nearest to slot 0 is 24 of 32; those that turn end at 16."""
+    teacher = RopeConfig(max_position=512, head_dim=64)
+    assert pairs_by_slot(teacher, teacher.scaled("linear", 1000)) == list(range(32))

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TEACHER, write_model
+from conftest import ROOT, TEACHER, moved_tensors, write_model
 from forked import Forked
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -171,6 +171,36 @@ def test_stop_and_resume_gives_the_same_bits(whole, small, text_dir, tmp_path):
     _, errors = again.communicate()
     assert again.returncode == 0, errors
     same_result(whole, out)
+
+
+STILL = ("--move-pairs", "--lr1", "1e-30", "--lr2", "1e-30", "--eval-blocks", "0")
+
+
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_stopped_and_resumed_run_moves_pairs_once(biases, text_dir, tmp_path):
+    """Steps too small to change a bit: the export is the teacher with its pairs moved, so that
+    moving them twice, or not, would show.
+    """
+    shape = {"max_position_embeddings": 128, "attention_bias": biases}
+    small, out = write_model(tmp_path / "small", seed=5, **shape), tmp_path / "out"
+    run = shell(arguments(small, text_dir, out, *STILL))
+    log = out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    said, errors = run.communicate()
+    assert run.returncode == exits.STOPPED, errors
+    assert "pairs       moved by 1: 1 of 4" in said
+    again = shell(arguments(small, text_dir, out, "--resume", *STILL))
+    _, errors = again.communicate()
+    assert again.returncode == 0, errors
+    ours, expected = load_file(out / "student" / "model.safetensors"), moved_tensors(small)
+    assert ours.keys() == expected.keys()
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())
+    assert json.loads((out / "run.json").read_text())["arguments"]["move_pairs"] is True
+    said = refused([*arguments(small, text_dir, out, "--resume", *STILL), "--no-move-pairs"])
+    assert "--move-pairs was True and is False" in said
 
 
 def test_killed_at_random_moments_and_resumed(whole, small, text_dir, tmp_path):
@@ -513,6 +543,44 @@ def test_more_bad_arguments(small, text_dir, tmp_path, more, said):
     out = tmp_path / "out"
     assert said in refused([*arguments(small, text_dir, out), *more])
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (
+            ["--rope", "yarn"],
+            "--move-pairs is for --rope linear, which slows all pairs alike, and here it is yarn",
+        ),
+        (["--lora-rank", "4"], "leave out --lora-rank or --move-pairs"),
+        (["--preset", "authors"], "leave out --lora-rank or --move-pairs"),
+        (["--teacher", "qwen3"], "q_norm and k_norm"),
+    ],
+)
+def test_pairs_are_not_moved_where_that_would_not_be_exact(small, text_dir, tmp_path, more, said):
+    if "qwen3" in more:
+        more = ["--teacher", str(write_model(tmp_path / "qwen3", model_type="qwen3"))]
+    out = tmp_path / "out"
+    assert said in refused([*arguments(small, text_dir, out), *more, "--move-pairs"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "shape, more, moved",
+    [
+        ({"model_type": "qwen2"}, (), True),
+        ({"model_type": "qwen2"}, ("--no-move-pairs",), False),
+        ({"model_type": "qwen2"}, ("--rope", "yarn"), False),
+        ({"model_type": "qwen2"}, ("--lora-rank", "4"), False),
+        ({"model_type": "qwen3", "attention_bias": True}, (), False),
+        ({}, (), False),
+        ({}, ("--move-pairs",), True),
+    ],
+)
+def test_the_plan_says_that_pairs_are_moved(shape, more, moved, text_dir, tmp_path, capsys):
+    teacher = write_model(tmp_path / "teacher", max_position_embeddings=128, **shape)
+    train.main([*arguments(teacher, text_dir, tmp_path / "out"), "--dry-run", *more])
+    assert ("\npairs       moved by 1: 1 of 4 " in capsys.readouterr().out) == moved
 
 
 def test_an_out_that_is_a_file_or_lies_under_one_is_refused(small, text_dir, tmp_path):
