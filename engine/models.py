@@ -1,10 +1,10 @@
 """Teacher and student of a run, as its plan says.
 
 The student's tensors are the teacher's, but for what learns: float32 copies of q, k and v, or
-adapters beside them (lora.py). Rotary pairs are moved, where the plan says so, in copies that start
-from the stored numbers; a resumed run's state then replaces them. With --bits 4 the layers'
-matrices are packed, once for both (quant.py); with --shard both are cut over the processes
-(parallel.py), and until then they wait in the host's memory.
+adapters beside them (lora.py). With --move-pairs q and k begin with their rotary pairs in other
+places (rope.py). With --bits 4 the layers' matrices are packed, once for both (quant.py); with
+--shard both are cut over the processes (parallel.py), and until then they wait in the host's
+memory.
 
 Limits.  With --shard one process's host memory must hold a whole teacher and what learns.
 """

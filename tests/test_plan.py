@@ -373,9 +373,8 @@ def test_relations_of_keys_with_biases_are_left_out_unless_asked_for(kind, given
     path = write_model(tmp_path / kind, model_type=kind)
     args = flags.parse(["--teacher", str(path), "--device", "cpu", *given], "", train.PRESETS)
     config = LlamaConfig.from_hf(json.loads((path / "config.json").read_text()))
-    first, second = plan.make_stages(
-        args, config, plan.numbers(args, config, config.extended("yarn", 8), train.defaults)
-    )
+    number = plan.numbers(args, config, config.extended("yarn", 8), train.defaults)
+    first, second = plan.make_stages(args, config, number)
     asked = {"--relations": "k", "--preset": "qkv"}[given[0]] if given else None
     assert first.relations == (asked or {"llama": "qkv", "qwen2": "qv"}[kind])
     said = plan.describe_loss(args, [first, second], config.qkv_bias)
