@@ -38,7 +38,6 @@ same move, and in a wider layer more moves add up in each output. SmolLM2-135M
 trains a 7B at 2e-5, where s = 0.02 would give 3e-5. Stage 1 wants many small steps on short
 blocks, stage 2 steps more than length (LOG.md has the runs). All kinds of positions but linear
 leave the fast pairs alone and lose less before training: they take gentler rates and fewer tokens.
-Where keys have biases, which such a rate hardly moves, linear starts with pairs moved (rope.py).
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
@@ -166,7 +165,6 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
         # compare bias with bias (LOG.md, 2026-11-28)
         "relations": "qv" if teacher.qkv_bias else "qkv",
         "teacher_share": 0.5,  # where length2 is no more than the native length, else 0
-        "move_pairs": linear and teacher.qkv_bias and not teacher.qk_norm,  # with adapters: never
     }
 
 
