@@ -147,7 +147,6 @@ def activation_bytes(
     b, tokens = torch.finfo(dtype).bits // 8, micro * stage.T
     wide = attention is not None and attention != dtype
     heads, stage1 = c.n_head + 2 * c.n_kv_head, stage.objective == "relation"
-    both = stage1 or stage.teacher_share > 0  # models' logits are compared
     one, cut = layer_bytes(c, b, not rank, rank, wide, fused=fused), stage1 and not stage.logits
     if wide and not stage1:  # only the relations keep q, k and v as the layer made them
         one -= b * heads * c.head_dim
@@ -166,10 +165,8 @@ def activation_bytes(
         # and the loss's numbers per head: four a row, or five; and the tiled loss's G
         each = 4 * stage.T if gpu else numbers_kept(stage.T)
         beside["relations"] += micro * heads * 4 * (whole * each + recomputed * 5 * stage.T)
-    # logits as the head gives them, in float32, their log-softmax and its gradient; the teacher's
     if not cut:
-        each = (0 if b == 4 else b) + 12 + 8 * both
-        beside["logits"] = min(HEAD_CHUNK, tokens) * c.vocab_size * each
+        beside["logits"] = min(HEAD_CHUNK, tokens) * c.vocab_size * logit_bytes(stage, b)
     if stage.teacher_share:
         beside["teacher's h"] = tokens * c.width * b
     # autograd keeps the bfloat16 copies of float32 weights
@@ -178,6 +175,15 @@ def activation_bytes(
     if recomputed:
         beside["a layer again"] = one * tokens + copies
     return beside
+
+
+def logit_bytes(stage: Stage, b: int) -> int:
+    """Bytes per logit of the head's peak: as the head gives it, in b bytes; in float32, its
+    log-softmax and its gradient. Of the teacher's, one more number with a share of the target, which
+    the text's is added to, and two in a KL.
+    """
+    teacher = 8 if stage.objective == "relation" else 4 if stage.teacher_share else 0
+    return (0 if b == 4 else b) + 12 + teacher
 
 
 def memory(
@@ -291,6 +297,7 @@ def tiled_bytes(
     """Bytes that a pass in tiles (engine/tiles.py) holds on the GPU at its peak, by part."""
     b, T, related = dtype.itemsize, -(-stage.T // P), stage.objective == "relation"
     tokens, C, models = micro * T, c.width, 2 if related else 1
+    both = related or stage.teacher_share > 0  # models turn q and k
     heads = c.n_kv_head * repeats(c.n_kv_head, P)
     q = c.n_head * c.head_dim * b  # bytes per token of q, o, do
     qkv = q + 2 * heads * c.head_dim * b
@@ -300,9 +307,8 @@ def tiled_bytes(
         "layers' inputs": inputs * models * C * b * tokens,
         "attention's outputs": outputs * output_bytes(c, b) * tokens,
         "q, k and v": max(0, tiles.qkv - 1) * qkv * tokens,
-        "positions": 2 * models * T * c.head_dim * b,
+        "positions": 2 * (1 + both) * T * c.head_dim * b,
     }
-    both = related or stage.teacher_share > 0
     if stage.teacher_share:
         on_gpu["teacher's h"] = tokens * C * b
     if related:
@@ -326,7 +332,7 @@ def tiled_bytes(
     layer = held * tokens + max(attention, relations)
     # The head comes after all layers: a chunk's logits and norm; h and its gradient, in chunks and
     # whole; what the last layer kept
-    chunk = c.vocab_size * ((0 if b == 4 else b) + 12 + 8 * both) + 12 * C
+    chunk = c.vocab_size * logit_bytes(stage, b) + 12 * C
     head = min(HEAD_CHUNK, tokens) * chunk + tokens * (models + 2) * C * b
     head += tokens * (models * C * b + output_bytes(c, b) + bool(tiles.qkv) * qkv)
     return on_gpu | {"a layer at work": max(layer, head)}

@@ -597,12 +597,15 @@ class Live(TorchDispatchMode):
         self.now -= self.sizes.pop(which)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
 @pytest.mark.parametrize("heads", [2, 4])
 @pytest.mark.parametrize(
     "on_gpu, outputs, qkv", [(0, 4, 0), (4, 4, 0), (0, 0, 0), (2, 0, 0), (4, 4, 3)]
 )
-def test_a_pass_in_tiles_holds_what_the_plan_says(on_gpu, outputs, qkv, heads, rank, monkeypatch):
+def test_a_pass_in_tiles_holds_what_the_plan_says(
+    on_gpu, outputs, qkv, heads, rank, share, monkeypatch
+):
     """All but what attention's kernel on a GPU holds for itself; and nothing stays after it."""
     monkeypatch.setattr(tiles_file, "ROWS", 2048)
     monkeypatch.setattr(offload, "CHUNK", 2**16)
@@ -612,7 +615,7 @@ def test_a_pass_in_tiles_holds_what_the_plan_says(on_gpu, outputs, qkv, heads, r
     SHAPES["tiled"] = sizes | {"num_key_value_heads": heads}
     teacher, student = pair("tiled", rank)
     T, tiles = 2048, Tiles(128, on_gpu, outputs, qkv)
-    stage = cost.Stage("stage2", "next token", T, 1, 1, 1e-3)
+    stage = cost.Stage("stage2", "next token", T, 1, 1, 1e-3, teacher_share=share)
     ids = torch.randint(0, 512, (1, T + 1))
     made = step.Step(teacher, student, {}, dtype=f32, tiles=tiles)
     c = student.config
@@ -626,6 +629,30 @@ def test_a_pass_in_tiles_holds_what_the_plan_says(on_gpu, outputs, qkv, heads, r
     kernels = 5 * c.n_head * c.head_dim * 4 * T // calls
     assert sum(parts.values()) - kernels == pytest.approx(live.peak, rel=0.2)
     assert live.now <= parts["positions"] + sum(w.grad.nbytes for w in made.weights)
+
+
+@pytest.mark.parametrize("dtype", [f32, bf16])
+@pytest.mark.parametrize("kind", ["relation and logits", "next token", "next token and teacher"])
+@pytest.mark.parametrize("chunk", [96, 32])  # of 96 tokens
+def test_the_head_holds_what_the_plan_says(kind, dtype, chunk, monkeypatch):
+    teacher, student = pair("grouped", None)
+    teacher.to(dtype)
+    stage, V = stage_of(kind), teacher.config.vocab_size
+    h = torch.randn(1, 96, teacher.config.width, dtype=dtype, requires_grad=True)
+    y, targets = torch.randn_like(h).detach(), torch.randint(0, V, (1, 96))
+    monkeypatch.setattr(step, "HEAD_CHUNK", chunk)
+    with Live([*teacher.parameters(), *student.parameters(), h, y, targets]) as live:
+        if stage.logits:
+            losses = step.logit_kl(teacher, student, y, h, chunk)
+        elif stage.teacher_share:
+            losses = step._shared_losses(teacher, student, y, h, targets, stage.teacher_share)
+        else:
+            losses = step._cross_entropies(student, h, targets)
+        losses.mean().backward()
+    # Of bfloat16 the head's own logits may be gone before the peak
+    foretold = [cost.logit_bytes(stage, b) * chunk * V for b in (4, dtype.itemsize)]
+    small = 32 * h.numel()  # norms, and what comes back
+    assert foretold[0] <= live.peak <= foretold[1] + small
 
 
 # Measured on H100s, torch 2.11, in GiB (LOG.md): shape, stage, T, blocks at a time and in all,
