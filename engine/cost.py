@@ -178,9 +178,9 @@ def activation_bytes(
 
 
 def logit_bytes(stage: Stage, b: int) -> int:
-    """Bytes per logit of the head's peak: as the head gives it, in b bytes; in float32, its
-    log-softmax and its gradient. Of the teacher's, one more number with a share of the target, which
-    the text's is added to, and two in a KL.
+    """Bytes per logit at the head's peak: as the head gives it, in b bytes; in float32, its
+    log-softmax and its gradient. The teacher adds two numbers in a KL, and one where it has a share
+    of the target.
     """
     teacher = 8 if stage.objective == "relation" else 4 if stage.teacher_share else 0
     return (0 if b == 4 else b) + 12 + teacher

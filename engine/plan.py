@@ -443,7 +443,8 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -
         terms = ["next token"]
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
     preset = f" (--preset {args.preset})" if args.preset else ""
-    without = "; no K/K, as the keys have biases" if biases and chosen == "qv" else ""
+    by_rule = biases and chosen == "qv" and args.relations is None and terms != ["next token"]
+    without = "; no K/K, as the keys have biases" if by_rule else ""
     return f"loss        {' + '.join(terms)}{without}{lookups}{preset}"
 
 

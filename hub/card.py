@@ -26,12 +26,6 @@ from pathlib import Path
 
 from hub.files import file_of
 
-# What a stage of engine/plan.py does, by its objective
-_OBJECTIVES = {
-    "relation": "reproduce the original's Q/Q, K/K and V/V relations (LinearARD, arXiv 2604.00004)",
-    "next token": "predict the next token in long blocks",
-}
-
 
 def model_card(
     name: str,
@@ -49,13 +43,13 @@ def model_card(
     """Markdown.
 
     name: of the teacher; before, after: its positions and the student's, in words; kind and length
-    (tokens): of the student's positions; stages: those that were run, each with the keys name,
-    objective, steps, batch, T and lr; scores: a table in Markdown, or ""; arguments: of the run;
-    base_model: the teacher's id on the Hub; licence: its front matter, from `licence_of`.
+    (tokens): of the student's positions; stages: those that were run, each a cost.Stage's fields;
+    scores: a table in Markdown, or ""; arguments: of the run; base_model: the teacher's id on the
+    Hub; licence: its front matter, from `licence_of`.
     """
     title = f"{_plain(name)}, extended to {length:,} tokens"
     count = f"{len(stages)} stage{'s' if len(stages) > 1 else ''}"
-    objectives = "; ".join(f"{s['name']}: {_OBJECTIVES[s['objective']]}" for s in stages)
+    objectives = "; ".join(f"{s['name']}: {_does(s)}" for s in stages)
     frozen = "everything but the trained projections is the original's, bit for bit"
     terms = "The original's licence applies."
     if licence:
@@ -85,6 +79,23 @@ def model_card(
     if scores:
         parts.append(f"Measured at the end of the run:\n\n{scores.strip()}")
     return "\n\n".join([*parts, _commands(length, kind)])
+
+
+def _does(stage: dict) -> str:
+    """What a stage of engine/plan.py does, for one who does not know the program."""
+    if stage["objective"] == "next token":
+        share = stage["teacher_share"]
+        theirs = f", {share:.0%} of the target being the original's distribution" if share else ""
+        return f"predict the next token in long blocks{theirs}"
+    names = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in stage["relations"]]
+    what = [f"{_joined(names)} relation{'s' if len(names) > 1 else ''}"] if names else []
+    what += ["next-token distribution"] if stage["logits"] else []
+    return f"reproduce the original's {' and '.join(what)} (LinearARD, arXiv 2604.00004)"
+
+
+def _joined(names: list[str]) -> str:
+    """a, b and c"""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
 
 
 def adapter_card(name: str, positions: dict, base_model: str | None = None) -> str:

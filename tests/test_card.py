@@ -5,17 +5,19 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 import yaml
 from conftest import ROOT, random_model
 
+from engine.cost import Stage
 from hub import rope_json
 from hub.card import adapter_card, licence_of, model_card
 
 STAGES = [
-    {"name": "stage1", "objective": "relation", "T": 64, "batch": 4, "steps": 10, "lr": 0.002},
-    {"name": "stage2", "objective": "next token", "T": 512, "batch": 1, "steps": 5, "lr": 0.0005},
+    asdict(Stage("stage1", "relation", T=64, batch=4, steps=10, lr=0.002)),
+    asdict(Stage("stage2", "next token", T=512, batch=1, steps=5, lr=0.0005)),
 ]
 
 
@@ -61,6 +63,31 @@ def test_the_card_claims_the_stages_that_were_run_and_no_other(which, said, unsa
     text = card(stages=[STAGES[which]])
     assert f"Trained in 1 stage (stage{which + 1}: " in text
     assert said in text and unsaid not in text and f"stage{2 - which}" not in text
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, "reproduce the original's Q/Q, K/K and V/V relations (LinearARD"),
+        (
+            {"relations": "qv", "logits": True},
+            "the original's Q/Q and V/V relations and next-token distribution (LinearARD",
+        ),
+        ({"relations": "k"}, "the original's K/K relation (LinearARD"),
+        (
+            {"relations": "none", "logits": True},
+            "the original's next-token distribution (LinearARD",
+        ),
+    ],
+)
+def test_the_card_names_what_stage_1_compared(changes, said):
+    assert said in card(stages=[STAGES[0] | changes])
+
+
+def test_the_card_names_the_teachers_share():
+    assert "distribution" not in card(stages=[STAGES[1]])
+    text = card(stages=[STAGES[1] | {"teacher_share": 0.25}])
+    assert "25% of the target being the original's distribution" in text
 
 
 def test_the_front_matter_names_base_model_licence_and_task():

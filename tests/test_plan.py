@@ -380,6 +380,10 @@ def test_relations_of_keys_with_biases_are_left_out_unless_asked_for(kind, given
     said = plan.describe_loss(args, [first, second], config.qkv_bias)
     assert ("K/K" in said.split(";")[0]) == ("k" in first.relations)
     assert ("as the keys have biases" in said) == (first.relations == "qv")
+    assert "K/K" not in plan.describe_loss(args, [second], config.qkv_bias), "stage 2 has none"
+    args.relations = "qv"
+    said = plan.describe_loss(args, [dataclasses.replace(first, relations="qv")], config.qkv_bias)
+    assert "as the keys" not in said, "who asked knows why"
 
 
 @pytest.mark.parametrize(
