@@ -129,7 +129,9 @@ def find(args: argparse.Namespace, depends: dict, stages: list) -> Progress:
 
 def same_run(saved: dict, now: dict) -> None:
     """Raises ValueError naming what has changed since the state was saved, of what matters."""
-    changed = [k for k in now if k not in _PLACES and saved.get(k) != now[k]]
+    # What the version that saved did not know was off
+    known = [k for k in now if k not in _PLACES and (k in saved or now[k])]
+    changed = [k for k in known if saved.get(k) != now[k]]
     if changed:
         changes = "; ".join(f"{_flag(k)} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
         raise ValueError(

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
 import train
-from engine import cost, curves, exits, models, parallel, plan, states, watch
+from engine import cost, curves, exits, models, parallel, plan, resume, states, watch
 from engine.lookups import Lookups
 from hub import files
 from hub.tokenizer import load_tokenizer
@@ -309,6 +309,13 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     more = ["--tokens2", "5120", "--lookups", "0.5"]
     said = refused([*arguments(small, text_dir, copy), "--resume", "--dry-run", *more])
     assert "--lookups was 0.0 and is 0.5; the steps of stage2 (--tokens2) was 3 and is 10" in said
+
+
+def test_what_an_earlier_version_did_not_know_was_off():
+    saved, off = {"scale": 4.0}, {"scale": 4.0, "move_pairs": False, "stage2 teacher share": 0.0}
+    resume.same_run(saved, off)
+    with pytest.raises(ValueError, match=r"--teacher-share was None and is 0\.5; give the old"):
+        resume.same_run(saved, off | {"stage2 teacher share": 0.5})
 
 
 def test_a_dry_run_says_where_a_resumed_run_would_go_on(whole, small, text_dir, capsys):
