@@ -27,7 +27,8 @@ def test_the_plan_says_whether_bits_repeat(tmp_path, text_dir):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-def test_a_gpu_repeats_its_bits_and_goes_on_to_them(tmp_path, text_dir):
+@pytest.mark.parametrize("length2", ["1024", "512"], ids=["text alone", "the teacher's share"])
+def test_a_gpu_repeats_its_bits_and_goes_on_to_them(tmp_path, text_dir, length2):
     """Grouped heads of 64 numbers, whose plain attention differs from run to run."""
     teacher = write_model(
         tmp_path / "teacher",
@@ -37,20 +38,21 @@ def test_a_gpu_repeats_its_bits_and_goes_on_to_them(tmp_path, text_dir):
         num_key_value_heads=3,
         head_dim=64,
     )
+    more = ["--deterministic", "--length2", length2]
     outs = [tmp_path / name for name in ("one", "two", "stopped")]
     for out in outs[:2]:
-        run = shell(arguments(teacher, text_dir, out, "--deterministic"))
+        run = shell(arguments(teacher, text_dir, out, *more))
         said, errors = run.communicate()
         assert run.returncode == 0, errors
         assert "fixed order" in said
-    stopped = shell(arguments(teacher, text_dir, outs[2], "--deterministic"))
+    stopped = shell(arguments(teacher, text_dir, outs[2], *more))
     log = outs[2] / "metrics.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
         time.sleep(0.01)
         assert stopped.poll() is None, stopped.communicate()
     stopped.send_signal(signal.SIGTERM)
     stopped.communicate()
-    run = shell(arguments(teacher, text_dir, outs[2], "--deterministic", "--resume"))
+    run = shell(arguments(teacher, text_dir, outs[2], *more, "--resume"))
     assert run.communicate() and run.returncode == 0
     first = load_file(outs[0] / "student" / "model.safetensors")
     for other in outs[1:]:
