@@ -330,7 +330,8 @@ def disk_sentences(folder: Path, promise: str = ""):
             raise
         raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder) + promise) from None
     except OSError as e:
-        if e.errno not in _DISK or not _within(e.filename, folder):
+        name = e.filename2 or e.filename  # a copy names what it reads, then what it writes
+        if e.errno not in _DISK or not _within(name, folder):
             raise
         raise ValueError(disk_sentence(e, folder) + promise) from None
 

@@ -13,7 +13,7 @@ import torch
 from conftest import TEACHER, write_model
 from safetensors.torch import load_file, save_file
 from test_states import script, until
-from test_train import arguments, same_result, shell
+from test_train import SMALL_DISK, arguments, same_result, shell
 
 from engine import exits, folder, head_start, states
 from engine.head_start import HeadStart, how
@@ -243,6 +243,16 @@ def test_a_disk_that_stays_full_is_said_at_the_end(small, text_dir, tmp_path):
     assert states.latest(out / "state").name == "step-00000009-measured"
     resumed = shell([*arguments(small, text_dir, out), "--resume"])
     assert resumed.communicate() and resumed.returncode == 0
+
+
+def test_a_disk_that_is_full_while_the_tokenizer_is_copied_is_said(small, text_dir, tmp_path):
+    """The first large file of an export that is not there already."""
+    limit, out = 100_000, tmp_path / "out"
+    assert (small / "tokenizer.json").stat().st_size > limit
+    run = shell(arguments(small, text_dir, out), first=SMALL_DISK.format(limit))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and errors.count("\n") == 1, errors
+    assert f"cannot write to {out}: " in errors and errors.endswith(f"{states.GOES_ON}\n")
 
 
 def test_a_state_that_finds_no_room_takes_that_of_the_head_start(
