@@ -10,7 +10,8 @@
 # Time     with random weights of its shape (bench/step.jsonl). On an H200 whose host was busy (commit 90a497f): 6m57s: start 27s,
 #          tokenising 4s, measuring 20s, steps 5m51s (10,810 and 12,610 tokens/s, 68 % of the product rate in both), saving 4s,
 #          export 10s. LOG.md says where the 65 s beside the steps went.
-#          On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %), and at 6d64a37 the same.
+#          On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %); a run at 6d64a37 had read
+#          10,160 and 11,170, 67 and 63 %, when its machine was lost, at a third of stage 2.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.
