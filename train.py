@@ -10,8 +10,9 @@ relation_kl.py compares their q, k and v:
 
     L = mean over layers of (KL_Q/Q + KL_K/K + KL_V/V) + weight * KL of the next-token distributions
 
-each relation a mean over its own rows and heads: `relation_loss`. Only the q, k and v projections
-learn; every other tensor of the student IS the teacher's.
+each relation a mean over its own rows and heads: `relation_loss`. Where keys have biases, K/K would
+compare bias with bias and is left out (--relations). Only the q, k and v projections learn; every
+other tensor of the student IS the teacher's.
 
 What the last term adds.  It is ours: the paper has the relations alone (--logit-weight 0). One
 rotation of all keys of a head leaves its relations as they are (relation_kl.py). Turn the keys of
@@ -38,7 +39,6 @@ same move, and in a wider layer more moves add up in each output. SmolLM2-135M
 trains a 7B at 2e-5, where s = 0.02 would give 3e-5. Stage 1 wants many small steps on short
 blocks, stage 2 steps more than length (LOG.md has the runs). All kinds of positions but linear
 leave the fast pairs alone and lose less before training: they take gentler rates and fewer tokens.
-Where keys have biases, which such a rate hardly moves, linear starts with pairs moved (rope.py).
 
 Precision.  float32 masters of what learns; bfloat16 compute on a GPU and on CPUs with bfloat16
 units, else float32.
@@ -166,7 +166,6 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
         # compare bias with bias (LOG.md, 2026-11-28)
         "relations": "qv" if teacher.qkv_bias else "qkv",
         "teacher_share": 0.5,  # where length2 is no more than the native length, else 0
-        "move_pairs": linear and teacher.qkv_bias and not teacher.qk_norm,  # with adapters: never
     }
 
 

@@ -337,7 +337,8 @@ def draw_retention(values: dict) -> Figure:
 
 
 def qwen_values() -> dict:
-    """Of QWEN's rows, seed 0: nats per token by position, BINS means up to 262,144 tokens.
+    """Of QWEN's rows by default, seed 0: nats per token by position, BINS means up to 262,144
+    tokens.
 
     tried: {kind: {WHICH or "control": [[stage 1's learning rate, % of the teacher's average]]}}.
     """
@@ -347,7 +348,7 @@ def qwen_values() -> dict:
     curves, tried, untrained = {}, {kind: {} for kind in demo.KINDS}, {}
     for row in rows:
         known, name, arguments = row["figures"], row["row"].split()[0], row["arguments"]
-        if name.endswith("-long"):
+        if name.endswith("-long") or "--teacher-share" in row["row"] or "--move" in row["row"]:
             continue
         kept = {k: round(100 * m[AVERAGE] / teacher, 2) for k, m in known.items()}
         kind = arguments["rope"]
@@ -357,7 +358,8 @@ def qwen_values() -> dict:
             untrained[kind] = kept["untrained"]
         whole = [p for p in row.get("loss by position", []) if p["window"] > 32768]
         for column in ("teacher", "untrained", "student"):
-            if whole and column in whole[0] and row["seed"] == 0:
+            default = column != "student" or row["row"] == name
+            if whole and column in whole[0] and row["seed"] == 0 and default:
                 label = column if column == "teacher" else f"{name} {column}"
                 curves[label] = np.reshape(whole[0][column], (BINS, -1)).mean(1).round(4).tolist()
     return {"curves": curves, "tried": tried, "untrained": untrained}

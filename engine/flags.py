@@ -80,9 +80,9 @@ def _how(add: Callable) -> None:
     )
     add(
         "--move-pairs",
-        action=argparse.BooleanOptionalAction,
-        help="start each slot of q and k with the rotary pair that turned as fast (with linear, "
-        "where keys have biases)",
+        action="store_true",
+        help="with linear: start each slot of q and k with the rotary pair that turned as fast; "
+        "short texts come back sooner, long ones end worse (rope.py)",
     )
     add("--lora-rank", type=count, help="train adapters of this rank instead of full projections")
     add("--lora-alpha", type=positive, help="their weight is alpha / rank (twice the rank)")
@@ -147,13 +147,11 @@ def parse(argv: list[str] | None, about: str, presets: dict[str, dict]) -> argpa
         raise ValueError("--lora-alpha and --lora-dropout are of adapters: add --lora-rank")
     if args.lora_rank and args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
-    if args.lora_rank:
-        if args.move_pairs:
-            raise ValueError(
-                "--move-pairs moves rows of q and k, which adapters leave the teacher's: leave out "
-                "--lora-rank or --move-pairs"
-            )
-        args.move_pairs = False  # whatever the default
+    if args.lora_rank and args.move_pairs:
+        raise ValueError(
+            "--move-pairs moves rows of q and k, which adapters leave the teacher's: leave out "
+            "--lora-rank or --move-pairs"
+        )
     if args.lora_dropout >= 1:
         raise ValueError(f"--lora-dropout is {args.lora_dropout:g}; it must be below 1")
     if args.bits and not args.lora_rank:

@@ -123,7 +123,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     fits = [settle(machine, stage, asked) for stage in stages]
     print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
     print(describe_loss(args, stages, native.qkv_bias))
-    pairs = pairs_by_slot(native.rope, longer.rope) if number["move_pairs"] else None
+    pairs = pairs_by_slot(native.rope, longer.rope) if args.move_pairs else None
     if pairs:
         print(describe_pairs(pairs))
     print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
@@ -457,7 +457,7 @@ def describe_pairs(pairs: list[int]) -> str:
     matched = sum(pair == slot + shift for slot, pair in enumerate(pairs))
     return (
         f"pairs       moved by {shift}: {matched} of {len(pairs)} turn as in the teacher, the "
-        f"{shift} fastest hardly; untrained is measured so (--no-move-pairs)"
+        f"{shift} fastest hardly; untrained is measured so"
     )
 
 

@@ -77,16 +77,15 @@ class StopRequest:
         return self.asked > 0
 
 
-def matters(args: argparse.Namespace, stages: list, blocks: int, moved: bool) -> dict:
+def matters(args: argparse.Namespace, stages: list, blocks: int) -> dict:
     """What decides the result, but for the contents of files: a resumed run must have the same.
 
-    blocks: that the table reads; moved: rotary pairs were, before training.
+    blocks: that the table reads.
     """
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "bits")
-    keys += ("logit_weight", "authors_heads", "lookups", "eval_blocks", "dtype")
+    keys += ("logit_weight", "authors_heads", "lookups", "move_pairs", "eval_blocks", "dtype")
     out = {k: blocks if k == "eval_blocks" else getattr(args, k) for k in keys}
     out["relations"] = stages[0].relations
-    out["move_pairs"] = moved
     for s in stages:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
         if s.objective != "relation":

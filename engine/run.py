@@ -62,7 +62,7 @@ class Run:
         if self.args.dry_run and not self.args.resume:
             return
         args, stages = self.args, self.plan.stages
-        self.depends = resume.matters(args, stages, self.plan.blocks, bool(self.plan.pairs))
+        self.depends = resume.matters(args, stages, self.plan.blocks)
         # 13 GB take a while: beside loading and tokenising
         self.digest = Job(resume.digest, args.teacher) if self.world.main else None
         if args.dry_run and self.digest:

@@ -334,7 +334,8 @@ def test_the_tables_are_what_the_runs_measured(page, rows):
 
 def test_what_is_kept_of_teacher_and_control_is_what_the_runs_measured():
     checked, average = 0, "average accuracy of five"
-    for line in (ROOT / "runs" / "README.md").read_text().splitlines():
+    text = (ROOT / "runs" / "README.md").read_text().split("## Qwen2.5")[0]
+    for line in text.splitlines():
         cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
         if not re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", cells[-2] if len(cells) == 8 else ""):
             continue
@@ -352,7 +353,8 @@ def test_what_is_kept_of_teacher_and_control_is_what_the_runs_measured():
 
 def test_what_students_lack_of_a_control_is_what_the_runs_measured():
     checked, columns = 0, ("lambada_openai", "arc_easy", "boolq")
-    for line in (ROOT / "runs" / "README.md").read_text().splitlines():
+    text = (ROOT / "runs" / "README.md").read_text().split("## Qwen2.5")[0]
+    for line in text.splitlines():
         label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         if not (cells and cells[0].startswith("`control")):
             continue
@@ -431,20 +433,22 @@ def qwen_rows(column: str):
 def qwen_run(cells: dict[str, str]) -> tuple[dict, str]:
     """A row's run, and which of its models."""
     label, _, which = cells[""].replace("`", "").partition(", ")
-    model = "teacher" if label == "teacher" else which if which == "untrained" else "student"
-    row = "linear" if label == "teacher" else label
-    rates = [
-        (f, cells.get(f"`{f}`", "").strip("*")) for f in ("--lr1", "--lr2")
-    ]  # bold: by default
-    rates = "".join(f" {flag} {rate}" for flag, rate in rates if rate)
+    if label == "teacher" or which == "untrained":  # of the first run that measured it
+        model, kind = which or "teacher", "linear" if label == "teacher" else label
+        found = [run for run in QWEN if run["row"].split()[0] == kind and model in run["figures"]]
+        return found[0], model
+    rates = [(f, cells.get(f"`{f}`")) for f in ("--lr1", "--lr2")]  # of the earlier defaults
+    row = label + "".join(f" {flag} {rate}" for flag, rate in rates if rate)
+    seed = int(which.removeprefix("seed ")) if which.startswith("seed") else 0
     found = [
         run
         for run in QWEN
-        if (run["row"] == row + rates or (not rates and run["row"].startswith(f"{row} --lr1")))
-        and run["seed"] == int(which == "seed 1")
+        if run["row"] == row
+        and run["seed"] == seed
         and (run["machine"] == 1) == (which == "trained again")
     ]
-    return found[0], model  # without rates: the first, with the rates of the first table
+    assert len(found) == 1, cells
+    return found[0], "student"
 
 
 def interval(kept: dict[str, float]) -> str:
@@ -452,7 +456,7 @@ def interval(kept: dict[str, float]) -> str:
     return f"{value} [{low}, {high}]"
 
 
-@pytest.mark.parametrize("column, rows", [("ppl 256K", 16), ("BoolQ", 32), ("windows of 256K", 9)])
+@pytest.mark.parametrize("column, rows", [("ppl 256K", 29), ("BoolQ", 45), ("windows of 256K", 14)])
 def test_qwens_tables_are_what_its_runs_measured(column, rows):
     found = list(qwen_rows(column))
     for cells in found:
@@ -469,8 +473,7 @@ def test_qwens_tables_are_what_its_runs_measured(column, rows):
         if model == "student":  # the commands that train it have the table's rates
             rates = [run["arguments"].get(f"stage{n} lr") for n in (1, 2)]
             assert rates == [
-                float(cells.get(f"`--lr{n}`", "").strip("*") or rates[n - 1] or 0) or None
-                for n in (1, 2)
+                float(cells.get(f"`--lr{n}`") or rates[n - 1] or 0) or None for n in (1, 2)
             ]
     assert len(found) == rows
 
@@ -510,26 +513,49 @@ def test_qwens_ruler_is_what_its_runs_measured():
 
 def test_what_is_said_of_qwens_aims_is_what_its_runs_measured():
     text = " ".join(qwen_section().split())
-    (linear, _), (yarn, _) = (qwen_run({"": row}) for row in ("linear", "yarn"))
-    seeds = ("", ", seed 1")
-    for row, run in (("linear", linear), ("yarn", yarn)):
-        less = [run[f"mean of five less the control's{seed}"] for seed in seeds]
-        assert f"{row} {-less[0]['points']:.2f} and {-less[1]['points']:.2f} (" in text
-        assert f"{less[0]['error']:.2f}" in text
+    (linear, _), (yarn, _), (moved, _), (old, _) = (
+        qwen_run({"": row})
+        for row in ("linear", "yarn", "linear --move-pairs", "yarn --lr1 2.2e-4 --lr2 1.1e-4")
+    )
+    seeds = {
+        row: [qwen_run({"": f"{row}{seed}"})[0] for seed in ("", ", seed 1", ", seed 2")]
+        for row in ("yarn", "linear --move-pairs")
+    }
+    for run in (linear, yarn):
         assert interval(run["retention"][FIVE]["kept"]["student"]) in text
-    at_256k = (run["figures"]["student"]["loss in windows of 262144"] for run in (yarn, linear))
-    assert "yarn {:.2f}; linear {:.2f}".format(*at_256k) in text
-    teacher = linear["figures"]["teacher"]["loss in windows of 32768"]
-    assert f"the teacher's at 32K, {teacher:.2f}" in text
-    untrained = yarn["mean of five less the untrained's"]
-    assert f"Training takes {-untrained['points']:.1f} points" in text
-    (bins,) = (p for p in yarn["loss by position"] if p["window"] == 262144)
-    assert all(a < b for a, b in zip(bins["student"], bins["teacher"], strict=True))
-    assert len(bins["student"]) == 64
+    share = [
+        [f"{100 * run['retention'][FIVE]['kept']['student']['value']:.1f}" for run in runs]
+        for runs in seeds.values()
+    ]
+    assert "keeps {}, {} and {} % of the short tasks".format(*share[0]) in text
+    assert "with `--move-pairs` {}, {} and {}".format(*share[1]) in text
+    less = [run["mean of five less the control's"] for run in (*seeds["yarn"], linear)]
+    assert "yarn {:.2f}, {:.2f} and {:.2f} (".format(*(-d["points"] for d in less[:3])) in text
+    assert "(standard error {:.2f}, {:.2f}, {:.2f})".format(*(d["error"] for d in less[:3])) in text
+    assert f"linear {-less[3]['points']:.2f} ({less[3]['error']:.2f})" in text
+    assert all(abs(d["points"]) <= d["error"] for d in less[:3])
+    assert -less[3]["points"] > less[3]["error"]
+    at_256k = [
+        run["figures"]["student"]["loss in windows of 262144"] for run in (yarn, linear, moved)
+    ]
+    said = "yarn {:.2f}; linear {:.2f}; linear with `--move-pairs` {:.2f}"
+    assert said.format(*at_256k) in text
+    teacher = qwen_run({"": "teacher"})[0]["figures"]["teacher"]
+    native = teacher["loss in windows of 32768"]
+    assert f"the teacher's at 32K, {native:.2f}" in text and max(at_256k[:2]) <= native < at_256k[2]
+    for run, far in ((yarn, "0.5 points below untrained yarn"), (linear, "at 256K 0.23 below")):
+        whole = run["mean of five less the untrained's"]["points"]
+        apart = -whole if run is yarn else teacher["loss in windows of 262144"] - at_256k[1]
+        assert far in text and re.search(r"0\.\d+", far)[0] == f"{apart:.{1 + (run is linear)}f}"
+    bins = [
+        next(p[column] for p in run["loss by position"] if p["window"] == 262144)
+        for run, column in ((yarn, "student"), (old, "teacher"))
+    ]
+    assert len(bins[0]) == 64 and all(a < b for a, b in zip(*bins, strict=True))
     ruler = next(run["figures"]["teacher"] for run in QWEN if run["row"] == "teacher")
-    for length in (4096, 65536, 131072):
+    for run, length in ((yarn, 4096), (yarn, 32768), (old, 65536), (old, 131072)):
         name = f"RULER mean of 11 tasks at {length}"
-        both = yarn["figures"]["student"], ruler
+        both = run["figures"]["student"], ruler
         apart = abs(both[0][name] - both[1][name])
         error = sum(m[f"{name}, standard error"] ** 2 for m in both) ** 0.5
         assert f"{100 * apart:.1f} ± {100 * error:.1f}" in text
