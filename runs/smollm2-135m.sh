@@ -39,8 +39,9 @@ scale=${SCALE:-8} name=$row
 [[ $scale == 8 ]] || name=$row-x$scale
 case $row in
     linear | yarn | ntk) flags=(--rope "$row") ;;
-    control) flags=(--rope linear) scale=1.000001 ;;  # the smallest that is above 1
-    control-yarn) flags=(--rope yarn) scale=1.000001 ;;
+    # The smallest that is above 1; the teacher could read a control's blocks, but not those that it is compared with
+    control) flags=(--rope linear --teacher-share 0) scale=1.000001 ;;
+    control-yarn) flags=(--rope yarn --teacher-share 0) scale=1.000001 ;;
     yarn-1) flags=(--rope yarn --stage 1) ;;
     linear-1) flags=(--rope linear --stage 1 --tokens1 2097152) ;;
     pretrain) flags=(--rope linear --stage 2 --tokens2 4194304) ;;
