@@ -10,9 +10,9 @@ relation_kl.py compares their q, k and v:
 
     L = mean over layers of (KL_Q/Q + KL_K/K + KL_V/V) + weight * KL of the next-token distributions
 
-each relation a mean over its own rows and heads: `relation_loss`. Where keys have biases, K/K is
-left out, as it would compare bias with bias (--relations). Only the q, k and v projections learn;
-every other tensor of the student IS the teacher's.
+each relation a mean over its own rows and heads: `relation_loss`. Where keys have biases, K/K would
+compare bias with bias and is left out (--relations). Only the q, k and v projections learn; every
+other tensor of the student IS the teacher's.
 
 What the last term adds.  It is ours: the paper has the relations alone (--logit-weight 0). One
 rotation of all keys of a head leaves its relations as they are (relation_kl.py). Turn the keys of

@@ -293,6 +293,8 @@ def _default(row: dict) -> bool:
     changed = arguments["lora_rank"] or arguments["logit_weight"] != 1
     changed = changed or arguments.get("stage2 native blocks") or arguments["scale"] > 8
     changed = changed or "--lr" in row["row"]
+    # A control that learns from the teacher in stage 2, as its student does not
+    changed = changed or arguments.get("stage2 teacher share")
     return not changed and arguments["relations"] == "qkv" and arguments["stage"] in WHICH
 
 

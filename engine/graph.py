@@ -9,10 +9,12 @@ and from then on copies of ids into the recorded input and replays. Gradients ar
 dropped, so that the recorded backward adds to the same memory each time. All shapes share one pool
 of memory, as they run one after another.
 
-When.  On a GPU, with no layer recomputed in the backward and no dropout, which draw random numbers
-on the host's word, no weights in 4 bits (engine/quant.py), and nothing exchanged with other
-processes in between: several processes sum their gradients after the last replay, which is worth it
-while these are small. Otherwise the function is called as it is; `wanted` says which, and why.
+When.  On a GPU, where launches would be waited for: warming up and recording take four calls, which
+was 6 s of a 7B run whose kernels take several times as long as their launches. With no layer
+recomputed in the backward and no dropout, which draw random numbers on the host's word, no weights
+in 4 bits (engine/quant.py), and nothing exchanged with other processes in between: several
+processes sum their gradients after the last replay, which is worth it while these are small.
+Otherwise the function is called as it is; `wanted` says which, and why.
 
 Limits.  The pool holds a step's activations for as long as the stage lasts.
 
@@ -27,6 +29,9 @@ from engine.cost import Stage
 # Bytes of gradients that several processes may sum after a step's backward instead of inside it:
 # a millisecond or two over NVLink, where a step's launches take a hundred
 REDUCED = 2**28
+# Seconds that Python takes to ask for one layer's kernels, of both models, forward and backward:
+# SmolLM2-135M's 30 layers take 0.11 s so, and 0.015 as a graph (bench/README.md)
+LAUNCHES = 4e-3
 
 
 def wanted(
@@ -36,9 +41,11 @@ def wanted(
     recomputed: bool,
     dropout: float,
     packed: bool = False,
+    seconds: float = 0.0,
 ) -> tuple[bool, str]:
     """(record steps as CUDA graphs?, why). reduced: bytes of gradients summed over processes;
-    packed: are frozen weights in 4 bits?
+    packed: are frozen weights in 4 bits? seconds: that a layer's products take at least, in a
+    micro-batch.
     """
     if device.type != "cuda":
         return False, "there is no GPU"
@@ -52,6 +59,8 @@ def wanted(
         return False, "bitsandbytes unpacks the weights inside a step"
     if dropout:
         return False, "dropout draws its noise anew in each step"
+    if seconds > LAUNCHES:
+        return False, "its kernels take longer than their launches"
     return True, "one launch per step instead of thousands"
 
 

@@ -69,7 +69,9 @@ class Plan:
 
     def how(self, stage: Stage) -> dict:
         """What engine/step.py is told beside the models."""
-        args = self.args
+        args, fit = self.args, self.fit(stage)
+        long = replace(stage, auxiliary=None)
+        work = sum(flops(self.native, long, args.lora_rank).values()) * fit.micro / stage.batch
         return {
             "dtype": self.dtype,
             "kl_weight": args.logit_weight,
@@ -77,9 +79,10 @@ class Plan:
             "authors_heads": args.authors_heads,
             "impl": args.impl,
             "dropout": args.lora_dropout,
-            "recomputed": self.fit(stage).recomputed,
-            "tiles": self.fit(stage).tiles,
-            "gathered": self.fit(stage).gathered,
+            "recomputed": fit.recomputed,
+            "tiles": fit.tiles,
+            "gathered": fit.gathered,
+            "seconds": work / self.peak / self.native.n_layer,
         }
 
 

@@ -66,13 +66,14 @@ class Step:
         units: list | None = None,
         gathered: bool = False,
         graphs: bool = True,
+        seconds: float = 0.0,
         tiles: Tiles | None = None,
     ):
         """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight) -> (loss, relations
         [L, 3], next-token KL), "next token": f(teacher, student, ids [n, T + 1], dtype,
         teacher's share) -> (loss,)}.
         gathered: units are gathered once a step; graphs: record CUDA graphs wherever that is
-        possible.
+        possible and, by `seconds`, worth it (graph.wanted).
         """
         self.teacher, self.student, self.plain, self.dtype = teacher, student, plain, dtype
         self.kl_weight, self.recomputed, self.units = kl_weight, recomputed, units
@@ -85,7 +86,7 @@ class Step:
         recomputes, packed = bool(recomputed) or tiles is not None, is_packed(student)
         reduced = sum(w.nbytes for w in self.weights) if self.processes > 1 else 0
         exchanged = reduced, bool(units)
-        record, why = graph.wanted(student.device, *exchanged, recomputes, dropout, packed)
+        record, why = graph.wanted(student.device, *exchanged, recomputes, dropout, packed, seconds)
         self.recorded = record and graphs
         self.reducer = None
         if world:

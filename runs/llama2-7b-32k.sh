@@ -3,14 +3,15 @@
 #
 #     TEACHER=path/to/teacher DATA=path/to/text runs/llama2-7b-32k.sh [more flags of train.py]
 #
-# Needs    one GPU of 80 GB: stage 1 takes 51.6 GiB, stage 2 65.4.
+# Needs    one GPU of 80 GB: stage 1 takes 51.6 GiB, stage 2 65.4. With 141 GB nothing is computed again: 67.1 and 85.0.
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, some 30 GiB each (the plan's).
 # Teacher  meta-llama/Llama-2-7b-hf, a Hugging Face directory of safetensors.
 # Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
-# Time     on an H100, with random weights of its shape (commit d39d6b1; bench/step.jsonl): 9m36s: start 16s, tokenising 3s,
-#          measuring 2m14s, steps 6m23s (10,480 and 11,370 tokens/s, 66 and 61 % of the product rate), saving 1s, export 39s.
-#          Since then the table reads an eighth of the blocks, and four threads write the export. At 6d64a37 steps took the
-#          same, but the run was lost before its end; by Mistral's parts it waits some 50 s beside its steps (LOG.md).
+# Time     with random weights of its shape (bench/step.jsonl). On an H200 whose host was busy (commit 90a497f): 6m57s: start 27s,
+#          tokenising 4s, measuring 20s, steps 5m51s (10,810 and 12,610 tokens/s, 68 % of the product rate in both), saving 4s,
+#          export 10s. LOG.md says where the 65 s beside the steps went.
+#          On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %); a run at 6d64a37 had read
+#          10,160 and 11,170, 67 and 63 %, when its machine was lost, at a third of stage 2.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.

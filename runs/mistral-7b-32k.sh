@@ -10,8 +10,9 @@
 # Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
 # Time     on an H100, with random weights of its shape and --tokens1 262144 --tokens2 524288, a quarter and a sixth (6d64a37;
 #          bench/step.jsonl): 2m09s: start 8s, tokenising 4s, measuring 18s, steps 1m21s (11,100 and 9,200 tokens/s, 71 and
-#          51 % of the product rate), saving 0s, export 16s. So the whole, by these rates, takes some 8 minutes. Stage 2 went
-#          in tiles there; since then the plan computes some layers again instead, which was not measured.
+#          52 % of the product rate), saving 0s, export 16s. So the whole, by these rates, takes some 8 minutes. Stage 2 went
+#          in tiles there; since then the plan computes some layers again instead, which was not measured on this shape: on
+#          LLaMA-3's it took a step of stage 2 from 1.85 to 1.54 s.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.

@@ -27,7 +27,9 @@
 #          nearly everything, and nothing can be lost.
 # Scales   SCALE=16 and 32: to 131,072 and 262,144 tokens; loss by position is then also read to their end.
 # Columns  ALONE=1 leaves out those of the teacher and of the untrained student; CACHE: a folder of tokenised text to share.
-# Time     linear: 106 and 113 s, scores included, on an H100 (6d64a37): train.py 51 and 53, of which steps 43.
+# Time     linear --relations qv, whose steps cost what linear's do: 95 s, scores included, on an H100 (ea8a9fd;
+#          bench/step.jsonl): train.py 48, of which steps 43; eval.py 27; the rest is outside of their clocks. linear, twice,
+#          at 6d64a37: 106 and 113 s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TEACHER:?the directory of the teacher}" "${DATA:?a file or folder of text}" "${TASKS:?a folder of tasks}"
@@ -37,8 +39,9 @@ scale=${SCALE:-8} name=$row
 [[ $scale == 8 ]] || name=$row-x$scale
 case $row in
     linear | yarn | ntk) flags=(--rope "$row") ;;
-    control) flags=(--rope linear) scale=1.000001 ;;  # the smallest that is above 1
-    control-yarn) flags=(--rope yarn) scale=1.000001 ;;
+    # The smallest that is above 1; the teacher could read a control's blocks, but not those that it is compared with
+    control) flags=(--rope linear --teacher-share 0) scale=1.000001 ;;
+    control-yarn) flags=(--rope yarn --teacher-share 0) scale=1.000001 ;;
     yarn-1) flags=(--rope yarn --stage 1) ;;
     linear-1) flags=(--rope linear --stage 1 --tokens1 2097152) ;;
     pretrain) flags=(--rope linear --stage 2 --tokens2 4194304) ;;

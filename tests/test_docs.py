@@ -270,10 +270,24 @@ SCORES = {
 }
 
 
+def seed_of(label: str) -> tuple[str, int | None]:
+    """A row's label without its ", seed N", and N."""
+    row, _, seed = label.replace("`", "").partition(", seed ")
+    return row, int(seed) if seed else None
+
+
+def run_of(label: str) -> dict:
+    """The run of a label; without a seed: of seed 0."""
+    row, seed = seed_of(label)
+    (run,) = (r for r in RUNS if (r["row"], r["seed"]) == (row, seed or 0) and "retention" in r)
+    return run
+
+
 def measured(label: str, score: str) -> list[float]:
-    """Of every run of a row on GPUs, in their order; accuracies in percent."""
+    """Of every run of a row on GPUs, or of one seed, in their order; accuracies in percent."""
     found = []
-    for run in (r for r in RUNS if "seconds" not in r):
+    label, seed = seed_of(label)
+    for run in (r for r in RUNS if "seconds" not in r and seed in (None, r["seed"])):
         figures, kind = run["figures"], run["arguments"]["rope"]
         if label == "teacher":
             column = figures.get("teacher")
@@ -298,7 +312,7 @@ def median(label: str, score: str) -> str:
     return shown(statistics.median_low(measured(label, score)))
 
 
-@pytest.mark.parametrize("page, rows", [("README.md", 5), ("runs/README.md", 36)])
+@pytest.mark.parametrize("page, rows", [("README.md", 5), ("runs/README.md", 47)])
 def test_the_tables_are_what_the_runs_measured(page, rows):
     """A cell is all runs' figures, or their median."""
     columns, checked = [], 0
@@ -319,14 +333,13 @@ def test_the_tables_are_what_the_runs_measured(page, rows):
 
 
 def test_what_is_kept_of_teacher_and_control_is_what_the_runs_measured():
-    runs, checked = {run["row"]: run for run in RUNS}, 0
-    average = "average accuracy of five"
+    checked, average = 0, "average accuracy of five"
     text = (ROOT / "runs" / "README.md").read_text().split("## Qwen2.5")[0]
     for line in text.splitlines():
         cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
         if not re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", cells[-2] if len(cells) == 8 else ""):
             continue
-        run = runs[cells[0]]
+        run = run_of(cells[0])
         of_teacher = run["retention"][average]["kept"]
         of_control = run["retention against the control"].get(average)
         for kept, cell in zip((of_teacher, of_control), cells[-2:], strict=True):
@@ -335,27 +348,55 @@ def test_what_is_kept_of_teacher_and_control_is_what_the_runs_measured():
             )
             assert cell == (f"{value:.1f} [{low:.1f}, {high:.1f}]" if kept else ""), cells
             checked += 1
-    assert checked == 18
+    assert checked == 38
+
+
+def test_what_students_lack_of_a_control_is_what_the_runs_measured():
+    checked, columns = 0, ("lambada_openai", "arc_easy", "boolq")
+    text = (ROOT / "runs" / "README.md").read_text().split("## Qwen2.5")[0]
+    for line in text.splitlines():
+        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if not (cells and cells[0].startswith("`control")):
+            continue
+        against, *cells = cells
+        run = run_of(label)
+        control = against.strip("`").replace("control-yarn", "control")
+        assert ("yarn" in against) == ("yarn" in label)
+        less = run[f"less the {control}"]
+        pairs = [*(less["by task"][task] for task in columns), (less["points"], less["error"])]
+        kept = run[f"retention against the {control}"]["average accuracy of five"]["student"]
+        assert cells == [*(f"{points:+.1f} ({e:.1f})" for points, e in pairs), interval(kept)]
+        seed = run["seed"] if "share" in against else 0  # the student's own, where that was run
+        assert run_of(f"{against}, seed {seed}")["seed"] == seed
+        checked += 1
+    assert checked == 10
+
+
+def test_students_and_seed_0s_control_take_nothing_of_stage_2_from_the_teacher():
+    for run in (r for r in RUNS if "seconds" not in r):
+        share = 0.5 if run["row"].endswith("--teacher-share 0.5") else 0
+        assert run["arguments"].get("stage2 teacher share", 0) == share, run["row"]
 
 
 def test_the_losses_by_position_are_what_the_runs_measured():
-    runs, columns, checked = {run["row"]: run for run in RUNS}, [], 0
+    columns, checked = [], 0
     for line in (ROOT / "runs" / "README.md").read_text().splitlines():
         label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
         if "to 256K" in cells:
             columns = ["0-1x", "1-2x", "2-4x", "4-8x", "8-16x", "16-32x"]
         elif columns and line.startswith("| `"):
             name = label.split("`")[1]
-            figures = runs[name.removesuffix(", untrained")]["figures"]
+            run = run_of(name.removesuffix(", untrained"))
+            figures = run["figures"]
             losses = figures["untrained" if name.endswith("untrained") else "student"]
             if label.endswith("one block"):
-                losses = runs[name]["losses to its end"]
+                losses = run["losses to its end"]
             known = [losses.get(f"loss in {column}") for column in columns]
             assert cells == ["" if x is None else f"{x:.2f}" for x in known], label
             checked += 1
         elif not line.startswith("|"):
             columns = []
-    assert checked == 4
+    assert checked == 8
 
 
 QWEN = json.loads((ROOT / "runs" / "qwen25-0.5b.json").read_text())["rows"]

@@ -569,6 +569,27 @@ def test_a_step_that_is_not_recorded_says_why():
     assert not recorded and "bitsandbytes" in why
 
 
+@pytest.mark.parametrize(
+    "name, T, blocks, stage, recorded",
+    [
+        ("smollm2-135m", 512, 2, 1, True),
+        ("smollm2-135m", 16384, 1, 2, True),
+        ("llama2-7b", 4096, 4, 1, False),
+        ("llama2-7b", 16384, 1, 2, False),
+    ],
+)
+def test_a_step_is_recorded_where_launches_are_waited_for(name, T, blocks, stage, recorded):
+    """At an H100's rate, as many blocks at a time as fill 8192 tokens."""
+    c = bench_step.config_of(name)
+    objective = {1: "relation", 2: "next token"}[stage]
+    one = cost.Stage(f"stage{stage}", objective, T, blocks, 1, 1e-3, stage == 1)
+    fits = [fit.Fit(cost.at_a_time(one, None, blocks), 0, {})]
+    args = flags.parse(["--device", "cpu"], "", train.PRESETS)
+    made = plan.Plan(args, c, c, None, [one], fits, None, bf16, "", 7.7e14, True, 0, None)
+    seconds = made.how(one)["seconds"]
+    assert graph.wanted(torch.device("cuda"), 0, False, False, 0.0, seconds=seconds)[0] == recorded
+
+
 def test_a_stage_of_few_steps_is_warned_of():
     config = random_model().config
     student = config.extended("linear", 8)
