@@ -306,11 +306,17 @@ class Llama(nn.Module):
                 h, qkv = layer(h, cos_sin)
             yield h, qkv
 
-    def hidden(self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0) -> Tensor:
-        """ids [B, T] -> [B, T, C] after the last norm."""
+    def after_layers(
+        self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0
+    ) -> Tensor:
+        """ids [B, T] -> [B, T, C] before the last norm."""
         for h, _ in self.walk(ids, dtype, recomputed):  # noqa: B007 - the last one is wanted
             pass
-        return self.model.norm(h)
+        return h
+
+    def hidden(self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0) -> Tensor:
+        """ids [B, T] -> [B, T, C] after the last norm."""
+        return self.model.norm(self.after_layers(ids, dtype, recomputed))
 
     def score_scale(self, T: int) -> float:
         """The scale of the Q/Q and K/K relations over T tokens: D^-1/2 / attention factor^2."""

@@ -119,13 +119,11 @@ def next_token_loss(
     """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it; `share`
     of it is the KL from the teacher's distribution instead.
     """
-    for h, _ in student.walk(ids[:, :-1], dtype):  # noqa: B007 - the last h is used
-        pass
+    h = student.after_layers(ids[:, :-1], dtype)
     loss = (1 - share) * cross_entropy(student, student.model.norm(h), ids[:, 1:])
     if share:
         with torch.no_grad():
-            for h_teacher, _ in teacher.walk(ids[:, :-1], dtype):  # noqa: B007
-                pass
+            h_teacher = teacher.after_layers(ids[:, :-1], dtype)
         loss = loss + share * next_token_kl(teacher, student, h_teacher, h)
     return (loss,)
 

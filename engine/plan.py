@@ -437,7 +437,7 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -
     biases: the keys have some.
     """
     chosen = stages[0].relations
-    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in chosen and chosen != "none"]
+    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in chosen]
     weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
     terms += [f"{weight}next-token KL"] if args.logit_weight else []
     if not any(

@@ -271,16 +271,9 @@ def next_token_loss(
         h = student.hidden(ids, dtype, recomputed)
         return (cross_entropy(student, h, targets, HEAD_CHUNK),)
     with torch.no_grad():  # before the student keeps anything
-        h_teacher = _after_layers(teacher, ids, dtype)
-    h = _after_layers(student, ids, dtype, recomputed)
+        h_teacher = teacher.after_layers(ids, dtype)
+    h = student.after_layers(ids, dtype, recomputed)
     return (_shared_losses(teacher, student, h_teacher, h, targets, share).mean(),)
-
-
-def _after_layers(model: Llama, ids: Tensor, dtype: torch.dtype, recomputed: int = 0) -> Tensor:
-    """h [B, T, C] of ids [B, T] before the last norm."""
-    for h, _ in model.walk(ids, dtype, recomputed):  # noqa: B007 - the last one is wanted
-        pass
-    return h
 
 
 def _shared_losses(
