@@ -13,7 +13,7 @@ import torch
 from conftest import TEACHER, write_model
 from safetensors.torch import load_file, save_file
 from test_states import script, until
-from test_train import SMALL_DISK, arguments, same_result, shell
+from test_train import SMALL_DISK, arguments, finished, same_result, shell
 
 from engine import exits, folder, head_start, states
 from engine.head_start import HeadStart, how
@@ -174,9 +174,7 @@ def small(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(small, text_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run = shell(arguments(small, text_dir, out))
-    _, errors = run.communicate()
-    assert run.returncode == 0, errors
+    finished(arguments(small, text_dir, out))
     return out
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from conftest import ROOT, random_model, write_model
 from safetensors.torch import load_file
-from test_train import arguments, same_result, shell
+from test_train import arguments, finished, same_result, shell
 
 from engine import cost, exits, fit, folder, plan, run, states
 from engine.folder import Folder
@@ -35,9 +35,7 @@ def small(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(small, text_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "whole"
-    run = shell(arguments(small, text_dir, out))
-    _, errors = run.communicate()
-    assert run.returncode == 0, errors
+    finished(arguments(small, text_dir, out))
     return out
 
 

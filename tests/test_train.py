@@ -79,6 +79,25 @@ def shell(args: list[str], new: bool = False, **more) -> subprocess.Popen | Fork
     return subprocess.Popen([sys.executable, str(script), *args], env=environment, **pipes, **more)
 
 
+def finished(args: list[str]) -> None:
+    """A run to its end."""
+    run = shell(args)
+    _, errors = run.communicate()
+    assert run.returncode == 0, errors
+
+
+def stopped(args: list[str], out: Path) -> str:
+    """What a run says that is stopped after its second step."""
+    run, log = shell(args), out / "metrics.jsonl"
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        time.sleep(0.01)
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    said, errors = run.communicate()
+    assert run.returncode == exits.STOPPED, errors
+    return said
+
+
 @pytest.fixture(scope="module")
 def whole(small, text_dir, tmp_path_factory) -> Path:
     """One uninterrupted run, as a user starts it."""
@@ -158,18 +177,9 @@ def test_same_seed_same_bits(whole, small, text_dir, tmp_path):
 
 def test_stop_and_resume_gives_the_same_bits(whole, small, text_dir, tmp_path):
     out = tmp_path / "stopped"
-    run = shell(arguments(small, text_dir, out))
-    log = out / "metrics.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        time.sleep(0.01)
-        assert run.poll() is None
-    run.send_signal(signal.SIGTERM)
-    said, errors = run.communicate()
-    assert run.returncode == exits.STOPPED, errors
+    said = stopped(arguments(small, text_dir, out), out)
     assert "--resume" in said and states.latest(out / "state")
-    again = shell(arguments(small, text_dir, out, "--resume"))
-    _, errors = again.communicate()
-    assert again.returncode == 0, errors
+    finished(arguments(small, text_dir, out, "--resume"))
     same_result(whole, out)
 
 
@@ -183,18 +193,9 @@ def test_a_stopped_and_resumed_run_moves_pairs_once(biases, text_dir, tmp_path):
     """
     shape = {"max_position_embeddings": 128, "attention_bias": biases}
     small, out = write_model(tmp_path / "small", seed=5, **shape), tmp_path / "out"
-    run = shell(arguments(small, text_dir, out, *STILL))
-    log = out / "metrics.jsonl"
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        time.sleep(0.01)
-        assert run.poll() is None
-    run.send_signal(signal.SIGTERM)
-    said, errors = run.communicate()
-    assert run.returncode == exits.STOPPED, errors
+    said = stopped(arguments(small, text_dir, out, *STILL), out)
     assert "pairs       moved by 1: 1 of 4" in said
-    again = shell(arguments(small, text_dir, out, "--resume", *STILL))
-    _, errors = again.communicate()
-    assert again.returncode == 0, errors
+    finished(arguments(small, text_dir, out, "--resume", *STILL))
     ours, expected = load_file(out / "student" / "model.safetensors"), moved_tensors(small)
     assert ours.keys() == expected.keys()
     assert all(torch.equal(ours[name], value) for name, value in expected.items())
