@@ -243,10 +243,17 @@ class Block(nn.Module):
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """On the meta device nothing: there torch would import its compiler for it, 2 s."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class Backbone(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
+        self.embed_tokens = Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layer))
         self.norm = RMSNorm(c.width, c.norm_eps)
 

@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         weights, corpus = trainable(student), run.read_text()
         native = plan.native.rope.length
         held_out = HeldOut(
-            corpus, plan.tokenizer, native, args.scale, plan.blocks, documents=plan.blocks
+            corpus, plan.tokenizer, native, args.scale, plan.blocks, documents=plan.documents
         )
         run.begin(weights, held_out)  # where the newest state says
         run.measure(report.TEACHER, teacher)

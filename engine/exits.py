@@ -138,8 +138,10 @@ def _end(program: str, sentence: str, code: int, alone: bool = False) -> None:
     os._exit(code)  # not sys.exit, which would wait for ranks that are still at work
 
 
+BEGAN = None  # time.perf_counter() where a program of ours began, before torch was imported
 PROGRAM = os.path.basename(getattr(sys.modules["__main__"], "__file__", None) or "")
 if PROGRAM in ("train.py", "eval.py"):
+    BEGAN = time.perf_counter()
     for each in SIGNALS:
         signal.signal(each, _leave)
     sys.excepthook = _import_failed

@@ -56,6 +56,7 @@ class Plan:
     peak: float  # flop/s of one device
     overlap: bool  # a state is written while steps go on
     blocks: int  # long ones that the table reads
+    documents: int  # look-up documents of each length that it reads
     pairs: list[int] | None  # of the teacher, that the student's slots start with; None: their own
 
     @property
@@ -146,21 +147,23 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     copy = 12 * trained_parameters(native, args.lora_rank) // world.size  # with Adam's moments
     overlap = copy <= spare_on_host(machine, fits)
     print(describe_saving(copy, overlap))
-    blocks, share = table_blocks(args, native, stages)
-    print(describe_table(blocks, round(native.rope.length * args.scale), len(stages), share))
+    blocks, documents, share = table_size(args, native, stages)
+    length, columns = round(native.rope.length * args.scale), 2 + len(stages)
+    print(describe_table(blocks, documents, length, columns, share))
     return Plan(
         args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak, overlap, blocks,
-        pairs,
+        documents, pairs,
     )  # fmt: skip
 
 
-def table_blocks(
+def table_size(
     args: argparse.Namespace, c: LlamaConfig, stages: list[Stage]
-) -> tuple[int, float]:
-    """(long blocks that the table reads, and look-up documents of each length up to DOCUMENTS; what
-    they cost, as a share of the steps' work).
+) -> tuple[int, int, float]:
+    """(long blocks that the table reads, look-up documents of each length; what they cost, as a
+    share of the steps' work).
 
-    Where --eval-blocks is left out: as many, from one to DOCUMENTS, as cost SHARE.
+    Where --eval-blocks is left out: as many of both, up to DOCUMENTS, as cost SHARE. Where one of
+    both costs more: one block, and no documents, whose eight questions would say little.
     """
 
     def forward(T: int) -> float:
@@ -172,8 +175,10 @@ def table_blocks(
     steps = sum(sum(flops(c, s, args.lora_rank).values()) * s.steps for s in stages)
     n = args.eval_blocks
     if n is None:
-        n = max(1, min(DOCUMENTS, int(SHARE * steps / (block + documents))))
-    return n, (n * block + min(n, DOCUMENTS) * documents) / steps
+        n = min(DOCUMENTS, int(SHARE * steps / (block + documents)))
+    blocks = 1 if args.eval_blocks is None and not n else n
+    n = min(n, DOCUMENTS)
+    return blocks, n, (blocks * block + n * documents) / steps
 
 
 def spare_on_host(m: Machine, fits: list[Fit]) -> int:
@@ -481,15 +486,16 @@ def describe_saving(copy: int, overlap: bool) -> str:
     return f"saving      while steps wait, as the host has no room for a copy of {size(copy)}"
 
 
-def describe_table(blocks: int, length: int, stages: int, share: float) -> str:
+def describe_table(blocks: int, documents: int, length: int, columns: int, share: float) -> str:
     """How much the table reads. length: of its long blocks; share: what it costs beside steps."""
     if not blocks:
         return "table       none, as --eval-blocks is 0"
-    documents = min(blocks, DOCUMENTS)
+    also = f"and {documents} look-up document{'s' * (documents > 1)} of each length"
+    if not documents:
+        also = "without look-ups, which would cost too much (--eval-blocks 1 for them)"
     return (
-        f"table       {2 + stages} columns, each of {blocks} x {length:,} tokens, whole and cut, "
-        f"and {documents} look-up document{'s' * (documents > 1)} of each length: {share:.0%} of "
-        "the steps' work"
+        f"table       {columns} columns, each of {blocks} x {length:,} tokens, whole and cut, "
+        f"{also}: {share:.0%} of the steps' work"
     )
 
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import cost, data, exits, folder, plan, resume, states, watch
+from engine.compile_ahead import compile_ahead
 from engine.cost import Stage
 from engine.head_start import HeadStart
 from engine.lookups import Lookups
@@ -49,11 +50,12 @@ class Run:
 
     def __init__(self, plan: Plan, world: World):
         self.plan, self.world, self.args = plan, world, plan.args
-        self.times = Times("start")
+        self.times = Times("start", exits.BEGAN)
         self.out = folder.Folder(self.args.out, "train.py", active=world.main)
         self.saving = self.stopping = False  # what all processes agreed on in this step
         self.saver = self.stop_request = None
         self.head_start = HeadStart(self.out)
+        self.compiling = None
 
     # ---- where it is written, and where it begins
 
@@ -78,6 +80,8 @@ class Run:
             self.world.on_all(self._refuse_apart, holder)
             self.find()
             self._folder_lock = folder_lock.pop_all()  # nothing was refused: it is kept
+        if self.plan.device.type == "cuda":
+            self.compiling = Job(compile_ahead, self.plan)
         return self
 
     def _refuse_apart(self, holder: str) -> None:
@@ -133,6 +137,8 @@ class Run:
     def begin(self, weights: dict[str, nn.Parameter], held_out) -> None:
         """weights: what learns, set to a resumed run's; held_out: evals/held_out.py's HeldOut."""
         self.weights, self.held_out = weights, held_out
+        if self.compiling:
+            self.compiling.result()
         if self.at.state:
             states.load(self.at.state, weights, None, 0)
         out, overlap = self.out, self.plan.overlap

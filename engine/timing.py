@@ -7,7 +7,8 @@
 A stage's first step compiles kernels and records graphs: `first_step` moves what it took beyond an
 ordinary one to "start".
 
-Limits.  Wall clock of the first process; a resumed run counts from its resumption.
+Limits.  Wall clock of the first process, from its first import (exits.BEGAN) to the printed line;
+a resumed run counts from its resumption.
 """
 
 import contextlib
@@ -20,8 +21,9 @@ from engine.cost import clock
 class Times:
     """Seconds by part, in the order in which parts first began."""
 
-    def __init__(self, part: str):
-        self.part, self.since = part, time.perf_counter()
+    def __init__(self, part: str, since: float | None = None):
+        """since: when the clock began, of time.perf_counter() (None: now)."""
+        self.part, self.since = part, since or time.perf_counter()
         self.seconds: dict[str, float] = {part: 0.0}
 
     def _turn(self, part: str) -> str:

@@ -11,8 +11,9 @@ set values in their first eighth and ask for them in their last, eight questions
 that the likeliest token is the value.
 
 How much.  eval.py reads eight long blocks and eight documents of each length. A training run's own
-table reads as many of both, from one to eight, as cost a twentieth of its steps
-(engine/plan.py): its blocks need not be eval.py's, its documents are the first of eval.py's.
+table reads as many of both, up to eight, as cost a twentieth of its steps, and where one of both
+costs more, one block alone (engine/plan.py): its blocks need not be eval.py's, its documents are
+the first of eval.py's.
 
 Limits.  Held-out text runs on across document borders. A standard error is over blocks or
 questions: how far other text would move a figure, not how far another training run would. Of eight
@@ -37,7 +38,7 @@ class HeldOut:
     """The text and the look-ups, read by every model alike.
 
     n_blocks: how many long blocks are read: 0, with the reason printed, where the text is too
-    short. documents: how many look-up documents of each length, up to DOCUMENTS.
+    short. documents: how many look-up documents of each length, from 0 to DOCUMENTS.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class HeldOut:
         documents: int = DOCUMENTS,
     ):
         self.native, self.scale, self.seed = native, scale, seed
-        self.documents = min(documents, DOCUMENTS)
+        self.documents, self.lookups = documents, None
         self.length, self.n_blocks = round(native * scale), 0
         if not n_blocks:
             return
@@ -61,7 +62,8 @@ class HeldOut:
             return
         self.blocks = corpus.held_out_blocks(self.length, n_blocks)  # [n_blocks, length + 1]
         self.n_blocks = len(self.blocks)
-        self.lookups = make_lookups(tokenizer, corpus, native, self.length)
+        if documents:
+            self.lookups = make_lookups(tokenizer, corpus, native, self.length)
 
     def measure(self, model: Llama, P: int = 1) -> dict[str, float]:
         """One column of the table: {row: figure}. P processes share each block, and all ask."""

@@ -450,22 +450,23 @@ def test_the_table_reads_as_much_as_a_twentieth_of_the_steps_pays_for(steps, sca
     c, stages = random_model(max_position_embeddings=64).config, [stage_of("relation and logits")]
     stages = [dataclasses.replace(s, steps=steps) for s in (*stages, stage_of("next token"))]
     args = argparse.Namespace(scale=scale, lora_rank=None, eval_blocks=None)
-    n, share = plan.table_blocks(args, c, stages)
-    assert 1 <= n <= 8 and (share <= plan.SHARE or n == 1)
-    args.eval_blocks = n + 1
-    more, costs = plan.table_blocks(args, c, stages)
-    assert more == n + 1 and costs > share and (costs > plan.SHARE or n == 8)
+    n, documents, share = plan.table_size(args, c, stages)
+    assert n == max(documents, 1) <= 8 and (share <= plan.SHARE or not documents)
+    args.eval_blocks = documents + 1
+    *more, costs = plan.table_size(args, c, stages)
+    assert more == [documents + 1, min(documents + 1, 8)]
+    assert costs > share and (costs > plan.SHARE or n == 8)
     args.eval_blocks = 0
-    assert plan.table_blocks(args, c, stages) == (0, 0.0)
-    assert (n == 1) == (steps == 1) or (n == 8) == (steps == 10**6)
+    assert plan.table_size(args, c, stages) == (0, 0, 0.0)
+    assert (documents == 0) == (steps == 1) or (n == 8) == (steps == 10**6)
 
 
-def test_what_the_table_costs_is_counted_where_it_reads(tmp_path, text_dir, monkeypatch):
+@pytest.mark.parametrize("documents", [0, 1])
+def test_what_the_table_costs_is_counted_where_it_reads(documents, tmp_path, text_dir, monkeypatch):
     """Of each column: the long blocks, the same words cut, the look-up documents."""
     teacher = ROOT / "demo" / "teacher"
     tokenizer = load_tokenizer(teacher)
     corpus = data.load_corpus([text_dir], tokenizer, tmp_path, quiet=True)
-    held_out = HeldOut(corpus, tokenizer, 512, 2.0, 1, documents=1)
     read = []
 
     def scores(model, blocks, at=None, P=1):
@@ -476,10 +477,12 @@ def test_what_the_table_costs_is_counted_where_it_reads(tmp_path, text_dir, monk
 
     monkeypatch.setattr(held_out_file, "block_scores", scores)
     c = random_model(max_position_embeddings=512).config
-    held_out.measure(c)
+    rows = HeldOut(corpus, tokenizer, 512, 2.0, 1, documents=documents).measure(c)
+    assert any(row.startswith("recall") for row in rows) == bool(documents)
     stage = stage_of("next token")
-    args = argparse.Namespace(scale=2.0, lora_rank=None, eval_blocks=1)
-    _, share = plan.table_blocks(args, c, [stage])
+    args = argparse.Namespace(scale=2.0, lora_rank=None, eval_blocks=documents or None)
+    *found, share = plan.table_size(args, c, [stage])
+    assert found == [1, documents]
     work = sum(cost.flops(c, stage).values())
     assert share * work == pytest.approx(3 * sum(read))
 
@@ -490,8 +493,9 @@ def test_a_preset_says_how_much_its_table_reads_and_a_flag_wins():
     assert flags.parse(given, "", train.PRESETS).eval_blocks == 3
     given = ["--device", "cpu", "--teacher", str(ROOT / "demo" / "teacher")]
     assert flags.parse(given, "", train.PRESETS).eval_blocks is None
-    assert "none" in plan.describe_table(0, 64, 2, 0.0)
-    assert "8 look-up documents" in plan.describe_table(20, 64, 2, 0.3)
+    assert "none" in plan.describe_table(0, 0, 64, 4, 0.0)
+    assert "8 look-up documents" in plan.describe_table(20, 8, 64, 4, 0.3)
+    assert "without look-ups" in plan.describe_table(1, 0, 64, 4, 0.3)
 
 
 @pytest.mark.parametrize("micro, dropout", [(None, 0.0), (1, 0.0), (3, 0.0), (3, 0.1)])
@@ -585,7 +589,7 @@ def test_a_step_is_recorded_where_launches_are_waited_for(name, T, blocks, stage
     one = cost.Stage(f"stage{stage}", objective, T, blocks, 1, 1e-3, stage == 1)
     fits = [fit.Fit(cost.at_a_time(one, None, blocks), 0, {})]
     args = flags.parse(["--device", "cpu"], "", train.PRESETS)
-    made = plan.Plan(args, c, c, None, [one], fits, None, bf16, "", 7.7e14, True, 0, None)
+    made = plan.Plan(args, c, c, None, [one], fits, None, bf16, "", 7.7e14, True, 0, 0, None)
     seconds = made.how(one)["seconds"]
     assert graph.wanted(torch.device("cuda"), 0, False, False, 0.0, seconds=seconds)[0] == recorded
 

@@ -1,0 +1,63 @@
+"""Kernels compiled while the teacher is loaded and the text tokenised.
+
+What.  Triton compiles a kernel when it is first called. On a machine that never ran this program a
+7B run's first step waited 9 s for that (LOG.md, 2026-11-28). Loading and tokenising leave a core
+and the GPU to spare, so a thread compiles beside them.
+
+How.  By one micro-batch of each stage, of its own shapes, through two layers of zeros: every kernel
+is asked for as a step will ask for it, through the same code. Nothing of it is kept but what was
+compiled. Zeros take no random numbers, and no bits of the run depend on it.
+
+Limits.  On a GPU alone; on a CPU nothing is compiled. In tiles two of them stand for all. What
+several processes do together is left out, and so is the head, which has no kernel of ours.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from engine.plan import Plan
+from engine.step import Step
+from model import Llama, LlamaConfig, make_student, trainable
+
+LAYERS = 2  # one is computed again in the backward where a plan has both sorts
+
+
+def compile_ahead(plan: Plan) -> None:
+    """Compiles what the steps of this plan will call."""
+    small = {"n_layer": LAYERS, "vocab_size": 8}
+    teacher = _zeros(replace(plan.native, **small), plan)
+    student = make_student(teacher, replace(plan.longer, **small))
+    for stage in plan.stages:
+        how, fit, T = plan.how(stage), plan.fit(stage), stage.T
+        how["recomputed"] = _of_two(fit.recomputed, plan.native.n_layer)
+        if fit.tiles:
+            kept = {
+                k: _of_two(getattr(fit.tiles, k), plan.native.n_layer) for k in ("outputs", "qkv")
+            }
+            how["tiles"] = replace(fit.tiles, on_gpu=LAYERS, host=0, **kept)
+            T = min(T, 2 * fit.tiles.tokens)
+        step = Step(teacher, student, {}, **how, graphs=False)
+        ids = torch.zeros(fit.micro, T + 1, dtype=torch.long, device=plan.device)
+        step.zero()
+        step.backward(replace(stage, T=T, auxiliary=None), ids, 1.0, last=True)
+        step.close()
+    # Its first use imports torch's compiler, 2 s
+    torch.optim.AdamW(trainable(student).values(), fused=plan.fused)
+    if plan.device.type == "cuda":
+        del teacher, student, step, ids  # the steps' memory, whole
+        torch.cuda.empty_cache()
+
+
+def _zeros(config: LlamaConfig, plan: Plan) -> Llama:
+    with torch.device("meta"):
+        model = Llama(config)
+    model = model.to(plan.dtype).to_empty(device=plan.device)
+    for p in model.parameters():
+        p.data.zero_()
+    return model.requires_grad_(False).eval()
+
+
+def _of_two(n: int, layers: int) -> int:
+    """n of `layers` as a number of LAYERS: none, all, or one where it is some."""
+    return LAYERS if n >= layers else min(n, 1)
