@@ -18,6 +18,7 @@ import torch
 
 from engine.plan import Plan
 from engine.step import Step
+from engine.tiles import Tiles
 from model import Llama, LlamaConfig, make_student, trainable
 
 LAYERS = 2  # one is computed again in the backward where a plan has both sorts
@@ -32,10 +33,8 @@ def compile_ahead(plan: Plan) -> None:
         how, fit, T = plan.how(stage), plan.fit(stage), stage.T
         how["recomputed"] = _of_two(fit.recomputed, plan.native.n_layer)
         if fit.tiles:
-            kept = {
-                k: _of_two(getattr(fit.tiles, k), plan.native.n_layer) for k in ("outputs", "qkv")
-            }
-            how["tiles"] = replace(fit.tiles, on_gpu=LAYERS, host=0, **kept)
+            kept = [_of_two(n, plan.native.n_layer) for n in (fit.tiles.outputs, fit.tiles.qkv)]
+            how["tiles"] = Tiles(fit.tiles.tokens, LAYERS, *kept, host=0)
             T = min(T, 2 * fit.tiles.tokens)
         step = Step(teacher, student, {}, **how, graphs=False)
         ids = torch.zeros(fit.micro, T + 1, dtype=torch.long, device=plan.device)
