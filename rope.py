@@ -167,14 +167,19 @@ def frequencies(
 def pairs_by_slot(teacher: RopeConfig, student: RopeConfig) -> list[int]:
     """Which of the teacher's pairs each of the student's starts with, D/2 numbers; see above.
 
-    Both geometric with one ratio, as linear's are. Where no pair that turns is slow enough for a
-    slot of the student, all stay.
+    Both geometric with one ratio, as linear's are.
     """
-    w, stretched = (frequencies(r, r.head_dim)[0] for r in (teacher, student))
-    shift = int((w / stretched[0]).log().abs().argmin())  # the pair nearest to slot 0
-    turning = int((w * teacher.length >= 2 * math.pi).sum())
-    shift = shift if shift < turning else 0
-    return [*range(shift, turning), *range(shift), *range(turning, len(w))]
+    D, theta, s = teacher.head_dim, teacher.theta, student.factor / teacher.factor
+    M0 = round(teacher.length / teacher.factor)  # of a teacher stretched before: its angles' own
+    yarn = RopeConfig("yarn", theta, s, original=M0, head_dim=D)
+    wanted = frequencies(yarn, D)[0].double() / teacher.factor
+    first = frequencies(student, D)[0][0].double()
+    slots = (first / wanted).log() * D / (2 * math.log(theta))
+    slots = (slots - 1e-4).round().int().tolist()  # of neighbours half-way between, each the lower
+    pair_of = {slot: pair for pair, slot in enumerate(slots) if slot >= 0}
+    lost = [pair for pair, slot in enumerate(slots) if slot < 0]
+    assert len(pair_of) + len(lost) == D // 2
+    return [pair_of[slot] if slot in pair_of else lost.pop(0) for slot in range(D // 2)]
 
 
 def rotation(

@@ -143,7 +143,7 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
     rate = min(2e-3, 6 * s / C) * (1.0 if linear else 0.3)
     tokens1, tokens2 = {
         # gpu, linear
-        (True, True): (1_048_576, 3_145_728),
+        (True, True): (2_097_152, 2_097_152),
         (True, False): (262_144, 524_288),
         (False, True): (262_144, 131_072),  # stage 1: 31 minutes on one Xeon core with AMX
         (False, False): (65_536, 65_536),  # stage 1: 169 s on eight Xeon cores with AMX

@@ -17,18 +17,37 @@ from dataclasses import replace
 import torch
 
 from engine.plan import Plan
+from engine.states import Job
 from engine.step import Step
 from engine.tiles import Tiles
-from model import Llama, LlamaConfig, make_student, trainable
+from model import Llama, make_student, trainable
 
 LAYERS = 2  # one is computed again in the backward where a plan has both sorts
 
 
-def compile_ahead(plan: Plan) -> None:
-    """Compiles what the steps of this plan will call."""
+def compile_ahead(plan: Plan) -> Job | None:
+    """Begins to compile what the steps of this plan will call; None where nothing is compiled."""
+    if plan.device.type != "cuda":
+        return None
+    return Job(take_steps, plan, *make_models(plan))
+
+
+def make_models(plan: Plan) -> tuple[Llama, Llama]:
+    """Teacher and student of zeros. Not in the thread: while a thread makes a model on the meta
+    device, torch holds that for the device of all.
+    """
     small = {"n_layer": LAYERS, "vocab_size": 8}
-    teacher = _zeros(replace(plan.native, **small), plan)
-    student = make_student(teacher, replace(plan.longer, **small))
+    with torch.device("meta"):
+        teacher = Llama(replace(plan.native, **small))
+    teacher = teacher.to(plan.dtype).to_empty(device=plan.device)
+    for p in teacher.parameters():
+        p.data.zero_()
+    teacher.requires_grad_(False).eval()
+    return teacher, make_student(teacher, replace(plan.longer, **small))
+
+
+def take_steps(plan: Plan, teacher: Llama, student: Llama) -> None:
+    """One micro-batch of each stage."""
     for stage in plan.stages:
         how, fit, T = plan.how(stage), plan.fit(stage), stage.T
         how["recomputed"] = _of_two(fit.recomputed, plan.native.n_layer)
@@ -43,18 +62,9 @@ def compile_ahead(plan: Plan) -> None:
         step.close()
     # Its first use imports torch's compiler, 2 s
     torch.optim.AdamW(trainable(student).values(), fused=plan.fused)
-    if plan.device.type == "cuda":
-        del teacher, student, step, ids  # the steps' memory, whole
-        torch.cuda.empty_cache()
-
-
-def _zeros(config: LlamaConfig, plan: Plan) -> Llama:
-    with torch.device("meta"):
-        model = Llama(config)
-    model = model.to(plan.dtype).to_empty(device=plan.device)
-    for p in model.parameters():
-        p.data.zero_()
-    return model.requires_grad_(False).eval()
+    for model in (teacher, student):
+        model.to_empty(device="meta")
+    torch.cuda.empty_cache()  # the memory goes back, whole
 
 
 def _of_two(n: int, layers: int) -> int:

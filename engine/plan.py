@@ -457,16 +457,13 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -
 
 
 def describe_pairs(pairs: list[int]) -> str:
-    """How far pairs are moved, and how many turn as before. pairs: of rope.pairs_by_slot."""
-    shift = pairs[0]
-    if not shift:
-        return (
-            "pairs       not moved, as none that turns is so slow that a stretched slot matches it"
-        )
-    matched = sum(pair == slot + shift for slot, pair in enumerate(pairs))
+    """How many slots start with another pair. pairs: of rope.pairs_by_slot."""
+    moved = sum(pair != slot for slot, pair in enumerate(pairs))
+    if not moved:
+        return "pairs       not moved, as each turns most nearly as under yarn where it is"
     return (
-        f"pairs       moved by {shift}: {matched} of {len(pairs)} turn as in the teacher, the "
-        f"{shift} fastest hardly; untrained is measured so"
+        f"pairs       {moved} of {len(pairs)} slots start with another pair, which turns so under "
+        "yarn or has no slot of its own; untrained is measured so"
     )
 
 

@@ -56,6 +56,7 @@ class Run:
         self.saver = self.stop_request = None
         self.head_start = HeadStart(self.out)
         self.compiling = None
+        self.measured = True  # does the table have the column that the state at work waits for?
 
     # ---- where it is written, and where it begins
 
@@ -80,8 +81,7 @@ class Run:
             self.world.on_all(self._refuse_apart, holder)
             self.find()
             self._folder_lock = folder_lock.pop_all()  # nothing was refused: it is kept
-        if self.plan.device.type == "cuda":
-            self.compiling = Job(compile_ahead, self.plan)
+        self.compiling = compile_ahead(self.plan)
         return self
 
     def _refuse_apart(self, holder: str) -> None:
@@ -98,9 +98,9 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         self.head_start.stop()
-        # Within a stage: after it, what was not measured is not saved. Several processes could not
-        # agree on it any more
-        if self.saver and self.at.step and self.world.size == 1:
+        # After a stage what was not measured is not saved. Several processes could not agree on it
+        # any more
+        if self.saver and self.measured and self.world.size == 1:
             with contextlib.suppress(ValueError):
                 self.saver.finish()
         self._folder_lock.__exit__(kind, error, trace)
@@ -332,14 +332,21 @@ class Run:
         return sentence + ("; --resume goes on" if self.saver.last else "; start again")
 
     def end_stage(self, stage: Stage, student: Llama) -> None:
-        """Its column of the table, and a state without moments: the next stage has a new Adam."""
+        """Its column of the table, and a state without moments: the next stage has a new Adam.
+
+        It is whole only with the column, and written while the next stage begins where one process
+        has memory for a copy.
+        """
         if self.world.main:
             self.watch.end()
-        self.at.stage, self.at.step = self.at.stage + 1, 0
+        self.at.stage, self.at.step, self.measured = self.at.stage + 1, 0, False
         self.save(None)
         self.measure(stage.name, student)  # while the weights are written
-        with self.times("saving"):
-            self.saver.finish()  # whole only with the column
+        self.measured = True
+        beside = self.at.stage < len(self.plan.stages) and self.plan.overlap
+        if not beside or self.world.size > 1:
+            with self.times("saving"):
+                self.saver.finish()
 
     def done(self) -> None:
         """The result is written."""

@@ -70,7 +70,7 @@ def write_model(path: Path, seed: int = 0, **changes) -> Path:
 
 def moved_tensors(teacher: Path) -> dict[str, torch.Tensor]:
     """A file's tensors, q's and k's rotary pairs 0 and 1 of each head in each other's place, as
-    --move-pairs has them at head_dim 8, theta 10^4, 64 or 128 tokens and scale 4.
+    --move-pairs has them at head_dim 8, theta 10^4, 64 or 128 tokens and scale 8.
     """
     tensors = load_file(teacher / "model.safetensors")
     for name, value in tensors.items():

@@ -141,14 +141,15 @@ def test_moving_pairs_changes_no_score_without_positions(head_dim):
 @pytest.mark.parametrize("scale, shift", [(2, 1), (8, 3), (64, 6)])
 def test_a_moved_pair_adds_to_a_score_what_it_did_in_the_teacher(scale, shift):
     """Neighbouring frequencies in the ratio 2, so that the shift is whole: D/2 = 12, theta = 2^12."""
-    shape = {"head_dim": 24, "rope_theta": 2.0**12, "max_position_embeddings": 4096}
+    shape = {"head_dim": 24, "rope_theta": 2.0**12, "max_position_embeddings": 65536}
     shape |= {"model_type": "qwen2"}
     teacher = random_model(**shape).double()
     student, pairs = moved_student(teacher, scale)
-    assert pairs[0] == shift
-    turning = sum(w * 4096 >= 2 * torch.pi for w in frequencies(teacher.config.rope, 24)[0])
-    moved = list(range(turning - shift))  # slots
-    assert len(moved) >= 4
+    yarn = teacher.config.rope.scaled("yarn", scale)
+    w, theirs = (frequencies(rope, 24)[0] for rope in (teacher.config.rope, yarn))
+    moved = [slot for slot, pair in enumerate(pairs) if pair == slot + shift]
+    moved = [slot for slot in moved if theirs[pairs[slot]] == w[pairs[slot]]]  # yarn leaves it
+    assert len(moved) >= 2
 
     def scores(model, slots):
         q, k = queries_and_keys(model, model.cos_sin(50, model.embed(IDS)))

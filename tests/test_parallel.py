@@ -153,7 +153,7 @@ def test_sharded_starts_with_moved_pairs(small, text_dir, tmp_path):
     still = (
         "--move-pairs",
         "--scale",
-        "4",
+        "8",
         "--lr1",
         "1e-30",
         "--lr2",

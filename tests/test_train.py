@@ -183,7 +183,7 @@ def test_stop_and_resume_gives_the_same_bits(whole, small, text_dir, tmp_path):
     same_result(whole, out)
 
 
-STILL = ("--move-pairs", "--lr1", "1e-30", "--lr2", "1e-30", "--eval-blocks", "0")
+STILL = ("--move-pairs", "--lr1", "1e-30", "--lr2", "1e-30", "--eval-blocks", "0", "--scale", "8")
 
 
 @pytest.mark.parametrize("biases", [False, True])
@@ -194,7 +194,7 @@ def test_a_stopped_and_resumed_run_moves_pairs_once(biases, text_dir, tmp_path):
     shape = {"max_position_embeddings": 128, "attention_bias": biases}
     small, out = write_model(tmp_path / "small", seed=5, **shape), tmp_path / "out"
     said = stopped(arguments(small, text_dir, out, *STILL), out)
-    assert "pairs       moved by 1: 1 of 4" in said
+    assert "pairs       2 of 4 slots start with another pair" in said
     finished(arguments(small, text_dir, out, "--resume", *STILL))
     ours, expected = load_file(out / "student" / "model.safetensors"), moved_tensors(small)
     assert ours.keys() == expected.keys()
@@ -584,8 +584,10 @@ def test_pairs_are_not_moved_where_that_would_not_be_exact(small, text_dir, tmp_
 )
 def test_the_plan_says_that_pairs_are_moved(shape, more, moved, text_dir, tmp_path, capsys):
     teacher = write_model(tmp_path / "teacher", max_position_embeddings=128, **shape)
-    train.main([*arguments(teacher, text_dir, tmp_path / "out"), "--dry-run", *more])
-    assert ("\npairs       moved by 1: 1 of 4 " in capsys.readouterr().out) == moved
+    train.main(
+        [*arguments(teacher, text_dir, tmp_path / "out"), "--scale", "8", "--dry-run", *more]
+    )
+    assert ("\npairs       2 of 4 slots start with " in capsys.readouterr().out) == moved
 
 
 def test_an_out_that_is_a_file_or_lies_under_one_is_refused(small, text_dir, tmp_path):
