@@ -358,7 +358,7 @@ def qwen_values() -> dict:
             untrained[kind] = kept["untrained"]
         whole = [p for p in row.get("loss by position", []) if p["window"] > 32768]
         for column in ("teacher", "untrained", "student"):
-            default = column != "student" or row["row"] == name
+            default = column != "student" or row["row"] in (name, "control 1M+3M")
             if whole and column in whole[0] and row["seed"] == 0 and default:
                 label = column if column == "teacher" else f"{name} {column}"
                 curves[label] = np.reshape(whole[0][column], (BINS, -1)).mean(1).round(4).tolist()
