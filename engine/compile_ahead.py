@@ -51,6 +51,7 @@ def take_steps(plan: Plan, teacher: Llama, student: Llama) -> None:
     for stage in plan.stages:
         how, fit, T = plan.how(stage), plan.fit(stage), stage.T
         how["recomputed"] = _of_two(fit.recomputed, plan.native.n_layer)
+        how |= {"gathered": False, "dropout": 0.0}  # no other process is asked, no noise drawn
         if fit.tiles:
             kept = [_of_two(n, plan.native.n_layer) for n in (fit.tiles.outputs, fit.tiles.qkv)]
             how["tiles"] = Tiles(fit.tiles.tokens, LAYERS, *kept, host=0)

@@ -81,8 +81,8 @@ def _how(add: Callable) -> None:
     add(
         "--move-pairs",
         action="store_true",
-        help="with linear: start each slot of q and k with the rotary pair that turned as fast; "
-        "short texts come back sooner, long ones end worse (rope.py)",
+        help="with linear: start each slot of q and k with the rotary pair that yarn would have "
+        "turn as fast; short texts come back sooner (rope.py)",
     )
     add("--lora-rank", type=count, help="train adapters of this rank instead of full projections")
     add("--lora-alpha", type=positive, help="their weight is alpha / rank (twice the rank)")

@@ -6,11 +6,11 @@
 # Needs    one GPU of 80 GB: stage 1 takes 51.6 GiB, stage 2 65.4. With 141 GB nothing is computed again: 67.1 and 85.0.
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, some 30 GiB each (the plan's).
 # Teacher  meta-llama/Llama-2-7b-hf, a Hugging Face directory of safetensors.
-# Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
-# Time     with random weights of its shape (bench/step.jsonl). On an H200 whose host was busy (commit 90a497f): 6m57s: start 27s,
-#          tokenising 4s, measuring 20s, steps 5m51s (10,810 and 12,610 tokens/s, 68 % of the product rate in both), saving 4s,
-#          export 10s. LOG.md says where the 65 s beside the steps went.
-#          On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %); a run at 6d64a37 had read
+# Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
+# Time     with random weights of its shape and --tokens1 1048576 --tokens2 3145728, the default then (bench/step.jsonl). On an H200
+#          (commit 502f661): 6m34s: start 16s, tokenising 6s, measuring 8s, steps 5m46s (10,980 and 12,790 tokens/s, 73 % of the
+#          product rate in both), saving 8s, export 9s; today's tokens take 9 s more by these rates. LOG.md says where the 47 s
+#          beside the steps went. On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %); a run at 6d64a37 had read
 #          10,160 and 11,170, 67 and 63 %, when its machine was lost, at a third of stage 2.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three

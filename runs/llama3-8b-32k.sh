@@ -6,7 +6,7 @@
 # Needs    one GPU of 80 GB: stage 1 took 49.5 GiB (commit 6d64a37), a step of stage 2 takes 65.5 (ea8a9fd).
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 49 GiB each (the plan's).
 # Teacher  meta-llama/Meta-Llama-3-8B, a Hugging Face directory of safetensors.
-# Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
+# Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
 # Time     on an H100, with random weights of its shape and --tokens1 262144 --tokens2 524288, a quarter and a sixth (6d64a37;
 #          bench/step.jsonl): 2m22s: start 8s, tokenising 5s, measuring 19s, steps 1m25s (10,300 and 8,870 tokens/s, 67 and
 #          50 % of the product rate), saving 8s, export 18s. Stage 2 went in tiles there; now 11 of 32 layers are computed again

@@ -7,7 +7,7 @@
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 40 GiB each (the plan's).
 # Teacher  mistralai/Mistral-7B-v0.1, a copy whose config.json says "max_position_embeddings": 8192. As published it
 #          says 32768, with attention over a sliding window of 4096; scale 4 is meant on top of 8192.
-# Text     20 million tokens or more of long documents; 1.0 million are read in stage 1, 3.1 in stage 2.
+# Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
 # Time     on an H100, with random weights of its shape and --tokens1 262144 --tokens2 524288, a quarter and a sixth (6d64a37;
 #          bench/step.jsonl): 2m09s: start 8s, tokenising 4s, measuring 18s, steps 1m21s (11,100 and 9,200 tokens/s, 71 and
 #          52 % of the product rate), saving 0s, export 16s. So the whole, by these rates, takes some 8 minutes. Stage 2 went

@@ -34,7 +34,7 @@ def plan_of(teacher: Path, text: Path, out: Path, *more: str):
     "model, more, fit",
     [
         ({}, (), {}),
-        ({}, (), {"recomputed": 1}),
+        ({}, (), {"recomputed": 1, "gathered": True}),
         ({"num_key_value_heads": 1, "attention_bias": True}, ("--lora-rank", "2"), {}),
         ({"tie_word_embeddings": True}, (), {"tiles": Tiles(tokens=32, on_gpu=1, host=1 << 20)}),
     ],
