@@ -49,7 +49,8 @@ def make_models(plan: Plan) -> tuple[Llama, Llama]:
 def take_steps(plan: Plan, teacher: Llama, student: Llama) -> None:
     """One micro-batch of each stage."""
     for stage in plan.stages:
-        how, fit, T = plan.how(stage), plan.fit(stage), stage.T
+        how, fit = plan.how(stage), plan.fit(stage)
+        T = stage.T // fit.P
         how["recomputed"] = _of_two(fit.recomputed, plan.native.n_layer)
         how |= {"gathered": False, "dropout": 0.0}  # no other process is asked, no noise drawn
         if fit.tiles:
