@@ -1,8 +1,8 @@
-"""Kernels compiled while the teacher is loaded and the text tokenised.
+"""Kernels compiled while the teacher is loaded, the text tokenised and the table begun.
 
 What.  Triton compiles a kernel when it is first called. On a machine that never ran this program a
-7B run's first step waited 9 s for that (LOG.md, 2026-11-28). Loading and tokenising leave a core
-and the GPU to spare, so a thread compiles beside them.
+7B run's first step waited 9 s for that (LOG.md, 2026-11-28). All that comes before it leaves a
+core and the GPU to spare, so a thread compiles beside it.
 
 How.  By one micro-batch of each stage, of its own shapes, through two layers of zeros: every kernel
 is asked for as a step will ask for it, through the same code. Nothing of it is kept but what was

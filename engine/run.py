@@ -137,8 +137,6 @@ class Run:
     def begin(self, weights: dict[str, nn.Parameter], held_out) -> None:
         """weights: what learns, set to a resumed run's; held_out: evals/held_out.py's HeldOut."""
         self.weights, self.held_out = weights, held_out
-        if self.compiling:
-            self.compiling.result()
         if self.at.state:
             states.load(self.at.state, weights, None, 0)
         out, overlap = self.out, self.plan.overlap
@@ -182,6 +180,8 @@ class Run:
         if self.at.step:
             states.load(self.at.state, self.weights, optimiser, self.at.step)
         self.saver.reserve(self.weights)
+        if self.compiling:
+            self.compiling.result()
         print(f"{stage.name}: {step.why}")
         if self.world.main:
             self.watch.begin(self.at.stage, self.at.step)
