@@ -6,12 +6,13 @@
 #
 # On a CPU, stage 1 with its defaults:  runs/smollm2-135m.sh yarn-1   and   ... linear-1 --tokens1 262144
 #
-# ROW      linear, yarn, ntk             both stages with the program's defaults
+# ROW      linear, yarn, ntk             both stages with the program's defaults; linear's were 1.0M + 3.1M tokens until c62ff5e,
+#                                        today --tokens1 1048576 --tokens2 3145728, and so were control's
 #          control, control-yarn         the teacher trained like linear or yarn with nothing stretched, its blocks at most
 #                                        its own 8K: what the text and the 4-bit weights' repair are worth by themselves
 #          yarn-1                        stage 1 alone
 #          pretrain                      linear, stage 2 alone, with the tokens of both
-#          262144 ... 2097152            linear, this many tokens in each stage
+#          262144 ... 2097152            linear, this many tokens in each stage; the last is linear's default
 #          linear-1                      of that last row, stage 1 alone
 #          relations, kl                 as that last row; stage 1 with the relations alone (the paper's loss), or with
 #                                        the next-token KL alone
