@@ -399,9 +399,8 @@ def describe(
         )
     if student.rope.length > MEASURED * c.rope.length:
         lines.append(
-            f"warning     beyond {MEASURED} times the context little is measured: at 32 (yarn, "
-            "SmolLM2) short texts came back, but the loss rose past the length of stage 2's "
-            "blocks, which --length2 raises (runs/README.md)"
+            f"warning     beyond {MEASURED} times the context little is measured: SmolLM2 held to "
+            "the end of 16 times; at 32 its loss rose with what was read before (runs/README.md)"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")
