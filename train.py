@@ -178,10 +178,10 @@ PRESETS = {
         "batch1": 1,
         "batch2": 1,
         "length2": 4096,
-        "eval_blocks": 8,  # its steps are few, its blocks short
+        "eval_blocks": 4,  # its steps are few, its blocks short
     },
     "demo linear": {"tokens1": 380_000, "lr1": 2e-3, "tokens2": 270_000, "lr2": 1.5e-3},
-    "demo yarn": {"tokens1": 140_000, "lr1": 5e-4, "tokens2": 82_000, "lr2": 3e-4},
+    "demo yarn": {"tokens1": 115_000, "lr1": 1e-3, "tokens2": 65_600, "lr2": 4e-4},
     # The paper's own: adapters, 144 steps of 4 x 4096 tokens, relations alone
     "authors": {
         "lora_rank": 1024,

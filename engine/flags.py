@@ -108,7 +108,7 @@ def _how(add: Callable) -> None:
         type=whole,
         help="long held-out blocks for the table, and as many look-up documents of each length, up "
         "to 8; 0: no table (as many as cost a twentieth of the steps; where one costs more, a "
-        "block without look-ups; the demo 8)",
+        "block without look-ups; the demo 4)",
     )
 
 

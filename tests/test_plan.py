@@ -488,7 +488,7 @@ def test_what_the_table_costs_is_counted_where_it_reads(documents, tmp_path, tex
 
 
 def test_a_preset_says_how_much_its_table_reads_and_a_flag_wins():
-    assert flags.parse(["--device", "cpu"], "", train.PRESETS).eval_blocks == 8
+    assert flags.parse(["--device", "cpu"], "", train.PRESETS).eval_blocks == 4
     given = ["--device", "cpu", "--eval-blocks", "3"]
     assert flags.parse(given, "", train.PRESETS).eval_blocks == 3
     given = ["--device", "cpu", "--teacher", str(ROOT / "demo" / "teacher")]
