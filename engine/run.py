@@ -342,8 +342,8 @@ class Run:
     def end_stage(self, stage: Stage, student: Llama) -> None:
         """Its column of the table, and a state without moments: the next stage has a new Adam.
 
-        It is whole only with the column, and written while the next stage begins where one process
-        has memory for a copy.
+        It is whole only with the column. Where there is one process, and memory for a copy, it is
+        written while the next stage begins.
         """
         if self.world.main:
             self.watch.end()
