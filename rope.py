@@ -52,8 +52,8 @@ no slot that fast. They told neighbours apart; now they fill the slots that no p
 student starts nearer to yarn's, with linear's positions. On Qwen2.5-Coder-0.5B (1.0M + 3.1M tokens)
 it ended 1.7 % higher on short tasks, 0.01 nats higher at 256K, and retrieved less. Twice the tokens
 of stage 1 won as much and cost nothing of the long context: hence a flag, --move-pairs, for when
-training must be short. Moved by one shift all pairs that complete a turn within M0 cost 0.12 nats
-at 256K, as they reach angles that never came together in training (LOG.md, 2026-11-28).
+training must be short. With all pairs that complete a turn within M0 moved by one shift it lost
+0.12 nats at 256K: they reach angles that never came together in training (LOG.md, 2026-11-28).
 
 How it is applied.  Angles in float32; cos and sin, times the attention factor, are then cast to the
 activations' dtype. Pair k is (x_k, x_{k+D/2}), Hugging Face's half-split layout:

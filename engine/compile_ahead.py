@@ -6,7 +6,9 @@ core and the GPU to spare, so a thread compiles beside it.
 
 How.  By one micro-batch of each stage, of its own shapes, through two layers of zeros: every kernel
 is asked for as a step will ask for it, through the same code. Nothing of it is kept but what was
-compiled. Zeros take no random numbers, and no bits of the run depend on it.
+compiled. Zeros take no random numbers, and no bits of the run depend on it: layers that are
+computed again set torch's own generator back, but until the first step nothing else draws from it
+(adapters begin by one of their own, models.py).
 
 Limits.  On a GPU alone; on a CPU nothing is compiled. In tiles two of them stand for all. What
 several processes do together is left out, and so is the head, which has no kernel of ours.

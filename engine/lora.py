@@ -30,13 +30,19 @@ class LoraLinear(nn.Module):
     """A frozen Linear, borrowed as it is, plus the trainable product B A."""
 
     def __init__(
-        self, frozen: nn.Module, rank: int, alpha: float, dropout: float, device: torch.device
+        self,
+        frozen: nn.Module,
+        rank: int,
+        alpha: float,
+        dropout: float,
+        device: torch.device,
+        generator: torch.Generator | None = None,
     ):
         super().__init__()
         self.frozen = frozen  # model.Linear, or engine/quant.py's Packed
         self.lora_A = nn.Parameter(torch.empty(rank, frozen.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(frozen.out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5), generator=generator)
         self.scale, self.dropout = alpha / rank, dropout
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,9 +60,16 @@ class LoraLinear(nn.Module):
 
 
 def adapt(
-    student: Llama, trained: tuple[str, ...], rank: int, alpha: float, dropout: float
+    student: Llama,
+    trained: tuple[str, ...],
+    rank: int,
+    alpha: float,
+    dropout: float,
+    generator: torch.Generator | None = None,
 ) -> Llama:
     """Puts adapters on every projection of `student` whose name is in `trained`, in place.
+
+    generator: of their first numbers, on the student's device (None: torch's own).
 
     Raises ValueError for a rank outside 1 .. the model's width.
     """
@@ -72,11 +85,9 @@ def adapt(
         )
     for layer in student.model.layers:
         for name in trained:
-            setattr(
-                layer.self_attn,
-                name,
-                LoraLinear(getattr(layer.self_attn, name), rank, alpha, dropout, student.device),
-            )
+            frozen = getattr(layer.self_attn, name)
+            adapter = LoraLinear(frozen, rank, alpha, dropout, student.device, generator)
+            setattr(layer.self_attn, name, adapter)
     return student
 
 

@@ -27,8 +27,9 @@ def make_models(plan: Plan, world: World) -> tuple[Llama, Llama, list[Unit] | No
     if args.bits:
         quant.pack(teacher, student, plan.device)
     if args.lora_rank:
-        torch.manual_seed(args.seed)
-        lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout)
+        # Not torch's own, which a thread that computes layers again sets back (compile_ahead.py)
+        noise = torch.Generator(student.device).manual_seed(args.seed)
+        lora.adapt(student, TRAINED, args.lora_rank, args.lora_alpha, args.lora_dropout, noise)
     else:  # the copies start from the stored numbers, not from their rounding to plan.dtype
         stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
         for name, value in stored.items():

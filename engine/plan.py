@@ -163,7 +163,7 @@ def table_size(
     share of the steps' work).
 
     Where --eval-blocks is left out: as many of both, up to DOCUMENTS, as cost SHARE. Where one of
-    both costs more: one block, and no documents, whose eight questions would say little.
+    each costs more: one block, and no documents, whose eight questions would say little.
     """
 
     def forward(T: int) -> float:

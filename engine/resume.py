@@ -2,9 +2,9 @@
 one before.
 
 When.  A step ends with its line in metrics.jsonl. Every --save-minutes, on a stop, and when a stage
-is done, a state (states.py) is copied and written while the run goes on; a stage's is whole once
-the stage is measured. --resume cuts the log back to the step of the state that it takes. So a kill
-costs the steps since the last state that was whole, and a measurement that was not over.
+is done, a state (states.py) is copied and written while the run goes on; a stage's is whole only
+with what was measured after it. --resume cuts the log back to the step of the state that it takes.
+So a kill costs the steps since the last state that was whole, and what was measured since.
 
 Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
 step is one of its number, so weights, moments and the step's number are the whole state: a resumed
@@ -77,10 +77,10 @@ class StopRequest:
         return self.asked > 0
 
 
-def matters(args: argparse.Namespace, stages: list, blocks: int) -> dict:
+def matters(args: argparse.Namespace, stages: list, blocks: int | None) -> dict:
     """What decides the result, but for the contents of files: a resumed run must have the same.
 
-    blocks: that the table reads.
+    blocks: that the table reads, and look-ups with them; None: one, without.
     """
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "bits")
     keys += ("logit_weight", "authors_heads", "lookups", "move_pairs", "eval_blocks", "dtype")
@@ -134,9 +134,17 @@ def same_run(saved: dict, now: dict) -> None:
     changed = [k for k in known if saved.get(k) != now[k]]
     if changed:
         changes = "; ".join(f"{_flag(k)} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
+        tokens = ", ".join(_tokens(saved, k[:6]) for k in changed if "steps" in k and k in saved)
+        tokens = f" ({tokens})" if tokens else ""
         raise ValueError(
-            f"--resume: {changes}; give the old values, or start anew with another --out"
+            f"--resume: {changes}; give the old values{tokens}, or start anew with another --out"
         )
+
+
+def _tokens(saved: dict, stage: str) -> str:
+    """The flag that makes the steps of a stage those that were saved."""
+    n = saved[f"{stage} steps"] * saved[f"{stage} batch"] * saved[f"{stage} T"]
+    return f"--tokens{stage[-1]} {n}"
 
 
 def _flag(key: str) -> str:

@@ -65,7 +65,9 @@ class Run:
         if self.args.dry_run and not self.args.resume:
             return
         args, stages = self.args, self.plan.stages
-        self.depends = resume.matters(args, stages, self.plan.blocks)
+        # 0 where there is no table; None: one block without look-ups, as where the flag is left out
+        blocks = self.plan.blocks if self.plan.documents else args.eval_blocks
+        self.depends = resume.matters(args, stages, blocks)
         # 13 GB take a while: beside loading and tokenising
         self.digest = Job(resume.digest, args.teacher) if self.world.main else None
         if args.dry_run and self.digest:
@@ -98,17 +100,22 @@ class Run:
 
     def __exit__(self, kind, error, trace) -> None:
         self.head_start.stop()
-        # After a stage what was not measured is not saved. Several processes could not agree on it
-        # any more
-        if self.saver and self.measured and self.world.size == 1:
-            with contextlib.suppress(ValueError):
-                self.saver.finish()
+        self._finish_alone()
         self._folder_lock.__exit__(kind, error, trace)
         if self.world.size > 1 and lost(error):
             if self.stop_request and not self.world.main:  # torchrun ends all: that is no news
                 raise KeyboardInterrupt from None
             ended = f"another process of this run has ended{self.world.peers.kept}"
             raise ValueError(ended) from None
+
+    def _finish_alone(self) -> None:
+        """Waits for the state at work, if it is one: after a stage what was not measured is none.
+
+        Several processes could not agree on it any more.
+        """
+        if self.saver and self.measured and self.world.size == 1:
+            with contextlib.suppress(ValueError):
+                self.saver.finish()
 
     def read_text(self) -> data.Corpus:
         """The text, tokenised by the first process, once all else is known to be right."""
@@ -190,6 +197,7 @@ class Run:
                 yield
         except (MemoryError, RuntimeError) as e:
             if exits.ran_out(e):
+                self._finish_alone()  # else it could not be promised
                 raise plan.out_of_memory(stage, self.plan.device, self.saver.promise) from None
             raise
         step.close()
@@ -334,8 +342,8 @@ class Run:
     def end_stage(self, stage: Stage, student: Llama) -> None:
         """Its column of the table, and a state without moments: the next stage has a new Adam.
 
-        It is whole only with the column, and written while the next stage begins where one process
-        has memory for a copy.
+        It is whole only with the column. Where there is one process, and memory for a copy, it is
+        written while the next stage begins.
         """
         if self.world.main:
             self.watch.end()

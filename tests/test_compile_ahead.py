@@ -13,7 +13,7 @@ import torch
 from conftest import write_model
 
 import train
-from engine import flags, parallel
+from engine import flags, models, parallel
 from engine.compile_ahead import compile_ahead, make_models, take_steps
 from engine.plan import make_plan
 from engine.step import Step
@@ -63,6 +63,20 @@ def test_a_step_of_each_stage_is_taken_and_leaves_nothing(
     assert torch.equal(drawn, torch.get_rng_state())
     how = fit.get("recomputed", 0), "tiles" in fit
     assert taken == [("relation", 2, 65, *how), ("next token", 2, 65 if how[1] else 129, *how)]
+
+
+def test_adapters_begin_with_the_seeds_numbers_whatever_a_thread_draws(tmp_path, text_dir):
+    """torch's own generator is for all threads one, and recomputing sets it back."""
+    teacher = write_model(tmp_path / "teacher")
+    plan = plan_of(teacher, text_dir, tmp_path / "out", "--lora-rank", "2", "--seed", "3")
+    drawn = torch.get_rng_state()
+    _, student, _ = models.make_models(plan, parallel.World(plan.device))
+    assert torch.equal(drawn, torch.get_rng_state())
+    torch.manual_seed(3)
+    for name, p in student.named_parameters():
+        if name.endswith("lora_A"):
+            expected = torch.nn.init.kaiming_uniform_(torch.empty_like(p), a=5**0.5)
+            assert torch.equal(p, expected), name
 
 
 SEEN = """

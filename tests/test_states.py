@@ -433,6 +433,36 @@ measure, HeldOut.measure = HeldOut.measure, fail
     assert one == two
 
 
+@pytest.mark.parametrize("error", ["torch.OutOfMemoryError", "ValueError"])
+def test_what_ends_stage_2_at_once_waits_for_the_state_before_it(
+    whole, small, text_dir, tmp_path, error
+):
+    """It is written while stage 2 begins; where memory runs out, the sentence promises it."""
+    out = tmp_path / "out"
+    fail = (
+        SLOW.format(1).replace("> 2", "> 0")
+        + f"""
+import torch
+from engine.step import Step
+def fail(self, stage, *a):
+    if stage.objective == "next token":
+        raise {error}("CUDA out of memory")
+    return backward(self, stage, *a)
+backward, Step.backward = Step.backward, fail
+"""
+    )
+    args = arguments(small, text_dir, out)
+    run = shell(args, script=script(tmp_path / "train.py", fail))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2, errors
+    assert error == "ValueError" or errors.endswith(f"{states.GOES_ON}\n"), errors
+    assert states.latest(out / "state").name == "step-00000006-measured"
+    resumed = shell([*args, "--resume"])
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    same_result(whole, out)
+
+
 def test_a_damaged_state_does_not_count_as_one_of_the_two_that_stay(tmp_path, capsys):
     """It is later than those that the run writes that went on from the one before it."""
     weights, adam = trained()

@@ -310,6 +310,15 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     more = ["--tokens2", "5120", "--lookups", "0.5"]
     said = refused([*arguments(small, text_dir, copy), "--resume", "--dry-run", *more])
     assert "--lookups was 0.0 and is 0.5; the steps of stage2 (--tokens2) was 3 and is 10" in said
+    assert f"; give the old values (--tokens2 {STEPS2 * 512}), or start anew" in said
+
+
+def test_a_resumed_run_asks_the_table_for_the_same_look_ups(whole, small, text_dir):
+    """Left out, --eval-blocks is here one block without look-ups; 1 is one with them."""
+    args = arguments(small, text_dir, whole, "--resume", "--dry-run")
+    at = args.index("--eval-blocks")
+    said = refused(args[:at] + args[at + 2 :])
+    assert "--eval-blocks was 1 and is None; give the old values, or" in said
 
 
 def test_what_an_earlier_version_did_not_know_was_off():
