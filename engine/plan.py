@@ -459,7 +459,7 @@ def describe_pairs(pairs: list[int]) -> str:
     """How many slots start with another pair. pairs: of rope.pairs_by_slot."""
     moved = sum(pair != slot for slot, pair in enumerate(pairs))
     if not moved:
-        return "pairs       not moved, as each turns most nearly as under yarn where it is"
+        return "pairs       not moved: of all slots its own turns most nearly as yarn would have it"
     return (
         f"pairs       {moved} of {len(pairs)} slots start with another pair, which turns so under "
         "yarn or has no slot of its own; untrained is measured so"
