@@ -179,8 +179,10 @@ def pairs_by_slot(teacher: RopeConfig, student: RopeConfig) -> list[int]:
     slots = (slots - 1e-4).round().int().tolist()  # of neighbours half-way between, each the lower
     pair_of = {slot: pair for pair, slot in enumerate(slots) if slot >= 0}
     lost = [pair for pair, slot in enumerate(slots) if slot < 0]
-    assert len(pair_of) + len(lost) == D // 2
-    return [pair_of[slot] if slot in pair_of else lost.pop(0) for slot in range(D // 2)]
+    free = [slot for slot in range(D // 2) if slot not in pair_of]
+    assert len(free) == len(lost), "no two pairs have one slot"
+    pair_of |= dict(zip(free, lost, strict=True))
+    return [pair_of[slot] for slot in range(D // 2)]
 
 
 def rotation(

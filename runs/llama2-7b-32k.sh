@@ -10,7 +10,8 @@
 # Time     with random weights of its shape and --tokens1 1048576 --tokens2 3145728, the default then (bench/step.jsonl). On an H200
 #          (commit 502f661): 6m34s: start 16s, tokenising 6s, measuring 8s, steps 5m46s (10,980 and 12,790 tokens/s, 73 % of the
 #          product rate in both), saving 8s, export 9s; today's tokens take 13 s more by these rates. LOG.md says where the 47 s
-#          beside the steps went. On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %); a run at 6d64a37 had read
+#          beside the steps went.
+#          On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %); a run at 6d64a37 had read
 #          10,160 and 11,170, 67 and 63 %, when its machine was lost, at a third of stage 2.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
