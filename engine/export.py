@@ -36,6 +36,7 @@ def _export(run: Run, student: Llama, report) -> None:
         text = report.render(report.Scores(columns), run.about) if columns else ""
         try:
             _write_models(run, student, text)
+            run.saved_all()
         finally:  # what was measured stays, even where the export fails
             if columns:
                 report.write(run.out, columns, run.about, {"seconds": run.times.rows()})

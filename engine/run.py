@@ -12,10 +12,11 @@
 What must hold.  All processes take the same decisions: to stop, to save, to refuse a loss that is
 not finite (`agree`). All write a state's files; everything else rank 0 alone. Where models are cut
 over processes, all of them measure. A state is begun every --save-minutes, on a stop, and when a
-stage is done; one between stages is whole once the stage is measured, and holds weights alone, as
-the next stage begins with a new Adam. It is written while the run goes on (states.py), which waits
-for the copy, and for the state before where that is not whole yet. Beside the last stage's steps
-rank 0 begins the export (head_start.py), which gives way to states and stops.
+stage is done; one after a stage is whole once the stage is measured, and holds weights alone, as
+the next stage begins with a new Adam. It is written while the run goes on (states.py), into the
+next stage or beside the export, and the run waits for the copy alone, and for the state before
+where that is not whole yet. Beside the last stage's steps rank 0 begins the export (head_start.py),
+which gives way to states and stops.
 
 Limits.  One run per folder at a time (folder.py); what a kill costs stands in resume.py.
 """
@@ -178,7 +179,8 @@ class Run:
             if number == len(self.plan.stages) - 1 and self.world.main:
                 self.head_start.begin(self.args.teacher, self.plan.longer)
             yield self.plan.stages[number]
-        self.saver.release()  # an export may need it
+        if self.world.size > 1:
+            self.saver.release()  # an export may need it
 
     @contextlib.contextmanager
     def training(self, stage: Stage, optimiser: torch.optim.Optimizer, step):
@@ -343,18 +345,21 @@ class Run:
         """Its column of the table, and a state without moments: the next stage has a new Adam.
 
         It is whole only with the column. Where there is one process, and memory for a copy, it is
-        written while the next stage begins.
+        written while the next stage begins, or the export.
         """
-        if self.world.main:
-            self.watch.end()
         self.at.stage, self.at.step, self.measured = self.at.stage + 1, 0, False
         self.save(None)
-        self.measure(stage.name, student)  # while the weights are written
+        if self.world.main:
+            self.watch.end()  # while the weights are written, as what follows
+        self.measure(stage.name, student)
         self.measured = True
-        beside = self.at.stage < len(self.plan.stages) and self.plan.overlap
-        if not beside or self.world.size > 1:
-            with self.times("saving"):
-                self.saver.finish()
+        if not self.plan.overlap or self.world.size > 1:
+            self.saved_all()
+
+    def saved_all(self) -> None:
+        """The state at work, if there is one, is whole when this returns."""
+        with self.times("saving"):
+            self.saver.finish()
 
     def done(self) -> None:
         """The result is written."""

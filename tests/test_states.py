@@ -463,6 +463,67 @@ backward, Step.backward = Step.backward, fail
     same_result(whole, out)
 
 
+BESIDE = """
+def beside(*a):
+    written.append(0)
+    while len(written) == 2 and not {}:  # the state after the last stage
+        time.sleep(0.01)
+    {}
+    return write(*a)
+states.Saver._write = beside
+"""
+
+
+def test_the_last_state_is_written_beside_the_export(whole, small, text_dir, tmp_path):
+    """Here not before the student is there; the run ends when both are."""
+    out = tmp_path / "out"
+    late = BESIDE.format(f"os.path.exists({str(out / 'student')!r})", "")
+    run = shell(arguments(small, text_dir, out), script=script(tmp_path / "train.py", late))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    assert states.latest(out / "state").name == "step-00000009-measured"
+    same_result(whole, out)
+
+
+def test_an_export_that_fails_waits_for_the_state_beside_it(whole, small, text_dir, tmp_path):
+    out = tmp_path / "out"
+    fail = """
+from engine import export
+failed = []
+def fail(*a, **k):
+    failed.append(0)
+    raise ValueError("the export failed")
+export.checkpoint.write_pretrained = fail
+"""
+    args, late = arguments(small, text_dir, out), BESIDE.format("failed", "time.sleep(1)")
+    run = shell(args, script=script(tmp_path / "train.py", fail, late))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and "the export failed" in errors, errors
+    assert states.latest(out / "state").name == "step-00000009-measured"
+    resumed = shell([*args, "--resume"])
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    same_result(whole, out)
+
+
+def test_a_last_state_that_cannot_be_written_is_said_and_student_and_report_are_there(
+    whole, small, text_dir, tmp_path
+):
+    out = tmp_path / "out"
+    full = "if len(written) > 1: raise ValueError('cannot write the state')"
+    args = arguments(small, text_dir, out)
+    run = shell(args, script=script(tmp_path / "train.py", BESIDE.format("True", full)))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and errors.endswith("cannot write the state\n"), errors
+    assert states.latest(out / "state").name == "step-00000006-measured"
+    assert (out / "report.json").is_file()
+    same_result(whole, out)
+    resumed = shell([*args, "--resume"])
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    same_result(whole, out)
+
+
 def test_a_damaged_state_does_not_count_as_one_of_the_two_that_stay(tmp_path, capsys):
     """It is later than those that the run writes that went on from the one before it."""
     weights, adam = trained()
