@@ -100,7 +100,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernel_host import GROUP_BYTES, INTERPRETED, LOG2E, Loss, launch, row_numbers
+from kernel_host import GROUP_BYTES, INTERPRETED, LOG2E, Loss, constant, launch, row_numbers
 
 LN2 = gl.constexpr(math.log(2))
 # Product of an unseen pair: exp2 gives 0, and differences stay finite
@@ -746,7 +746,7 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def _chip_reason(device: torch.device) -> str | None:
     if device.type != "cuda" or INTERPRETED or not _is_hopper(device):
         return f"the Hopper kernel needs compute capability 9.0, and the tensors are on {device}"

@@ -28,13 +28,23 @@ GROUP_BYTES = 32 * 2**20
 SHARED_MEMORY = 99 * 2**10
 
 
+def constant(function):
+    """Marks a function whose result torch.compile may take for a constant.
+
+    As torch.compiler.assume_constant_result, which imports the compiler for it: seconds of every
+    start.
+    """
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.cache
 def _properties(device: torch.device) -> tuple[tuple[int, int], int]:
     shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     return torch.cuda.get_device_capability(device), shared
 
 
-@torch.compiler.assume_constant_result
+@constant
 def chip(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and bytes of shared memory a block can have; the interpreter plays an
     H200.

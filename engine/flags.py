@@ -107,8 +107,8 @@ def _how(add: Callable) -> None:
         "--eval-blocks",
         type=whole,
         help="long held-out blocks for the table, and as many look-up documents of each length, up "
-        "to 8; 0: no table (as many as cost a twentieth of the steps; where one of each costs "
-        "more, one block without look-ups; the demo 4)",
+        "to 8; 0: no table (as many as cost 4%% of the steps; where one of each costs more, one "
+        "block without look-ups; the demo 4)",
     )
 
 

@@ -11,9 +11,9 @@ set values in their first eighth and ask for them in their last, eight questions
 that the likeliest token is the value.
 
 How much.  eval.py reads eight long blocks and eight documents of each length. A training run's own
-table reads as many of both, up to eight, as cost a twentieth of its steps, and where one of each
-costs more, one block alone (engine/plan.py): its blocks need not be eval.py's, its documents are
-the first of eval.py's.
+table reads as many of both, up to eight, as cost 4 % of its steps, and where one of each costs
+more, one block alone (engine/plan.py): its blocks need not be eval.py's, its documents are the
+first of eval.py's.
 
 Limits.  Held-out text runs on across document borders. A standard error is over blocks or
 questions: how far other text would move a figure, not how far another training run would. Of eight

@@ -128,3 +128,10 @@ def test_making_a_model_without_memory_does_not_import_torchs_compiler(tiny_dir)
     command = [sys.executable, "-c", script, str(tiny_dir)]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     assert run.stdout.strip() == "False"
+
+
+def test_the_kernels_do_not_import_torchs_compiler():
+    script = "import kernel_glue, kernel_hopper, kernel_triton, sys; print('torch._dynamo' in sys.modules)"
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert run.stdout.strip() == "False"

@@ -329,6 +329,11 @@ def test_the_operators_keep_torch_librarys_rules():
     )
 
 
+def test_a_function_is_marked_constant_as_torchs_compiler_marks_it():
+    ours, theirs = (lambda: 0), (lambda: 0)
+    assert vars(kernel_host.constant(ours)) == vars(torch.compiler.assume_constant_result(theirs))
+
+
 def keep_losses(ctx, op, *arguments, **options):
     """A user's policy for selective checkpointing: what the losses' operators return is kept."""
     policy = torch.utils.checkpoint.CheckpointPolicy

@@ -446,7 +446,7 @@ def test_the_relation_loss_that_is_named_is_that_of_the_blocks_that_have_one():
 
 @pytest.mark.parametrize("scale", [1.5, 8.0])
 @pytest.mark.parametrize("steps", [1, 100, 600, 10**6])
-def test_the_table_reads_as_much_as_a_twentieth_of_the_steps_pays_for(steps, scale):
+def test_the_table_reads_as_much_as_its_share_of_the_steps_pays_for(steps, scale):
     c, stages = random_model(max_position_embeddings=64).config, [stage_of("relation and logits")]
     stages = [dataclasses.replace(s, steps=steps) for s in (*stages, stage_of("next token"))]
     args = argparse.Namespace(scale=scale, lora_rank=None, eval_blocks=None)
