@@ -348,7 +348,11 @@ def qwen_values() -> dict:
     curves, tried, untrained = {}, {kind: {} for kind in demo.KINDS}, {}
     for row in rows:
         known, name, arguments = row["figures"], row["row"].split()[0], row["arguments"]
-        if name.endswith("-long") or "--teacher-share" in row["row"] or "--move" in row["row"]:
+        if (
+            name.endswith("-long")
+            or name in ("relations", "pretrain")
+            or any(flag in row["row"] for flag in ("--teacher-share", "--move-pairs", "--tokens"))
+        ):
             continue
         kept = {k: round(100 * m[AVERAGE] / teacher, 2) for k, m in known.items()}
         kind = arguments["rope"]
@@ -358,7 +362,7 @@ def qwen_values() -> dict:
             untrained[kind] = kept["untrained"]
         whole = [p for p in row.get("loss by position", []) if p["window"] > 32768]
         for column in ("teacher", "untrained", "student"):
-            default = column != "student" or row["row"] in (name, "control 1M+3M")
+            default = column != "student" or row["row"] == name
             if whole and column in whole[0] and row["seed"] == 0 and default:
                 label = column if column == "teacher" else f"{name} {column}"
                 curves[label] = np.reshape(whole[0][column], (BINS, -1)).mean(1).round(4).tolist()

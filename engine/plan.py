@@ -400,7 +400,9 @@ def describe(
     if student.rope.length > MEASURED * c.rope.length:
         lines.append(
             f"warning     beyond {MEASURED} times the context little is measured: SmolLM2 held to "
-            "the end of 16 times; at 32 its loss rose with what was read before (runs/README.md)"
+            "the end of 16 times, and of 32 only with stage 2 in long blocks: --length2 "
+            f"{MEASURED * c.rope.length} --tokens2 {32 * MEASURED * c.rope.length} "
+            "(runs/README.md)"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")

@@ -320,7 +320,7 @@ def median(label: str, score: str) -> str:
     return shown(statistics.median_low(measured(label, score)))
 
 
-@pytest.mark.parametrize("page, rows", [("README.md", 5), ("runs/README.md", 57)])
+@pytest.mark.parametrize("page, rows", [("README.md", 5), ("runs/README.md", 56)])
 def test_the_tables_are_what_the_runs_measured(page, rows):
     """A cell is all runs' figures, or their median."""
     columns, checked = [], 0
@@ -356,7 +356,7 @@ def test_what_is_kept_of_teacher_and_control_is_what_the_runs_measured():
             )
             assert cell == (f"{value:.1f} [{low:.1f}, {high:.1f}]" if kept else ""), cells
             checked += 1
-    assert checked == 54
+    assert checked == 52
 
 
 def test_what_students_lack_of_a_control_is_what_the_runs_measured():
@@ -368,7 +368,7 @@ def test_what_students_lack_of_a_control_is_what_the_runs_measured():
             continue
         against, *cells = cells
         run = run_of(label)
-        control = against.strip("`").replace("control-yarn", "control")
+        control = against.strip("`").replace("control-yarn", "control").removesuffix(", 2M+2M")
         assert ("yarn" in against) == ("yarn" in label)
         less = run[f"less the {control}"]
         pairs = [*(less["by task"][task] for task in columns), (less["points"], less["error"])]
@@ -376,7 +376,7 @@ def test_what_students_lack_of_a_control_is_what_the_runs_measured():
         assert cells == [*(f"{points:+.1f} ({e:.1f})" for points, e in pairs), interval(kept)]
         assert run_of(f"{against}, seed {run['seed']}")["seed"] == run["seed"]
         checked += 1
-    assert checked == 10
+    assert checked == 8
 
 
 def test_students_and_controls_take_nothing_of_stage_2_from_the_teacher():
@@ -403,7 +403,7 @@ def test_the_losses_by_position_are_what_the_runs_measured():
             checked += 1
         elif not line.startswith("|"):
             columns = []
-    assert checked == 14
+    assert checked == 16
 
 
 def test_what_is_said_of_more_text_before_a_block_is_what_the_runs_measured():
@@ -479,7 +479,7 @@ def interval(kept: dict[str, float]) -> str:
     return f"{value} [{low}, {high}]"
 
 
-@pytest.mark.parametrize("column, rows", [("ppl 256K", 32), ("BoolQ", 48), ("windows of 256K", 20)])
+@pytest.mark.parametrize("column, rows", [("ppl 256K", 40), ("BoolQ", 56), ("windows of 256K", 26)])
 def test_qwens_tables_are_what_its_runs_measured(column, rows):
     found = list(qwen_rows(column))
     for cells in found:
@@ -536,50 +536,57 @@ def test_qwens_ruler_is_what_its_runs_measured():
 
 def test_what_is_said_of_qwens_aims_is_what_its_runs_measured():
     text = " ".join(qwen_section().split())
-    linear, again, shifted, other, moved = (
-        qwen_run({"": row})[0]
-        for row in (
-            "linear",
-            "yarn, trained again",
-            "linear 1M+3M moved by a shift",
-            "linear 1M+3M, seed 1",
-            "linear 1M+3M --move-pairs",
-        )
-    )
+    of = lambda row: qwen_run({"": row})[0]  # noqa: E731
+    kept = lambda run: run["retention"][FIVE]["kept"]["student"]  # noqa: E731
     seeds = {
-        row: [qwen_run({"": f"{row}{seed}"})[0] for seed in ("", ", seed 1", ", seed 2")]
-        for row in ("yarn", "linear 1M+3M")
+        row: [of(f"{row}{seed}") for seed in ("", ", seed 1", ", seed 2")]
+        for row in ("yarn", "linear", "linear 1M+3M")
     }
-    yarn = seeds["yarn"][0]
-    for run in (linear, yarn):
-        assert interval(run["retention"][FIVE]["kept"]["student"]) in text
-    kept = [
-        [f"{100 * run['retention'][FIVE]['kept']['student']['value']:.1f}" for run in runs]
-        for runs in (*seeds.values(), [linear])
-    ]
-    assert "yarn keeps {}, {} and {} % of the short tasks".format(*kept[0]) in text
-    assert "keep {} % instead of {}, {} and {}".format(*kept[2], *kept[1]) in text
-    gain = moved["retention"][FIVE]["kept"]["student"]["value"]
-    gain -= seeds["linear 1M+3M"][0]["retention"][FIVE]["kept"]["student"]["value"]
+    yarn, linear, before = seeds["yarn"][0], seeds["linear"][0], seeds["linear 1M+3M"][0]
+    longer = of("yarn --tokens2 2097152 --length2 65536 --native-blocks 4")
+    for run in (linear, yarn, longer):
+        assert interval(kept(run)) in text
+    each = {row: [f"{100 * kept(run)['value']:.1f}" for run in runs] for row, runs in seeds.items()}
+    assert "yarn keeps {}, {} and {} % of the short tasks".format(*each["yarn"]) in text
+    assert "linear {}, {} and {} %, nearly".format(*each["linear"]) in text
+    splits = (*each["linear"], *each["linear 1M+3M"])
+    assert "keep {}, {} and {} % instead of {}, {} and {}".format(*splits) in text
+    gain = kept(of("linear 1M+3M --move-pairs"))["value"] - kept(before)["value"]
     assert f"gave short tasks {100 * gain:.1f} %" in text
-    less = [run["mean of five less the control's"] for run in (*seeds["yarn"], linear)]
-    assert "yarn {:.2f}, {:.2f} and {:.2f} (".format(*(-d["points"] for d in less[:3])) in text
-    assert "(standard error {:.2f}, {:.2f}, {:.2f})".format(*(d["error"] for d in less[:3])) in text
-    assert f"linear {-less[3]['points']:.2f} ({less[3]['error']:.2f})" in text
-    assert all(abs(d["points"]) <= d["error"] for d in less)
+    alone = [f"{100 * kept(of(row))['value']:.1f}" for row in ("relations", "pretrain")]
+    assert (
+        "alone ends at {} %; stage 2 alone, with the tokens of both, at {}.".format(*alone) in text
+    )
+    less = [
+        run["mean of five less the control's"] for row in ("yarn", "linear") for run in seeds[row]
+    ]
+    points = [-d["points"] for d in less]
+    errors = [d["error"] for d in less]
+    assert "yarn {:.2f}, {:.2f} and {:.2f} (standard".format(*points[:3]) in text
+    assert "linear {:.2f}, {:.2f} and {:.2f} (".format(*points[3:]) in text
+    assert "(standard error {:.2f}, {:.2f}, {:.2f})".format(*errors[:3]) in text
+    assert "({:.2f}, {:.2f}, {:.2f}) | yarn met; linear by two".format(*errors[3:]) in text
+    within = [point <= error for point, error in zip(points, errors, strict=True)]
+    assert within == [True] * 5 + [False]
     windows = "loss in windows of 262144"
-    at_256k = [run["figures"]["student"][windows] for run in (yarn, linear)]
-    assert "yarn {:.2f}; linear {:.2f}".format(*at_256k) in text
-    teacher = qwen_run({"": "teacher"})[0]["figures"]["teacher"]
+    at = lambda run: run["figures"]["student"][windows]  # noqa: E731
+    assert f"yarn {at(yarn):.2f}; linear {at(linear):.2f}, three" in text
+    assert all(f"{at(run):.2f}" == f"{at(linear):.2f}" for run in seeds["linear"])
+    assert f"% and {at(longer):.2f} nats at 256K" in text
+    teacher = of("teacher")["figures"]["teacher"]
     native = teacher["loss in windows of 32768"]
-    assert f"the teacher's at 32K, {native:.2f}" in text and max(at_256k) <= native
-    costs = shifted["figures"]["student"][windows]
-    costs -= seeds["linear 1M+3M"][0]["figures"]["student"][windows]
-    assert f"they cost {costs:.2f} nats" in text
-    for run, far in ((yarn, "0.5 points below untrained yarn"), (linear, "at 256K 0.27 below")):
-        whole = run["mean of five less the untrained's"]["points"]
-        apart = -whole if run is yarn else teacher[windows] - at_256k[1]
-        assert far in text and re.search(r"0\.\d+", far)[0] == f"{apart:.{1 + (run is linear)}f}"
+    assert f"the teacher's at 32K, {native:.2f}" in text and max(at(yarn), at(linear)) <= native
+    moved = of("linear --move-pairs")
+    assert f"costs {at(moved) - at(linear):.2f} nats at 256K" in text
+    assert f"they cost {at(of('linear 1M+3M moved by a shift')) - at(before):.2f} nats" in text
+    assert f"at 256K {teacher[windows] - at(linear):.2f} below the teacher's own" in text
+    costs = -yarn["mean of five less the untrained's"]["points"]
+    assert f"{costs:.1f} points below untrained yarn" in text
+    lack = [
+        -run["mean of five less the teacher's"]["by task"]["lambada_openai"][0]
+        for run in seeds["linear"]
+    ]
+    assert "LAMBADA lacks {:.1f}, {:.1f} and {:.1f} points".format(*lack) in text
     (old,) = (r for r in QWEN if r["row"] == "yarn --lr1 2.2e-4 --lr2 1.1e-4" and "again" not in r)
     bins = [
         next(p[column] for p in run["loss by position"] if p["window"] == 262144)
@@ -587,15 +594,19 @@ def test_what_is_said_of_qwens_aims_is_what_its_runs_measured():
     ]
     assert len(bins[0]) == 64 and all(a < b for a, b in zip(*bins, strict=True))
     ruler = next(run["figures"]["teacher"] for run in QWEN if run["row"] == "teacher")
-    measured = [(yarn, 4096), (yarn, 32768), (again, 65536), (again, 131072)]
-    for run, length in (*measured, (other, 4096), (other, 32768)):
+    again = {row: of(f"{row}, trained again") for row in ("yarn", "linear")}
+    measured = [(yarn, 4096), (yarn, 32768), (again["yarn"], 65536), (again["yarn"], 131072)]
+    for run, length in (*measured, (again["linear"], 4096), (again["linear"], 32768)):
         name = f"RULER mean of 11 tasks at {length}"
         both = run["figures"]["student"], ruler
         apart = abs(both[0][name] - both[1][name])
         error = sum(m[f"{name}, standard error"] ** 2 for m in both) ** 0.5
         assert f"{100 * apart:.1f} ± {100 * error:.1f}" in text
-    far = again["figures"]["student"]["RULER mean of 11 tasks at 131072"]
+    far = again["yarn"]["figures"]["student"]["RULER mean of 11 tasks at 131072"]
     assert f"{far / ruler['RULER mean of 11 tasks at 32768']:.2f} of it" in text
+    near = "RULER mean of 11 tasks at 4096"
+    apart = again["linear"]["figures"]["student"][near] - moved["figures"]["student"][near]
+    assert f"{100 * apart:.1f} points of RULER at 4K" in text
 
 
 def test_the_readme_says_what_the_papers_loss_alone_gives():
