@@ -3,16 +3,15 @@
 #
 #     TEACHER=path/to/teacher DATA=path/to/text runs/llama2-7b-32k.sh [more flags of train.py]
 #
-# Needs    one GPU of 80 GB: stage 1 takes 51.6 GiB, stage 2 65.4. With 141 GB nothing is computed again: 67.1 and 85.0.
+# Needs    one GPU of 80 GB: stage 1 takes 51.6 GiB, stage 2 65.4. With 141 GB nothing is computed again: 67.1 and 84.9.
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, some 30 GiB each (the plan's).
 # Teacher  meta-llama/Llama-2-7b-hf, a Hugging Face directory of safetensors.
 # Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
-# Time     with random weights of its shape and --tokens1 1048576 --tokens2 3145728, the default then (bench/step.jsonl). On an H200
-#          (commit 502f661): 6m34s: start 16s, tokenising 6s, measuring 8s, steps 5m46s (10,980 and 12,790 tokens/s, 73 % of the
-#          product rate in both), saving 8s, export 9s; today's tokens take 13 s more by these rates. LOG.md says where the 47 s
-#          beside the steps went.
-#          On an H100 steps took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %); a run at 6d64a37 had read
-#          10,160 and 11,170, 67 and 63 %, when its machine was lost, at a third of stage 2.
+# Time     with random weights of its shape (bench/step.jsonl): on an H200 (commit 4f88ae9) 6m48s: start 16s, tokenising 7s,
+#          measuring 17s, steps 5m58s (11,050 and 12,880 tokens/s, 69 % of the product rate in both), saving 1s, export 10s. Since
+#          then the table leaves look-ups out here, 8 s, and the start is shorter: LOG.md says where the 50 s beside the steps went.
+#          On an H100 steps of 1.0M + 3.1M tokens took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %), by these rates
+#          today's take 6m24s; a run at 6d64a37 had read 10,160 and 11,170, 67 and 63 %, when its machine was lost.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.

@@ -3,14 +3,15 @@
 #
 #     TEACHER=path/to/teacher DATA=path/to/text runs/llama3-8b-32k.sh [more flags of train.py]
 #
-# Needs    one GPU of 80 GB: stage 1 took 49.5 GiB (commit 6d64a37), a step of stage 2 takes 65.5 (ea8a9fd).
+# Needs    one GPU of 80 GB: stage 1 took 49.5 GiB (commit 6d64a37), a step of stage 2 takes 65.5 (ea8a9fd). With 141 GB nothing is
+#          computed again: 63.5 and 81.7 (4f88ae9).
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 49 GiB each (the plan's).
 # Teacher  meta-llama/Meta-Llama-3-8B, a Hugging Face directory of safetensors.
 # Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
-# Time     on an H100, with random weights of its shape and --tokens1 262144 --tokens2 524288, a quarter and a sixth (6d64a37;
-#          bench/step.jsonl): 2m22s: start 8s, tokenising 5s, measuring 19s, steps 1m25s (10,300 and 8,870 tokens/s, 67 and
-#          50 % of the product rate), saving 8s, export 18s. Stage 2 went in tiles there; now 11 of 32 layers are computed again
-#          instead: 10,670 tokens/s, 61 % (ea8a9fd). So the whole, by these rates, takes some 7.5 minutes.
+# Time     with random weights of its shape and --tokens1 262144 --tokens2 524288, an eighth and a quarter (bench/step.jsonl), on an
+#          H200 (4f88ae9): 1m49s: start 17s, tokenising 5s, measuring 9s, steps 1m10s (10,370 and 11,960 tokens/s, 68 % of the
+#          product rate in both), saving 0s, export 8s. So the whole, by these rates, takes some 7 minutes. On an H100 10,300
+#          tokens/s in stage 1 (6d64a37, 67 %), 10,670 in stage 2, where 11 of 32 layers are computed again (ea8a9fd, 61 %).
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.

@@ -3,16 +3,16 @@
 #
 #     TEACHER=path/to/teacher DATA=path/to/text runs/mistral-7b-32k.sh [more flags of train.py]
 #
-# Needs    one GPU of 80 GB: stage 1 took 54.8 GiB, stage 2 no more (commit 6d64a37); now the plan says 66 for stage 2.
+# Needs    one GPU of 80 GB: stage 1 took 54.8 GiB, stage 2 no more (commit 6d64a37); now the plan says 66 for stage 2. With 141 GB
+#          nothing is computed again: 54.7 and 75.8 (4f88ae9).
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, up to 40 GiB each (the plan's).
 # Teacher  mistralai/Mistral-7B-v0.1, a copy whose config.json says "max_position_embeddings": 8192. As published it
 #          says 32768, with attention over a sliding window of 4096; scale 4 is meant on top of 8192.
 # Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
-# Time     on an H100, with random weights of its shape and --tokens1 262144 --tokens2 524288, a quarter and a sixth (6d64a37;
-#          bench/step.jsonl): 2m09s: start 8s, tokenising 4s, measuring 18s, steps 1m21s (11,100 and 9,200 tokens/s, 71 and
-#          52 % of the product rate), saving 0s, export 16s. So the whole, by these rates, takes some 8 minutes. Stage 2 went
-#          in tiles there; since then the plan computes some layers again instead, which was not measured on this shape: on
-#          LLaMA-3's it took a step of stage 2 from 1.85 to 1.54 s.
+# Time     with random weights of its shape and --tokens1 262144 --tokens2 524288, an eighth and a quarter (bench/step.jsonl), on an
+#          H200 (4f88ae9): 1m41s: start 14s, tokenising 7s, measuring 9s, steps 1m04s (11,610 and 12,760 tokens/s, 71 and 69 % of
+#          the product rate), saving 0s, export 7s. So the whole, by these rates, takes some 6.5 minutes. On an H100 (6d64a37)
+#          11,100 tokens/s in stage 1, 71 %; stage 2 went in tiles there, where now some layers are computed again: not measured.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the
 #          loss at 1x came back. The learning rate is train.py's rule, a guess at this width: compare two or three
 #          with --stage 1 --tokens1 500000 --lr1 ... before the whole run.

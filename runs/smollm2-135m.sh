@@ -28,9 +28,8 @@
 #          nearly everything, and nothing can be lost.
 # Scales   SCALE=16 and 32: to 131,072 and 262,144 tokens; loss by position is then also read to their end.
 # Columns  ALONE=1 leaves out those of the teacher and of the untrained student; CACHE: a folder of tokenised text to share.
-# Time     linear --relations qv with 1.0M + 3.1M tokens: 95 s, scores included, on an H100 (ea8a9fd;
-#          bench/step.jsonl): train.py 48, of which steps 43; eval.py 27; the rest is outside of their clocks. linear, likewise,
-#          twice at 6d64a37: 106 and 113 s.
+# Time     linear: 109 s, scores included, on an H200 (4f88ae9; bench/step.jsonl): train.py 67, of which steps 49; eval.py 31; the
+#          rest is outside of their clocks. On an H100, with 1.0M + 3.1M tokens, linear --relations qv took 95 (ea8a9fd).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TEACHER:?the directory of the teacher}" "${DATA:?a file or folder of text}" "${TASKS:?a folder of tasks}"
