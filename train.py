@@ -71,6 +71,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine import flags, parallel
+from engine.announce import announce
 from engine.cost import Stage
 from engine.export import export
 from engine.models import make_models
@@ -224,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
     """One run, from the command line to the exported directory; see the head of this file."""
     args = flags.parse(argv, __doc__, PRESETS)
     world = parallel.World(args.device)  # this process, or torchrun's many
-    plan = make_plan(args, world, defaults)  # printed; all that needs no text and no weights
+    plan = make_plan(args, world, defaults)  # all that needs no text and no weights
+    print(announce(plan))
     run = Run(plan, world)
     if args.dry_run:
         run.find()

@@ -1,6 +1,6 @@
 """The plan: what a run will do and need, and every reason to refuse it, before anything is loaded.
 
-    make_plan(args, world, defaults) -> Plan        made, checked and printed in one call
+    make_plan(args, world, defaults) -> Plan        made and checked; engine/announce.py says it
 
 Stages are data (cost.Stage): a name, an objective, a block length T, blocks per step, steps and a
 peak learning rate. `numbers` fills in what the user left out from train.py's `defaults`;
@@ -21,23 +21,21 @@ from pathlib import Path
 import torch
 
 from engine import cost, data, folder, quant
-from engine.cost import Stage, at_a_time, clock, flops, parameters, trained_parameters
+from engine.cost import Stage, at_a_time, flops, trained_parameters
 from engine.exits import OutOfMemory
 from engine.fit import ROOM, Fit, Machine, host_share, settle
 from engine.lookups import DOCUMENTS, LENGTHS
 from engine.machine import fix_order, keep_memory
 from engine.parallel import World
 from engine.sequence import blocks_per_process
-from hub import checkpoint, files, rope_json
+from hub import checkpoint, files
 from hub.tokenizer import Tokenizer, load_tokenizer
 from model import TRAINED, Llama, LlamaConfig, choose_glue
 from precision import choose_dtype
 from relation_kl import choose
 from rope import MULTIPLY, pairs_by_slot
 
-MEASURED = 8  # times the context, in runs/README.md, with every kind
 SHARE = 1 / 25  # of the steps' work, for the table
-FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,14 @@ class Plan:
     fits: list[Fit]  # of each stage
     device: torch.device
     dtype: torch.dtype  # of activations
-    impl: str  # of the relation loss
+    chosen: dict[str, tuple[str, str]]  # among implementations: of what, (which, why)
     peak: float  # flop/s of one device
+    processes: int
+    copy: int  # bytes of one process's part of a state
     overlap: bool  # a state is written while steps go on
     blocks: int  # long ones that the table reads
     documents: int  # look-up documents of each length that it reads
+    share: float  # what that costs, of the steps' work
     pairs: list[int] | None  # of the teacher, that the student's slots start with; None: their own
 
     @property
@@ -88,7 +89,7 @@ class Plan:
 
 
 def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Plan:
-    """The plan of these arguments, printed. defaults: train.py's. Nothing is written.
+    """The plan of these arguments. defaults: train.py's. Nothing is written.
 
     Raises ValueError for all that can be refused without text and weights.
     """
@@ -100,8 +101,7 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     native = LlamaConfig.from_hf(checkpoint.read_config(args.teacher))
     longer = native.extended(args.rope or rope_kind(native), args.scale)
     tokenizer = load_tokenizer(args.teacher)
-    number = numbers(args, native, longer, defaults)
-    stages = make_stages(args, native, number)
+    stages = make_stages(args, native, numbers(args, native, longer, defaults))
     check(args, native, longer, stages, world.size)
     if args.bits:
         quant.check(device)
@@ -125,35 +125,36 @@ def make_plan(args: argparse.Namespace, world: World, defaults: Callable) -> Pla
     )
     asked = 1 if args.lora_dropout else args.micro  # each block has its own noise
     fits = [settle(machine, stage, asked) for stage in stages]
-    print(describe(native, longer, stages, [fit.need for fit in fits], args.lora_rank))
-    print(describe_loss(args, stages, native.qkv_bias))
-    pairs = pairs_by_slot(native.rope, longer.rope) if args.move_pairs else None
-    if pairs:
-        print(describe_pairs(pairs))
-    print(f"compute: {str(dtype)[6:]}, because {why_dtype}")
-    which = "kernel_glue.py's kernels" if kernels else "PyTorch's operators"
-    print(f"between products: {which}, because {why_glue}")
-    if args.bits:
-        print("weights: the layers' matrices in 4 bits, in teacher and student alike; figures are "
-              "measured so, the export is made of the teacher's files")  # fmt: skip
-    print(f"bits: {describe_bits(device, args.deterministic)}")
-    impl, why_impl = relation_impl(
-        args, native, *relation_shape(args, stages[0], fits[0], world.size), dtype, device
-    )
-    print(f"relation loss: {impl}, because {why_impl}")
-    print(describe_time(native, stages, args.lora_rank, peak, world.size, args.peak_tflops))
-    for stage, fit in zip(stages, fits, strict=True):
-        print(f"{stage.name}      {fit.describe(native.n_layer)}")
+    shape = relation_shape(args, stages[0], fits[0], world.size)
+    chosen = {
+        "compute": (str(dtype)[6:], why_dtype),
+        "between products": (
+            "kernel_glue.py's kernels" if kernels else "PyTorch's operators",
+            why_glue,
+        ),
+        "relation loss": relation_impl(args, native, *shape, dtype, device),
+    }
     copy = 12 * trained_parameters(native, args.lora_rank) // world.size  # with Adam's moments
-    overlap = copy <= spare_on_host(machine, fits)
-    print(describe_saving(copy, overlap))
     blocks, documents, share = table_size(args, native, stages)
-    length, columns = round(native.rope.length * args.scale), 2 + len(stages)
-    print(describe_table(blocks, documents, length, columns, share))
     return Plan(
-        args, native, longer, tokenizer, stages, fits, device, dtype, impl, peak, overlap, blocks,
-        documents, pairs,
-    )  # fmt: skip
+        args,
+        native,
+        longer,
+        tokenizer,
+        stages,
+        fits,
+        device,
+        dtype,
+        chosen,
+        peak,
+        processes=world.size,
+        copy=copy,
+        overlap=copy <= spare_on_host(machine, fits),
+        blocks=blocks,
+        documents=documents,
+        share=share,
+        pairs=pairs_by_slot(native.rope, longer.rope) if args.move_pairs else None,
+    )
 
 
 def table_size(
@@ -371,161 +372,3 @@ def remedy(stage: Stage) -> str:
 
 def out_of_memory(stage: Stage, device: torch.device, promise: str = "") -> OutOfMemory:
     return OutOfMemory(f"{stage.name} ran out of memory on {device}: {remedy(stage)}{promise}")
-
-
-# ---- what is printed
-
-
-def describe(
-    c: LlamaConfig, student: LlamaConfig, stages: list[Stage], needs: list[dict], rank=None
-) -> str:
-    """What is printed before the run: positions old and new, parameters, stages, their memory."""
-    everything, _ = parameters(c)
-    lines = [f"{'':12}{'kind':>10}{'factor':>9}{'theta':>12}{'length':>10}"]
-    for name, config in (("teacher", c), ("student", student)):
-        r = config.rope
-        lines.append(f"{name:12}{r.kind:>10}{r.factor:>9g}{r.theta:>12g}{r.length:>10,}")
-    if doubt := rope_json.doubt(dict(c.source)):
-        lines.append(f"length      {doubt}")
-    if student.rope.kind == "linear":
-        lines.append(
-            "positions   linear is the paper's kind; "
-            "--rope yarn loses far less before training (README)"
-        )
-    if student.rope.kind == "dynamic":
-        lines.append(
-            "positions   dynamic is served by transformers and mlx-lm alone: "
-            "vLLM and llama.cpp read it otherwise"
-        )
-    if student.rope.length > MEASURED * c.rope.length:
-        lines.append(
-            f"warning     beyond {MEASURED} times the context little is measured: SmolLM2 held to "
-            "the end of 16 times, and of 32 only with stage 2 in long blocks: --length2 "
-            f"{MEASURED * c.rope.length} --tokens2 {32 * MEASURED * c.rope.length} "
-            "(runs/README.md)"
-        )
-    trained = trained_parameters(c, rank)
-    lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")
-    if c.window:
-        lines.append(
-            f"the teacher attends over a sliding window of {c.window:,}; "
-            "the student over its whole length"
-        )
-    for stage, need in zip(stages, needs, strict=True):
-        lines.append(
-            f"{stage.name}      {stage.objective}, "
-            f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
-            f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
-        )
-        if stage.teacher_share:
-            lines.append(
-                f"            {stage.teacher_share:.0%} of the target is the teacher's "
-                "distribution, as it can read so long a block"
-            )
-        if stage.steps < FEWEST_STEPS:
-            n = stage.name[-1]
-            lines.append(
-                f"warning     {stage.name} has {stage.steps} steps, and fewer than some "
-                f"{FEWEST_STEPS} rarely suffice: raise --tokens{n}, or lower --length{n} (now "
-                f"{stage.T:,}) or --batch{n} (now {stage.batch})"
-            )
-        if b := stage.auxiliary:
-            lines.append(
-                f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"
-            )
-        lines.append("            " + ", ".join(f"{k} {size(v)}" for k, v in need.items() if v))
-    return "\n".join(lines)
-
-
-def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -> str:
-    """The terms of stage 1's loss, with their weights, and the look-up documents among the text.
-
-    biases: the keys have some.
-    """
-    chosen = stages[0].relations
-    terms = [f"{r.upper()}/{r.upper()}" for r in "qkv" if r in chosen]
-    weight = "" if args.logit_weight == 1 else f"{args.logit_weight:g} x "
-    terms += [f"{weight}next-token KL"] if args.logit_weight else []
-    if not any(
-        s and s.objective == "relation" for stage in stages for s in (stage, stage.auxiliary)
-    ):
-        terms = ["next token"]
-    lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
-    preset = f" (--preset {args.preset})" if args.preset else ""
-    by_rule = biases and chosen == "qv" and args.relations is None and terms != ["next token"]
-    without = "; no K/K, as the keys have biases" if by_rule else ""
-    return f"loss        {' + '.join(terms)}{without}{lookups}{preset}"
-
-
-def describe_pairs(pairs: list[int]) -> str:
-    """How many slots start with another pair. pairs: of rope.pairs_by_slot."""
-    moved = sum(pair != slot for slot, pair in enumerate(pairs))
-    if not moved:
-        return "pairs       not moved: of all slots its own turns most nearly as yarn would have it"
-    return (
-        f"pairs       {moved} of {len(pairs)} slots start with another pair, which turns so under "
-        "yarn or has no slot of its own; untrained is measured so"
-    )
-
-
-def describe_bits(device: torch.device, deterministic: bool) -> str:
-    """Whether a second run has the same bits, and why."""
-    if device.type == "cpu":
-        return "the same every run, as always on a CPU"
-    if deterministic:
-        return "the same every run, because --deterministic has attention add in a fixed order"
-    return "not the same every run, as attention's backward adds in no order; --deterministic does"
-
-
-def describe_saving(copy: int, overlap: bool) -> str:
-    """How a state is written. copy: its bytes of one process."""
-    if overlap:
-        return f"saving      while steps go on, from a copy of {size(copy)} in the host's memory"
-    return f"saving      while steps wait, as the host has no room for a copy of {size(copy)}"
-
-
-def describe_table(blocks: int, documents: int, length: int, columns: int, share: float) -> str:
-    """How much the table reads. length: of its long blocks; share: what it costs beside steps."""
-    if not blocks:
-        return "table       none, as --eval-blocks is 0"
-    also = f"and {documents} look-up document{'s' * (documents > 1)} of each length"
-    if not documents:
-        also = "without look-ups, which would cost too much (--eval-blocks 1 for them)"
-    return (
-        f"table       {columns} columns, each of {blocks} x {length:,} tokens, whole and cut, "
-        f"{also}: {share:.0%} of the steps' work"
-    )
-
-
-def describe_text(corpus, stages: list[Stage]) -> str:
-    """How much text there is, and how often training reads it."""
-    read = sum(s.T * s.batch * s.steps for stage in stages for s in (stage, stage.auxiliary) if s)
-    return (
-        f"text: {len(corpus.train):,} tokens, of which training reads {read:,} "
-        f"({read / len(corpus.train):.2g} times the text); {len(corpus.held_out):,} held out"
-    )
-
-
-def size(b: float) -> str:
-    """1.5 GiB, 23 MiB, 4 KiB."""
-    for unit, n in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if b >= 2**n:
-            return f"{b / 2**n:.3g} {unit}"
-    return f"{b:.0f} B"
-
-
-def describe_time(
-    c: LlamaConfig, stages: list[Stage], rank, rate: float, processes: int, given: float | None
-) -> str:
-    """The work of each stage, and its time at half of `rate` flop/s on each process's device."""
-    lines = []
-    for stage in stages:
-        work = {k: v * stage.steps for k, v in flops(c, stage, rank).items()}
-        seconds = sum(work.values()) / (0.5 * rate * processes)
-        shares = ", ".join(f"{k} {v / sum(work.values()):.0%}" for k, v in work.items())
-        lines.append(
-            f"{stage.name}      {sum(work.values()):.3g} flop ({shares}); at half of the "
-            f"{'given' if given else 'measured'} {processes} x {rate / 1e12:.3g} TFLOP/s about "
-            f"{clock(seconds)}"
-        )
-    return "\n".join(lines)

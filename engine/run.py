@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import cost, data, exits, folder, plan, resume, states, watch
+from engine.announce import describe_text
 from engine.compile_ahead import compile_ahead
 from engine.cost import Stage
 from engine.head_start import HeadStart
@@ -138,7 +139,7 @@ class Run:
             )  # fmt: skip
         for note in self.corpus.notes:
             print(note)
-        print(plan.describe_text(self.corpus, stages))
+        print(describe_text(self.corpus, stages))
         self.lookups = Lookups(tokenizer, self.corpus.train) if args.lookups else None
         return self.corpus
 

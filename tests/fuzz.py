@@ -36,7 +36,7 @@ from conftest import write_model  # noqa: E402
 
 import rope  # noqa: E402
 import train  # noqa: E402
-from engine import data, fit, flags, folder, parallel, plan, states  # noqa: E402
+from engine import announce, data, fit, flags, folder, parallel, plan, states  # noqa: E402
 from hub import checkpoint, rope_json  # noqa: E402
 from hub.chats import Chats  # noqa: E402
 from hub.tokenizer import load_tokenizer  # noqa: E402
@@ -482,7 +482,7 @@ def flag_case(rng: random.Random, work: Path, base: Path) -> None:
     machine = fit.Machine(config, torch.float32, cpu, rank, False, 1, free=1 << 34, host=0)
     for stage in stages:
         need = fit.settle(machine, stage, args.micro).need
-        plan.describe(config, student, [stage], [need], rank)
+        announce.describe(config, student, [stage], [need], rank)
 
 
 KINDS = {

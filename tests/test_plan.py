@@ -24,7 +24,7 @@ import model as model_file
 import train
 from bench import prefill as bench_prefill
 from bench import step as bench_step
-from engine import cost, data, fit, flags, graph, lora, offload, parallel, plan, step
+from engine import announce, cost, data, fit, flags, graph, lora, offload, parallel, plan, step
 from engine import tiles as tiles_file
 from engine.run import Run
 from engine.tiles import Tiles
@@ -341,7 +341,9 @@ def test_the_defaults_make_sense_from_2k_to_128k(native, kind, gpu):
     number = train.defaults(config, config.extended(kind, 8), 0.02, gpu)
     steps = {n: number[f"tokens{n}"] / max(number[f"step{n}"], number[f"length{n}"]) for n in "12"}
     assert number["length1"] <= native and number["length2"] <= 8 * native
-    assert steps["1"] >= plan.FEWEST_STEPS and steps["2"] >= (plan.FEWEST_STEPS if gpu else 4)
+    assert steps["1"] >= announce.FEWEST_STEPS and steps["2"] >= (
+        announce.FEWEST_STEPS if gpu else 4
+    )
 
 
 @pytest.mark.parametrize("kind, share", [("linear", 1.0), ("yarn", 0.3)])
@@ -377,12 +379,14 @@ def test_relations_of_keys_with_biases_are_left_out_unless_asked_for(kind, given
     first, second = plan.make_stages(args, config, number)
     asked = {"--relations": "k", "--preset": "qkv"}[given[0]] if given else None
     assert first.relations == (asked or {"llama": "qkv", "qwen2": "qv"}[kind])
-    said = plan.describe_loss(args, [first, second], config.qkv_bias)
+    said = announce.describe_loss(args, [first, second], config.qkv_bias)
     assert ("K/K" in said.split(";")[0]) == ("k" in first.relations)
     assert ("as the keys have biases" in said) == (first.relations == "qv")
-    assert "K/K" not in plan.describe_loss(args, [second], config.qkv_bias), "stage 2 has none"
+    assert "K/K" not in announce.describe_loss(args, [second], config.qkv_bias), "stage 2 has none"
     args.relations = "qv"
-    said = plan.describe_loss(args, [dataclasses.replace(first, relations="qv")], config.qkv_bias)
+    said = announce.describe_loss(
+        args, [dataclasses.replace(first, relations="qv")], config.qkv_bias
+    )
     assert "as the keys" not in said, "who asked knows why"
 
 
@@ -413,7 +417,7 @@ def test_the_teacher_has_a_share_of_the_target_where_it_can_read_the_block(
     else:
         plan.check(args, config, student, stages, 1)
         assert stages[1].teacher_share == share and stages[0].teacher_share == 0
-        said = plan.describe(config, student, stages, [{}, {}])
+        said = announce.describe(config, student, stages, [{}, {}])
         assert ("of the target is the teacher's" in said) == (share > 0)
         text = cost.flops(config, dataclasses.replace(stages[1], teacher_share=0.0))
         whole = cost.flops(config, stages[1])
@@ -425,10 +429,10 @@ def test_the_teacher_has_a_share_of_the_target_where_it_can_read_the_block(
 def test_a_context_longer_than_was_measured_is_warned_of(kind):
     config = random_model().config
     for factor, warned in ((2, False), (8, False), (9, True), (64, True)):
-        text = plan.describe(config, config.extended(kind, factor), [], [])
+        text = announce.describe(config, config.extended(kind, factor), [], [])
         assert ("warning     beyond 8 times" in text) == warned
     twice = config.extended(kind, 8)
-    assert "warning" not in plan.describe(twice, twice.extended(kind, 8), [], [])
+    assert "warning" not in announce.describe(twice, twice.extended(kind, 8), [], [])
 
 
 def test_the_relation_loss_that_is_named_is_that_of_the_blocks_that_have_one():
@@ -493,9 +497,9 @@ def test_a_preset_says_how_much_its_table_reads_and_a_flag_wins():
     assert flags.parse(given, "", train.PRESETS).eval_blocks == 3
     given = ["--device", "cpu", "--teacher", str(ROOT / "demo" / "teacher")]
     assert flags.parse(given, "", train.PRESETS).eval_blocks is None
-    assert "none" in plan.describe_table(0, 0, 64, 4, 0.0)
-    assert "8 look-up documents" in plan.describe_table(20, 8, 64, 4, 0.3)
-    assert "without look-ups" in plan.describe_table(1, 0, 64, 4, 0.3)
+    assert "none" in announce.describe_table(0, 0, 64, 4, 0.0)
+    assert "8 look-up documents" in announce.describe_table(20, 8, 64, 4, 0.3)
+    assert "without look-ups" in announce.describe_table(1, 0, 64, 4, 0.3)
 
 
 @pytest.mark.parametrize("micro, dropout", [(None, 0.0), (1, 0.0), (3, 0.0), (3, 0.1)])
@@ -589,7 +593,9 @@ def test_a_step_is_recorded_where_launches_are_waited_for(name, T, blocks, stage
     one = cost.Stage(f"stage{stage}", objective, T, blocks, 1, 1e-3, stage == 1)
     fits = [fit.Fit(cost.at_a_time(one, None, blocks), 0, {})]
     args = flags.parse(["--device", "cpu"], "", train.PRESETS)
-    made = plan.Plan(args, c, c, None, [one], fits, None, bf16, "", 7.7e14, True, 0, 0, None)
+    known = {"chosen": {}, "peak": 7.7e14, "processes": 1, "copy": 0, "overlap": True, "blocks": 0}
+    known |= {"documents": 0, "share": 0.0, "pairs": None}
+    made = plan.Plan(args, c, c, None, [one], fits, None, bf16, **known)
     seconds = made.how(one)["seconds"]
     assert graph.wanted(torch.device("cuda"), 0, False, False, 0.0, seconds=seconds)[0] == recorded
 
@@ -597,9 +603,9 @@ def test_a_step_is_recorded_where_launches_are_waited_for(name, T, blocks, stage
 def test_a_stage_of_few_steps_is_warned_of():
     config = random_model().config
     student = config.extended("linear", 8)
-    for steps, warns in ((plan.FEWEST_STEPS - 1, True), (plan.FEWEST_STEPS, False)):
+    for steps, warns in ((announce.FEWEST_STEPS - 1, True), (announce.FEWEST_STEPS, False)):
         stage = cost.Stage("stage2", "next token", 64, 2, steps, 1e-3)
-        text = plan.describe(config, student, [stage], [{}])
+        text = announce.describe(config, student, [stage], [{}])
         assert (f"stage2 has {steps} steps" in text and "--tokens2" in text) == warns
 
 

@@ -17,7 +17,7 @@ from conftest import ROOT, random_model, write_model
 from safetensors.torch import load_file
 from test_train import arguments, finished, same_result, shell
 
-from engine import cost, exits, fit, folder, plan, run, states
+from engine import announce, cost, exits, fit, folder, plan, run, states
 from engine.folder import Folder
 from engine.parallel import World
 from model import TRAINED
@@ -151,10 +151,11 @@ def test_without_room_on_the_host_steps_wait():
     gpu = fit.Machine(c, torch.float32, torch.device("cuda", 0), None, False, 1, free=0, host=5000)
     tiled = [*fits, fit.Fit(1, False, {}, fit.Tiles(on_gpu=0, host=4000))]
     assert plan.spare_on_host(gpu, tiled) == 1000
-    assert "while steps wait, as the host has no room for a copy of 2 KiB" in plan.describe_saving(
-        2048, False
+    assert (
+        "while steps wait, as the host has no room for a copy of 2 KiB"
+        in announce.describe_saving(2048, False)
     )
-    assert "from a copy of 2 KiB in the host's memory" in plan.describe_saving(2048, True)
+    assert "from a copy of 2 KiB in the host's memory" in announce.describe_saving(2048, True)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
