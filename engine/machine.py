@@ -31,7 +31,8 @@ _TRIM, _MMAP = -1, -3
 def fix_order() -> None:
     """From here on a GPU gives the same bits every run; before anything is computed on it."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS adds by its workspace
-    torch.use_deterministic_algorithms(True)
+    # As use_deterministic_algorithms(True), which imports torch's compiler to tell it, too
+    torch.set_deterministic_debug_mode("error")
     torch.utils.deterministic.fill_uninitialized_memory = False  # of use for debugging alone
     torch.backends.cuda.enable_mem_efficient_sdp(False)  # has no fixed order, nor has cuDNN's;
     torch.backends.cuda.enable_cudnn_sdp(False)  # what flash does not take is left to products

@@ -130,8 +130,17 @@ def test_making_a_model_without_memory_does_not_import_torchs_compiler(tiny_dir)
     assert run.stdout.strip() == "False"
 
 
-def test_the_kernels_do_not_import_torchs_compiler():
-    script = "import kernel_glue, kernel_hopper, kernel_triton, sys; print('torch._dynamo' in sys.modules)"
-    command = [sys.executable, "-c", script]
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import kernel_glue, kernel_hopper, kernel_triton",
+        "from engine import machine; machine.fix_order()\n"
+        "assert __import__('torch').are_deterministic_algorithms_enabled()",
+    ],
+    ids=["the kernels", "--deterministic"],
+)
+def test_what_comes_before_the_first_step_does_not_import_torchs_compiler(code):
+    seen = "import sys; print({'torch._dynamo', 'torch._inductor'} & set(sys.modules))"
+    command = [sys.executable, "-c", f"{code}\n{seen}"]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-    assert run.stdout.strip() == "False"
+    assert run.stdout.strip() == "set()"
