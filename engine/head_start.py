@@ -4,7 +4,8 @@ What.  An export is the teacher's frozen tensors and the trained q, k and v: of 
 GB, 10.3 are frozen. They are known before training begins, and an export waits for the disk (0.9
 GB/s). So a thread writes them, from the teacher's files, to their places in the files of the export
 (hub/shards.py). At the end the export writes what is not there yet. Then all is read back and
-compared with the teacher's files and the model, whoever wrote it.
+compared, whoever wrote it: with the model, and with the teacher's files where the model holds what
+they store in another dtype.
 
 Who goes first.  The thread computes nothing and leaves the GPU alone. It writes PIECE bytes, has
 them synced, looks whether it is to stop, and goes on: so a stop waits for one piece, and a state

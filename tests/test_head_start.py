@@ -93,6 +93,33 @@ def test_nothing_but_what_is_trained_is_written_at_the_end(out, student, teacher
     assert len(names) == len(set(names))
 
 
+def test_what_the_model_holds_as_it_is_stored_is_not_read_from_the_teacher_again(
+    out, teacher, monkeypatch
+):
+    exact = Llama.from_pretrained(teacher)
+    student = make_student(exact, exact.config.extended("yarn", 8))
+    early, laid_out, read = HeadStart(out), checkpoint.laid_out, []
+    early.begin(teacher, student.config)
+    early.job.result()
+
+    class Seen(dict):
+        def __getitem__(self, name):
+            read.append(name)
+            return super().__getitem__(name)
+
+    def seen(*a, **k):
+        like, stored = laid_out(*a, **k)
+        kinds = {name: t.dtype for name, t in stored.items()}
+        assert all(like[name].dtype == kind for name, kind in kinds.items())
+        return like, Seen(stored)
+
+    monkeypatch.setattr(checkpoint, "laid_out", seen)
+    path = finish(out, student, teacher, early)
+    assert not read
+    found = dict(Llama.from_pretrained(path).named_parameters())
+    assert all(torch.equal(p, found[n]) for n, p in student.named_parameters())
+
+
 @pytest.mark.parametrize("replaced", [False, True], ids=["in place", "by another file"])
 @pytest.mark.parametrize("of", ["the first", "the altered"])
 def test_a_teacher_that_changes_after_it_was_written_is_caught(out, student, teacher, replaced, of):
