@@ -33,8 +33,9 @@ def make_models(plan: Plan, world: World) -> tuple[Llama, Llama, list[Unit] | No
     else:  # the copies start from the stored numbers, not from their rounding to plan.dtype
         stored = checkpoint.read_tensors(args.teacher, list(trainable(student)))
         for name, value in stored.items():
-            held = student.get_parameter(name).data
-            held.copy_(value.to(held.device))  # as it is stored: half the bytes
+            if value.dtype != plan.dtype:
+                held = student.get_parameter(name).data
+                held.copy_(value.to(held.device))
     if plan.pairs:
         move_pairs(student, plan.pairs)
     units = parallel.shard(teacher, student, world, plan.dtype) if args.shard else None
