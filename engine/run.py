@@ -190,12 +190,12 @@ class Run:
         if self.at.step:
             states.load(self.at.state, self.weights, optimiser, self.at.step)
         self.saver.reserve(self.weights)
-        if self.compiling:
-            self.compiling.result()
         print(f"{stage.name}: {step.why}")
         if self.world.main:
             self.watch.begin(self.at.stage, self.at.step)
         try:
+            if self.compiling:
+                self.compiling.result()
             with self.times("steps"):
                 yield
         except (MemoryError, RuntimeError) as e:

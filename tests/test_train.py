@@ -450,11 +450,17 @@ def test_a_non_finite_gradient_names_its_weight(small, text_dir, tmp_path, monke
     assert "stage1, step 1, in the gradient of model.layers.1.self_attn.k_proj.weight: loss" in said
 
 
-def test_out_of_memory_names_the_flags_that_help(small, text_dir, tmp_path, monkeypatch, signals):
+@pytest.mark.parametrize("compiling", [False, True], ids=["in a step", "while compiling ahead"])
+def test_out_of_memory_names_the_flags_that_help(
+    small, text_dir, tmp_path, monkeypatch, signals, compiling
+):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setitem(train.PLAIN, "relation", full)
+    if compiling:
+        monkeypatch.setattr("engine.run.compile_ahead", lambda plan: states.Job(full))
+    else:
+        monkeypatch.setitem(train.PLAIN, "relation", full)
     said = refused(quick(small, text_dir, tmp_path))
     assert said.startswith("stage1 ran out of memory on cpu") and "\n" not in said
     assert all(flag in said for flag in ("--length1", "--micro", "--lora-rank", "--shard"))
