@@ -20,7 +20,7 @@ from engine.plan import Plan
 from hub import rope_json
 from model import TRAINED, LlamaConfig
 
-MEASURED = 8  # times the context, in runs/README.md, with every kind
+MEASURED = 8  # times the context, in runs/README.md, with linear, yarn and ntk
 FEWEST_STEPS = 30  # below, the warm-up and the way down leave hardly a step at the full rate
 
 
@@ -73,12 +73,14 @@ def describe(
             "positions   dynamic is served by transformers and mlx-lm alone: "
             "vLLM and llama.cpp read it otherwise"
         )
-    if student.rope.length > MEASURED * c.rope.length:
+    times = student.rope.length / c.rope.length
+    if times > MEASURED:
+        longer = (
+            f"; of 32 yarn did, with stage 2 in long blocks: --length2 {MEASURED * c.rope.length}"
+        )
         lines.append(
             f"warning     beyond {MEASURED} times the context little is measured: SmolLM2 held to "
-            "the end of 16 times, and of 32 only with stage 2 in long blocks: --length2 "
-            f"{MEASURED * c.rope.length} --tokens2 {32 * MEASURED * c.rope.length} "
-            "(runs/README.md)"
+            f"the end of 16 times{longer if times > 16 else ''} (runs/README.md)"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")

@@ -18,6 +18,7 @@
 #          read whole, and in windows of 32K. Without it, or without RULER, that part is left out.
 # RULER    its word lists and essays (evals/ruler_data.py says where they are had). AT: "LENGTH:SAMPLES ..." to ask for.
 # Columns  ALONE=1 leaves out those of the teacher and of the untrained student; CACHE: a folder of tokenised text to share.
+# Flags    runs go to OUT/ROW-SEED, whatever their flags: give a row with flags an OUT of its own.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${TEACHER:?the directory of the teacher}"
@@ -56,7 +57,7 @@ if [[ $parts == *long* && -n ${LONG:-} ]]; then
     $python eval.py --model "$model" "${against[@]}" "${text[@]}" --lengths "$native" --blocks 24 --out "$run-native"
 fi
 if [[ $parts == *ruler* && -n ${RULER:-} ]]; then
-    for at in ${AT:-4096:20 32768:8 65536:4 131072:4}; do
+    for at in ${AT:-4096:20 32768:5 65536:4 131072:4}; do
         $python eval.py --model "$model" --no-text --ruler --ruler-data "$RULER" --lengths "${at%:*}" --samples "${at#*:}" \
             --predictions --out "$run-ruler-${at%:*}"
     done

@@ -28,6 +28,7 @@
 #          nearly everything, and nothing can be lost.
 # Scales   SCALE=16 and 32: to 131,072 and 262,144 tokens; loss by position is then also read to their end.
 # Columns  ALONE=1 leaves out those of the teacher and of the untrained student; CACHE: a folder of tokenised text to share.
+# Flags    runs go to OUT/ROW-SEED, whatever their flags: give a row with flags an OUT of its own.
 # Time     linear: 109 s, scores included, on an H200 (4f88ae9; bench/step.jsonl): train.py 67, of which steps 49; eval.py 31; the
 #          rest is outside of their clocks. On an H100, with 1.0M + 3.1M tokens, linear --relations qv took 95 (ea8a9fd).
 set -euo pipefail

@@ -431,6 +431,7 @@ def test_a_context_longer_than_was_measured_is_warned_of(kind):
     for factor, warned in ((2, False), (8, False), (9, True), (64, True)):
         text = announce.describe(config, config.extended(kind, factor), [], [])
         assert ("warning     beyond 8 times" in text) == warned
+        assert (f"--length2 {8 * config.rope.length} (" in text) == (factor > 16)
     twice = config.extended(kind, 8)
     assert "warning" not in announce.describe(twice, twice.extended(kind, 8), [], [])
 
