@@ -6,6 +6,9 @@ line on where the time went, and the command that measures the student.
 student/ is a Hugging Face directory. Its frozen tensors are there already where the head start got
 so far (head_start.py); the rest is written, and all of it read back, before it takes its name.
 
+The state after the last stage is written meanwhile, or before, where the head start gave way for
+want of room; the run ends when both are there.
+
 Limits.  Where the export fails, as on a full disk, the report is written all the same: what was
 measured stays.
 """
@@ -16,7 +19,6 @@ import shlex
 from engine import lora, parallel
 from engine.head_start import how
 from engine.run import Run
-from engine.states import GOES_ON
 from hub import checkpoint, download, files
 from hub.card import licence_of, model_card
 from model import TRAINED, Llama
@@ -32,11 +34,14 @@ def export(run: Run, student: Llama, report) -> None:
 
 def _export(run: Run, student: Llama, report) -> None:
     plan, args, columns = run.plan, run.args, run.at.columns
-    with files.disk_sentences(args.out, GOES_ON):
+    with files.disk_sentences(args.out, run.promise):
         text = report.render(report.Scores(columns), run.about) if columns else ""
         try:
+            run.head_start.stop()
+            if run.head_start.work is None:  # it gave way: there may be no room for both
+                run.saved_all()
             _write_models(run, student, text)
-            run.saved_all()
+            _save(run)
         finally:  # what was measured stays, even where the export fails
             if columns:
                 report.write(run.out, columns, run.about, {"seconds": run.times.rows()})
@@ -50,6 +55,16 @@ def _export(run: Run, student: Llama, report) -> None:
     text += ["--text-field", args.text_field] if args.text_field else []
     command = ["python", "eval.py", "--model", at, "--against", args.teacher, *text]
     print(f"  {shlex.join(map(str, command))}")
+
+
+def _save(run: Run) -> None:
+    """The state that was written beside the models is whole, or a sentence says what is."""
+    try:
+        run.saved_all()
+    except ValueError as e:
+        student = run.args.out / "student"
+        said = f"{student} is whole, and the state after its last step not: {e}"
+        raise ValueError(said) from None
 
 
 def _write_models(run: Run, student: Llama, scores: str) -> None:

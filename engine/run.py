@@ -12,7 +12,7 @@
 What must hold.  All processes take the same decisions: to stop, to save, to refuse a loss that is
 not finite (`agree`). All write a state's files; everything else rank 0 alone. Where models are cut
 over processes, all of them measure. A state is begun every --save-minutes, on a stop, and when a
-stage is done; one after a stage is whole once the stage is measured, and holds weights alone, as
+stage is done; one after a stage is not whole before that is measured, and holds weights alone, as
 the next stage begins with a new Adam. It is written while the run goes on (states.py), into the
 next stage or beside the export, and the run waits for the copy alone, and for the state before
 where that is not whole yet. Beside the last stage's steps rank 0 begins the export (head_start.py),
@@ -119,6 +119,11 @@ class Run:
             with contextlib.suppress(ValueError):
                 self.saver.finish()
 
+    def promise(self) -> str:
+        """The end of a sentence that ends the run, once the state at work is whole or is none."""
+        self._finish_alone()
+        return self.saver.promise()
+
     def read_text(self) -> data.Corpus:
         """The text, tokenised by the first process, once all else is known to be right."""
         args, stages, tokenizer = self.args, self.plan.stages, self.plan.tokenizer
@@ -200,8 +205,7 @@ class Run:
                 yield
         except (MemoryError, RuntimeError) as e:
             if exits.ran_out(e):
-                self._finish_alone()  # else it could not be promised
-                raise plan.out_of_memory(stage, self.plan.device, self.saver.promise) from None
+                raise plan.out_of_memory(stage, self.plan.device, self.promise()) from None
             raise
         step.close()
         self.times.first_step(self.stage_began)
@@ -349,12 +353,14 @@ class Run:
         written while the next stage begins, or the export.
         """
         self.at.stage, self.at.step, self.measured = self.at.stage + 1, 0, False
-        self.save(None)
         if self.world.main:
-            self.watch.end()  # while the weights are written, as what follows
-        self.measure(stage.name, student)
+            self.watch.end()
+        self.save(None)
+        self.measure(stage.name, student)  # while the weights are written, as what follows
         self.measured = True
-        if not self.plan.overlap or self.world.size > 1:
+        if self.world.main:
+            self.watch.draw()
+        if not self.plan.overlap or self.world.size > 1 or self.saver.written():
             self.saved_all()
 
     def saved_all(self) -> None:

@@ -1,7 +1,7 @@
 """A state: what a run needs to go on, written by all processes while steps go on, read by any
 number of them.
 
-On disk.  state/step-N/, or between stages step-N-measured/, holds a file rank<r>.safetensors of
+On disk.  state/step-N/, or after a stage step-N-measured/, holds a file rank<r>.safetensors of
 each of the processes that wrote it, and state.json: stage and step, the figures so far, what the
 run depends on, the name of each file with its checksums. Of every tensor, process r holds the r-th
 of as many slices of rows: those that it works on with --shard, an equal share of the copy that each
@@ -189,9 +189,8 @@ class Saver:
     def _keep(self, last: Progress | None) -> None:
         """last: what the newest whole state knows."""
         self.last = last
-        self.world.peers.kept = self.promise or "; no state was saved yet, so start again"
+        self.world.peers.kept = self.promise() or "; no state was saved yet, so start again"
 
-    @property
     def promise(self) -> str:
         """The end of a sentence that ends a run."""
         return GOES_ON if self.last else ""
@@ -293,6 +292,10 @@ class Saver:
     def writing(self) -> bool:
         """Is this process's file not written yet?"""
         return self.job is not None and not self.job.over.is_set()
+
+    def written(self) -> bool:
+        """Is it written, and only its name missing?"""
+        return self.job is not None and self.job.over.is_set() and not self.job.error
 
     def finish(self, seconds: float | None = None) -> bool:
         """Waits for the state at work, up to so many seconds; whether none is left.

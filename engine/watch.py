@@ -198,7 +198,6 @@ class Watch:
     def end(self) -> None:
         """The stage is over."""
         self.bar.close()
-        self.draw()
 
     def draw(self, patience: float = 0.0) -> None:
         """Draws curves.png anew, unless it was drawn within the last `patience` seconds."""

@@ -27,7 +27,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -317,8 +317,9 @@ def json_lines(file: Path, row: str = "") -> Iterator[tuple[int, dict]]:
 
 
 @contextlib.contextmanager
-def disk_sentences(folder: Path, promise: str = ""):
-    """A full, read-only or failing disk becomes a ValueError of one sentence and `promise`.
+def disk_sentences(folder: Path, promise: Callable[[], str] = str):
+    """A full, read-only or failing disk becomes a ValueError of one sentence and what `promise`,
+    asked only then, returns.
 
     An error that names a file outside `folder` is of reading, and left as it is.
     """
@@ -328,12 +329,12 @@ def disk_sentences(folder: Path, promise: str = ""):
         code = re.search(r"os error (\d+)", str(e))  # how safetensors' writer says it
         if not code:
             raise
-        raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder) + promise) from None
+        raise ValueError(disk_sentence(OSError(int(code[1]), str(e)), folder) + promise()) from None
     except OSError as e:
         name = e.filename2 or e.filename  # a copy names what it reads, then what it writes
         if e.errno not in _DISK or not _within(name, folder):
             raise
-        raise ValueError(disk_sentence(e, folder) + promise) from None
+        raise ValueError(disk_sentence(e, folder) + promise()) from None
 
 
 def _within(name, folder: Path) -> bool:

@@ -304,6 +304,32 @@ states.Saver._write = full
     same_result(whole, out)
 
 
+def test_where_it_gave_way_the_last_state_is_whole_before_the_export(
+    whole, small, text_dir, tmp_path
+):
+    """The disk may not hold both and the state that the last one replaces."""
+    out = tmp_path / "out"
+    look = f"""
+from engine import export
+def look(*a, **k):
+    print("there:", sorted(os.listdir({str(out / "state")!r})), flush=True)
+    return write_pretrained(*a, **k)
+write_pretrained = export.checkpoint.write_pretrained
+export.checkpoint.write_pretrained = look
+def late(*a):
+    time.sleep(1)
+    return write(*a)
+states.Saver._write = late
+"""
+    run = shell(
+        arguments(small, text_dir, out),
+        script=script(tmp_path / "train.py", SLOW.format(FULL), look),
+    )
+    said, errors = run.communicate(timeout=60)
+    assert run.returncode == 0 and "'step-00000009-measured']" in said, (said, errors)
+    same_result(whole, out)
+
+
 def test_a_run_with_no_step_left_exports(whole, small, text_dir, tmp_path):
     out = tmp_path / "out"
     run = shell([*arguments(small, text_dir, out), "--save-minutes", "0"])

@@ -516,10 +516,79 @@ def test_a_last_state_that_cannot_be_written_is_said_and_student_and_report_are_
     run = shell(args, script=script(tmp_path / "train.py", BESIDE.format("True", full)))
     _, errors = run.communicate(timeout=60)
     assert run.returncode == 2 and errors.endswith("cannot write the state\n"), errors
+    assert f"{out / 'student'} is whole, and the state after its last step not: " in errors
     assert states.latest(out / "state").name == "step-00000006-measured"
     assert (out / "report.json").is_file()
     same_result(whole, out)
     resumed = shell([*args, "--resume"])
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    same_result(whole, out)
+
+
+def test_where_neither_the_only_state_nor_the_export_could_be_written_none_is_promised(
+    small, text_dir, tmp_path
+):
+    out = tmp_path / "out"
+    full = """
+def full(*a):
+    raise OSError(errno.ENOSPC, "full")
+states.files.write_at = full
+"""
+    args = [*arguments(small, text_dir, out), "--stage", "1"]
+    run = shell(args, script=script(tmp_path / "train.py", full))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and "cannot write to" in errors, errors
+    assert errors.endswith(" MiB free)\n") and not (out / "state").exists()
+
+
+def test_a_state_that_is_written_when_its_stage_is_measured_has_its_name_before_the_export(
+    whole, small, text_dir, tmp_path
+):
+    """So that a kill in the export costs no step."""
+    out = tmp_path / "out"
+    wait = """
+from engine import export
+measure = run.Run.measure
+def slow(*a):
+    time.sleep(1)
+    measure(*a)
+def wait(*a, **k):
+    print("exporting", flush=True)
+    time.sleep(600)
+run.Run.measure, export.checkpoint.write_pretrained = slow, wait
+"""
+    killed = shell(arguments(small, text_dir, out), script=script(tmp_path / "train.py", wait))
+    until(killed, "exporting")
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    assert states.latest(out / "state").name == "step-00000009-measured"
+    resumed = shell([*arguments(small, text_dir, out), "--resume"])
+    _, errors = resumed.communicate()
+    assert resumed.returncode == 0, errors
+    same_result(whole, out)
+
+
+def test_curves_that_cannot_be_drawn_cost_no_state(whole, small, text_dir, tmp_path):
+    """As where the state that is being written fills the disk."""
+    out = tmp_path / "out"
+    fail = """
+from engine import watch
+def fail(*a):
+    if written:
+        raise OSError(errno.ENOSPC, "full")
+    return draw(*a)
+def count(*a):
+    written.append(0)
+    time.sleep(0.5)
+    return write(*a)
+draw, watch.curves.picture, states.Saver._write = watch.curves.picture, fail, count
+"""
+    run = shell(arguments(small, text_dir, out), script=script(tmp_path / "train.py", fail))
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and "cannot write to" in errors, errors
+    assert states.latest(out / "state").name == "step-00000006-measured"
+    resumed = shell([*arguments(small, text_dir, out), "--resume"])
     _, errors = resumed.communicate()
     assert resumed.returncode == 0, errors
     same_result(whole, out)
