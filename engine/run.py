@@ -286,8 +286,7 @@ class Run:
         if self.saving and not self.stopping and self._finish_unless_stopped():
             self.save(self.optimiser)
             self.saved = time.monotonic()
-            if self.world.main:
-                self.watch.draw(patience=60)
+            self._draw(patience=60)
             if not self.plan.overlap:
                 self._finish_unless_stopped()
 
@@ -316,8 +315,8 @@ class Run:
         if whole and not (last and last.total == self.at.total):  # else it was this step's already
             self.save(self.optimiser)
             whole = self._finish_in_time()
-        if self.world.main and whole:  # else there is no time
-            self.watch.draw(patience=60)
+        if whole:  # else there is no time
+            self._draw(patience=60)
         self.saver.abandon()
         print(f"\n{self._stopped(whole)}", flush=True)
         self.out.close()
@@ -358,10 +357,15 @@ class Run:
         self.save(None)
         self.measure(stage.name, student)  # while the weights are written, as what follows
         self.measured = True
-        if self.world.main:
-            self.watch.draw()
+        self._draw()
         if not self.plan.overlap or self.world.size > 1 or self.saver.written():
             self.saved_all()
+
+    def _draw(self, patience: float = 0.0) -> None:
+        """The picture of the log, which goes with a state."""
+        if self.world.main:
+            with self.times("saving"):
+                self.watch.draw(patience)
 
     def saved_all(self) -> None:
         """The state at work, if there is one, is whole when this returns."""

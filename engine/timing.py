@@ -5,7 +5,7 @@
     print(times)                        2m00s: start 12s (10%), steps 1m40s (83%), saving 8s (7%)
 
 A stage's first step compiles kernels and records graphs: `first_step` moves what it took beyond an
-ordinary one to "start".
+ordinary one to "start". Curves are drawn with states: "saving".
 
 Limits.  Wall clock of the first process, from its first import (exits.BEGAN) to the printed line;
 a resumed run counts from its resumption.
