@@ -93,6 +93,7 @@ def _write_models(run: Run, student: Llama, scores: str) -> None:
         tokenizer_from=args.teacher,
         card=card,
         written=written,
+        then=run.name_written,
         **how(args.teacher),
     )
     out.publish(work, "student")

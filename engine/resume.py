@@ -4,8 +4,9 @@ one before.
 When.  A step ends with its line in metrics.jsonl. Every --save-minutes, on a stop, and when a stage
 is done, a state (states.py) is copied and written while the run goes on; a stage's is whole only
 with what was measured after it, and the last stage's, where writing it takes longer than that, only
-when the export is there. --resume cuts the log back to the step of the state that it takes. So a
-kill costs the steps since the last state that was whole, and what was measured since.
+when the export is written, or read back at the latest. --resume cuts the log back to the step of
+the state that it takes. So a kill costs the steps since the last state that was whole, and what was
+measured since.
 
 Why that is enough.  The k-th block of a run is a function of (seed, k) (data.py) and the noise of a
 step is one of its number, so weights, moments and the step's number are the whole state: a resumed

@@ -358,7 +358,8 @@ class Run:
         self.measure(stage.name, student)  # while the weights are written, as what follows
         self.measured = True
         self._draw()
-        if not self.plan.overlap or self.world.size > 1 or self.saver.written():
+        self.name_written()
+        if not self.plan.overlap or self.world.size > 1:
             self.saved_all()
 
     def _draw(self, patience: float = 0.0) -> None:
@@ -366,6 +367,14 @@ class Run:
         if self.world.main:
             with self.times("saving"):
                 self.watch.draw(patience)
+
+    def name_written(self) -> None:
+        """A state that is written gets its name, so that a kill costs no step; none is waited for.
+
+        Of one process: several could not agree on it.
+        """
+        if self.world.size == 1 and self.saver.written():
+            self.saved_all()
 
     def saved_all(self) -> None:
         """The state at work, if there is one, is whole when this returns."""

@@ -376,8 +376,9 @@ def write_pretrained(
     frozen_from: Path | None = None,
     trained: tuple[str, ...] = (),
     written: Set[str] = frozenset(),
+    then: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fills the folder `work`, reads it back and compares logits before it returns.
+    """Fills the folder `work`, calls `then`, reads it back and compares logits before it returns.
 
     dtype None keeps each tensor's own; tokenizer_from: a directory whose tokenizer files are copied
     byte for byte. frozen_from: a directory whose own bytes replace every tensor but those of the
@@ -403,6 +404,7 @@ def write_pretrained(
         (work / "README.md").write_text(card, encoding="utf-8")
     with Shards(work, like, shard_bytes) as shards, ThreadPoolExecutor() as syncing:
         synced = _write_shards(shards, meant, syncing, written)
+        then()
         # While the last ones are synced
         _check_written(model, work, meant, stored.keys(), frozen_from)
         for shard in synced:

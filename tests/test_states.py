@@ -542,22 +542,32 @@ states.files.write_at = full
     assert errors.endswith(" MiB free)\n") and not (out / "state").exists()
 
 
-def test_a_state_that_is_written_when_its_stage_is_measured_has_its_name_before_the_export(
-    whole, small, text_dir, tmp_path
+@pytest.mark.parametrize("until_when", ["measured", "the models are written"])
+def test_a_state_that_is_written_has_its_name_before_the_export_is_read_back(
+    whole, small, text_dir, tmp_path, until_when
 ):
     """So that a kill in the export costs no step."""
     out = tmp_path / "out"
     wait = """
 from engine import export
-measure = run.Run.measure
+checkpoint, measure, shards = export.checkpoint, run.Run.measure, export.checkpoint._write_shards
 def slow(*a):
     time.sleep(1)
-    measure(*a)
+    return a[0](*a[1:])
+def late(*a):
+    time.sleep(1)
+    return write(*a)
 def wait(*a, **k):
     print("exporting", flush=True)
     time.sleep(600)
-run.Run.measure, export.checkpoint.write_pretrained = slow, wait
 """
+    wait += {
+        "measured": "run.Run.measure = lambda *a: slow(measure, *a)\n"
+        "checkpoint.write_pretrained = wait\n",
+        "the models are written": "states.Saver._write = late\n"
+        "checkpoint._write_shards = lambda *a: slow(slow, shards, *a)\n"
+        "checkpoint._check_written = wait\n",
+    }[until_when]
     killed = shell(arguments(small, text_dir, out), script=script(tmp_path / "train.py", wait))
     until(killed, "exporting")
     killed.send_signal(signal.SIGKILL)
