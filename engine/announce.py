@@ -75,12 +75,11 @@ def describe(
         )
     times = student.rope.length / c.rope.length
     if times > MEASURED:
-        longer = (
-            f"; of 32 yarn did, with stage 2 in long blocks: --length2 {MEASURED * c.rope.length}"
-        )
+        blocks = MEASURED * c.rope.length
+        of_32 = f"; of 32 yarn did, with stage 2 in long blocks: --length2 {blocks}"
         lines.append(
             f"warning     beyond {MEASURED} times the context little is measured: SmolLM2 held to "
-            f"the end of 16 times{longer if times > 16 else ''} (runs/README.md)"
+            f"the end of 16 times{of_32 if times > 16 else ''} (runs/README.md)"
         )
     trained = trained_parameters(c, rank)
     lines.append(f"parameters  {everything:,} in all, {trained:,} trained ({', '.join(TRAINED)})")

@@ -185,7 +185,7 @@ class Run:
             if number == len(self.plan.stages) - 1 and self.world.main:
                 self.head_start.begin(self.args.teacher, self.plan.longer)
             yield self.plan.stages[number]
-        if self.world.size > 1:
+        if self.saver.job is None:
             self.saver.release()  # an export may need it
 
     @contextlib.contextmanager
@@ -253,8 +253,7 @@ class Run:
         asked = bool(self.stop_request), due, self.saver.writing()
         self.stopping, self.saving, writing = self.figures.agree(self.world, *asked)
         if not writing:  # on any process
-            with self.times("saving"):
-                self.saver.finish()
+            self.saved_all()
         try:
             watch.refuse_non_finite(
                 self.world,
