@@ -10,6 +10,7 @@
 #                                        the repair of the weights, which had been rounded, are worth by themselves
 #          relations                     as linear; stage 1 by the relations alone: the paper's loss
 #          pretrain                      linear, stage 2 alone, with the tokens of both
+#          untrained, untrained-yarn     the teacher's weights under linear's or yarn's positions (one step at a rate of 1e-12)
 #          teacher                       not trained; PARTS may be ruler alone
 # Teacher  Qwen2.5-Coder-0.5B-Instruct, a Hugging Face directory of safetensors.
 # Text     some eight million tokens: ordinary English, and code.
@@ -35,6 +36,8 @@ case $row in
     control-yarn) kind=yarn scale=1.000001 ;;
     relations) flags=(--logit-weight 0 --relations qkv) ;;
     pretrain) flags=(--stage 2 --tokens2 4194304 --teacher-share 0) ;;
+    untrained) flags=(--stage 1 --tokens1 1024 --lr1 1e-12) ;;
+    untrained-yarn) kind=yarn flags=(--stage 1 --tokens1 1024 --lr1 1e-12) ;;
     teacher) parts=${parts/train/} ;;
     *) echo "qwen25-0.5b.sh: no row $row; the head of this file lists them" >&2 && exit 2 ;;
 esac
