@@ -201,7 +201,6 @@ PRESETS = {
         "logit_weight": 1.0,  # of the next-token KL
         "native_blocks": 0,  # SmolLM2 lost by them
         "lookups": 0.0,
-        "repeats": 0.0,
         "authors_heads": False,
         "lora_dropout": 0.0,
     },

@@ -73,6 +73,8 @@ SHOWN = {
 WHICH = {"1": "stage 1 alone", "both": "both stages"}  # of train.py's --stage
 AVERAGE = "average accuracy of five"
 BINS = 16  # of a curve up to 262,144 tokens
+# Flags of rows that are not compared by their rate alone
+OTHERS = ("--teacher-share", "--move-pairs", "--tokens", "--length1", "--repeats")
 QWEN_ROWS = {
     "teacher": "teacher",
     "linear student": "linear",
@@ -351,7 +353,7 @@ def qwen_values() -> dict:
         if (
             name.endswith("-long")
             or name in ("relations", "pretrain")
-            or any(flag in row["row"] for flag in ("--teacher-share", "--move-pairs", "--tokens"))
+            or any(flag in row["row"] for flag in OTHERS)
         ):
             continue
         kept = {k: round(100 * m[AVERAGE] / teacher, 2) for k, m in known.items()}

@@ -115,7 +115,7 @@ def describe(
 
 
 def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -> str:
-    """The terms of stage 1's loss, with their weights, and what is mixed into the text.
+    """The terms of stage 1's loss, with their weights, and the look-up documents among the text.
 
     biases: the keys have some.
     """
@@ -128,7 +128,6 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -
     ):
         terms = ["next token"]
     lookups = f"; {args.lookups:.0%} of the blocks are look-up documents" if args.lookups else ""
-    lookups += f"; {args.repeats:.1%} of each block repeats what was before" if args.repeats else ""
     preset = f" (--preset {args.preset})" if args.preset else ""
     by_rule = biases and chosen == "qv" and args.relations is None and terms != ["next token"]
     without = "; no K/K, as the keys have biases" if by_rule else ""

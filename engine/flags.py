@@ -79,11 +79,6 @@ def _how(add: Callable) -> None:
         help="share of blocks that are look-up documents (0; the demo 0.25)",
     )
     add(
-        "--repeats",
-        type=share,
-        help="share of each block's tokens that repeat an earlier passage of it (0)",
-    )
-    add(
         "--move-pairs",
         action="store_true",
         help="with linear: start each slot of q and k with the rotary pair that yarn would have "

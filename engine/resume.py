@@ -85,8 +85,7 @@ def matters(args: argparse.Namespace, stages: list, blocks: int | None) -> dict:
     blocks: that the table reads, and look-ups with them; None: one, without.
     """
     keys = ("scale", "rope", "stage", "seed", "lora_rank", "lora_alpha", "lora_dropout", "bits")
-    keys += ("logit_weight", "authors_heads", "lookups", "repeats", "move_pairs")
-    keys += ("eval_blocks", "dtype")
+    keys += ("logit_weight", "authors_heads", "lookups", "move_pairs", "eval_blocks", "dtype")
     out = {k: blocks if k == "eval_blocks" else getattr(args, k) for k in keys}
     out["relations"] = stages[0].relations
     for s in stages:

@@ -38,7 +38,6 @@ from engine.lookups import Lookups
 from engine.machine import versions
 from engine.parallel import World, lost
 from engine.plan import Plan
-from engine.repeats import repeat
 from engine.sequence import processes_per_block
 from engine.states import Job, Saver
 from engine.timing import Times
@@ -235,7 +234,6 @@ class Run:
             first = n * part.batch + world.rank // shared * per_rank
             seed = data.seed_of(args.seed, self.at.stage, part is stage.auxiliary)
             ids = self.corpus.batch(seed, first, per_rank, part.T)  # [per_rank, T + 1]
-            ids = repeat(ids, seed, first, args.repeats)
             ids = self.lookups.mix(ids, seed, first, args.lookups) if self.lookups else ids
             ids = ids.to(self.plan.device)
             asked = args.micro if part is stage.auxiliary else self.plan.fit(stage).micro

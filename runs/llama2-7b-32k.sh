@@ -7,9 +7,8 @@
 #          GPUS=4 uses four; SHARD=1 beside it cuts the models over them, some 30 GiB each (the plan's).
 # Teacher  meta-llama/Llama-2-7b-hf, a Hugging Face directory of safetensors.
 # Text     20 million tokens or more of long documents; 2.1 million are read in each stage.
-# Time     with random weights of its shape (bench/step.jsonl): on an H200 (commit 4f88ae9) 6m48s: start 16s, tokenising 7s,
-#          measuring 17s, steps 5m58s (11,050 and 12,880 tokens/s, 69 % of the product rate in both), saving 1s, export 10s. Since
-#          then the table leaves look-ups out here, 8 s; LOG.md says where the 50 s beside the steps went.
+# Time     with random weights of its shape (bench/step.jsonl): on an H200 (commit 22d919a) 6m37s: start 13s, tokenising 5s,
+#          measuring 10s, steps 6m01s (10,980 and 12,760 tokens/s, 70 and 69 % of the product rate), saving 2s, export 7s.
 #          On an H100 steps of 1.0M + 3.1M tokens took 6m23s (d39d6b1: 10,480 and 11,370 tokens/s, 66 and 61 %);
 #          a run at 6d64a37 had read 10,160 and 11,170, 67 and 63 %, when its machine was lost.
 # Expect   not measured. curves.png should show all three relations falling in every layer; report.md what share of the

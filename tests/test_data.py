@@ -18,7 +18,6 @@ from conftest import ROOT, TEACHER
 
 from engine import data, default_text
 from engine.lookups import PAIRS, Lookups
-from engine.repeats import passages, repeat
 from hub.tokenizer import load_tokenizer
 
 
@@ -237,28 +236,6 @@ def test_bad_tokenizers_are_named(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=said):
         load_tokenizer(tmp_path)
-
-
-def test_repeated_passages_say_again_what_stood_before():
-    for T, share in ((128, 0.25), (512, 0.125), (16_384, 0.125), (3001, 0.9)):
-        plain = torch.arange(6 * (T + 1)).view(6, T + 1)  # every token its own
-        mixed = repeat(plain.clone(), 3, 10, share)
-        assert torch.equal(mixed[2:4], repeat(plain[2:4].clone(), 3, 12, share))
-        assert not torch.equal(mixed, repeat(plain.clone(), 4, 10, share))
-        for row, block in zip(mixed, plain, strict=True):
-            copies = (row != block).nonzero().flatten()
-            assert (row[copies] < block[copies]).all()  # of an earlier place
-            where = row - block[0]
-            assert torch.equal(row[where], row)  # which still says so
-            rng = np.random.default_rng([3, 10 + int(block[0]) // (T + 1), 1])
-            made = passages(rng, T + 1, share)
-            assert all(16 <= m <= min(512, (T + 1) // 8) for _, _, m in made)
-            asked = share * (T + 1)
-            assert asked <= sum(m for *_, m in made) < asked + (T + 1) // 8
-            assert len(copies) <= sum(m for *_, m in made)
-    short = torch.arange(127)[None]
-    assert torch.equal(short, repeat(short.clone(), 3, 0, 0.5))
-    assert torch.equal(plain, repeat(plain.clone(), 3, 0, 0.0))
 
 
 def test_mixed_lookups_are_a_function_of_seed_and_number(tokenizer):

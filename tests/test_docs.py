@@ -462,13 +462,12 @@ def qwen_run(cells: dict[str, str]) -> tuple[dict, str]:
         return found[0], model
     rates = [(f, cells.get(f"`{f}`")) for f in ("--lr1", "--lr2")]  # of the earlier defaults
     row = label + "".join(f" {flag} {rate}" for flag, rate in rates if rate)
-    seed = int(which.removeprefix("seed ")) if which.startswith("seed") else 0
+    seed = int(which.split(",")[0][5:]) if which.startswith("seed") else 0
+    again = which[which.index("trained") :] if "trained" in which else ""
     found = [
         run
         for run in QWEN
-        if run["row"] == row
-        and run["seed"] == seed
-        and run.get("again", False) == (which == "trained again")
+        if run["row"] == row and run["seed"] == seed and run.get("again", "") == again
     ]
     assert len(found) == 1, cells
     return found[0], "student"
@@ -479,7 +478,7 @@ def interval(kept: dict[str, float]) -> str:
     return f"{value} [{low}, {high}]"
 
 
-@pytest.mark.parametrize("column, rows", [("ppl 256K", 40), ("BoolQ", 56), ("windows of 256K", 26)])
+@pytest.mark.parametrize("column, rows", [("ppl 256K", 40), ("BoolQ", 56), ("windows of 256K", 28)])
 def test_qwens_tables_are_what_its_runs_measured(column, rows):
     found = list(qwen_rows(column))
     for cells in found:
@@ -520,18 +519,42 @@ def test_what_qwen_kept_is_what_its_runs_measured():
             assert cells["% kept of the teacher"] == f"{share:.1f}"
 
 
+def qwens_ruler(label: str, name: str) -> dict[str, float]:
+    """The figures of the one of a row's trainings that has this one."""
+    row, _, seed = label.replace("`", "").partition(", seed ")
+    found = [
+        figures
+        for run in QWEN
+        for figures in run["figures"].values()
+        if run["row"] == row and run["seed"] == int(seed or 0) and name in figures
+    ]
+    assert len(found) <= 1, (label, name)
+    return found[0] if found else {}
+
+
 def test_qwens_ruler_is_what_its_runs_measured():
-    teacher = next(run["figures"]["teacher"] for run in QWEN if run["row"] == "teacher")
-    found = list(qwen_rows("teacher, 128K"))
-    for cells in found:
-        for column, cell in list(cells.items())[1:]:
-            row, length = column.replace("`", "").rsplit(", ", 1)
-            figures = teacher if row == "teacher" else qwen_run({"": row})[0]["figures"]["student"]
-            task = cells[""].replace("mean of the 11", "mean of 11 tasks")
-            name = f"RULER {task} at {1024 * int(length[:-1])}"
-            error = f" ± {100 * figures[f'{name}, standard error']:.1f}" if "mean" in name else ""
-            assert cell == f"{100 * figures[name]:.1f}{error}"
-    assert len(found) == 12
+    means = list(qwen_rows("at 128K"))
+    found = [
+        (column.rsplit(", ", 1)[0], cells[""], column.rsplit(", ", 1)[1], cell)
+        for cells in qwen_rows("teacher, 128K")
+        for column, cell in list(cells.items())[1:]
+    ]
+    found += [
+        (cells[""], "mean of the 11", length.removeprefix("at "), cell)
+        for cells in means
+        for length, cell in list(cells.items())[1:]
+    ]
+    for row, task, length, cell in found:
+        task = task.replace("mean of the 11", "mean of 11 tasks")
+        name = f"RULER {task} at {1024 * int(length[:-1])}"
+        figures = qwens_ruler(row, name)
+        error = (
+            f" ± {100 * figures[f'{name}, standard error']:.1f}"
+            if "mean" in name and figures
+            else ""
+        )
+        assert cell == (f"{100 * figures[name]:.1f}{error}" if figures else ""), (row, name)
+    assert (len(found), len(means)) == (12 * 14 + 8 * 4, 8)
 
 
 def test_what_is_said_of_qwens_aims_is_what_its_runs_measured():
@@ -570,12 +593,16 @@ def test_what_is_said_of_qwens_aims_is_what_its_runs_measured():
     assert within == [True] * 5 + [False]
     windows = "loss in windows of 262144"
     at = lambda run: run["figures"]["student"][windows]  # noqa: E731
-    assert f"yarn {at(yarn):.2f}; linear {at(linear):.2f}, three" in text
+    losses = [
+        at(of(f"yarn{seed}")) for seed in ("", *(f", seed {n}, trained again" for n in (1, 2)))
+    ]
+    said = "yarn {:.2f}, {:.2f} and {:.2f}; linear {:.2f}, three".format(*losses, at(linear))
+    assert said in text
     assert all(f"{at(run):.2f}" == f"{at(linear):.2f}" for run in seeds["linear"])
     assert f"% and {at(longer):.2f} nats at 256K" in text
     teacher = of("teacher")["figures"]["teacher"]
     native = teacher["loss in windows of 32768"]
-    assert f"the teacher's at 32K, {native:.2f}" in text and max(at(yarn), at(linear)) <= native
+    assert f"the teacher's at 32K, {native:.2f}" in text and max(*losses, at(linear)) <= native
     moved = of("linear --move-pairs")
     assert f"costs {at(moved) - at(linear):.2f} nats at 256K" in text
     assert f"they cost {at(of('linear 1M+3M moved by a shift')) - at(before):.2f} nats" in text
@@ -594,19 +621,36 @@ def test_what_is_said_of_qwens_aims_is_what_its_runs_measured():
     ]
     assert len(bins[0]) == 64 and all(a < b for a, b in zip(*bins, strict=True))
     ruler = next(run["figures"]["teacher"] for run in QWEN if run["row"] == "teacher")
-    again = {row: of(f"{row}, trained again") for row in ("yarn", "linear")}
-    measured = [(yarn, 4096), (yarn, 32768), (again["yarn"], 65536), (again["yarn"], 131072)]
-    for run, length in (*measured, (again["linear"], 4096), (again["linear"], 32768)):
-        name = f"RULER mean of 11 tasks at {length}"
-        both = run["figures"]["student"], ruler
-        apart = abs(both[0][name] - both[1][name])
-        error = sum(m[f"{name}, standard error"] ** 2 for m in both) ** 0.5
-        assert f"{100 * apart:.1f} ± {100 * error:.1f}" in text
-    far = again["yarn"]["figures"]["student"]["RULER mean of 11 tasks at 131072"]
-    assert f"{far / ruler['RULER mean of 11 tasks at 32768']:.2f} of it" in text
+    mean = "RULER mean of 11 tasks at {}"
+    gained = "Training gives it {} points at 128K and none at 32K: untrained it has {} and {}."
+    apart = {}
+    for row, other, length in [
+        *((row, "teacher", 1024 * n) for row in ("yarn", "linear") for n in (4, 32, 64, 128)),
+        ("yarn", "untrained-yarn", 131072),
+    ]:
+        name = mean.format(length)
+        both = [qwens_ruler(r, name) for r in (row, other)]
+        points = 100 * abs(both[0][name] - both[1][name])
+        error = 100 * sum(m[f"{name}, standard error"] ** 2 for m in both) ** 0.5
+        apart[row, other, length] = f"{points:.1f} ± {error:.1f}"
+        assert apart[row, other, length] in text
+    plain = [
+        f"{100 * qwens_ruler('untrained-yarn', mean.format(n))[mean.format(n)]:.1f}"
+        for n in (131072, 32768)
+    ]
+    assert gained.format(apart["yarn", "untrained-yarn", 131072], *plain) in text
+    far = qwens_ruler("yarn", mean.format(131072))[mean.format(131072)]
+    assert f"{far / ruler[mean.format(32768)]:.2f} of it" in text
+    left = [
+        f"{100 * qwens_ruler('linear', mean.format(1024 * n))[mean.format(1024 * n)]:.1f}"
+        for n in (4, 32, 64, 128)
+    ]
+    assert (
+        "But of RULER {} are left at 4K, {} at 32K, {} at 64K and {} at 128K".format(*left) in text
+    )
     near = "RULER mean of 11 tasks at 4096"
-    apart = again["linear"]["figures"]["student"][near] - moved["figures"]["student"][near]
-    assert f"{100 * apart:.1f} points of RULER at 4K" in text
+    lost = qwens_ruler("linear", near)[near] - moved["figures"]["student"][near]
+    assert f"{100 * lost:.1f} points of RULER at 4K" in text
 
 
 def test_the_readme_says_what_the_papers_loss_alone_gives():

@@ -522,9 +522,7 @@ def test_the_plan_counts_as_many_blocks_as_a_run_has_at_a_time(
     monkeypatch.setattr(cost, "memory", noted)
     settled = fit.settle(m, stage, 1 if dropout else micro)
     run = object.__new__(Run)
-    run.args = argparse.Namespace(
-        micro=micro, lora_dropout=dropout, seed=0, lookups=0.0, repeats=0.0
-    )
+    run.args = argparse.Namespace(micro=micro, lora_dropout=dropout, seed=0, lookups=0.0)
     run.world = SimpleNamespace(size=processes, rank=processes - 1)
     run.plan = SimpleNamespace(device=cpu, fit=lambda stage: settled)
     run.at, run.lookups = SimpleNamespace(stage=1, total=0), None
