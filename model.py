@@ -291,21 +291,33 @@ class Llama(nn.Module):
         """ids [B, T] -> h [B, T, C] in `dtype` (None: the model's), which all layers keep."""
         return F.embedding(ids, self.model.embed_tokens.weight).to(dtype or self.dtype)
 
-    def cos_sin(self, T: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, D] of positions 0 .. T-1, on the device and in the dtype of `like`."""
-        return _cos_sin(self.config.rope, self.config.head_dim, T, like.device, like.dtype)
+    def cos_sin(
+        self, T: int, like: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, D] of positions 0 .. T-1, or of these [T], on the device and in the dtype
+        of `like`.
+        """
+        rope, D = self.config.rope, self.config.head_dim
+        cos, sin = _cos_sin(
+            rope, D, T if positions is None else rope.length, like.device, like.dtype
+        )
+        return (cos, sin) if positions is None else (cos[positions], sin[positions])
 
     def walk(
-        self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0
+        self,
+        ids: Tensor,
+        dtype: torch.dtype | None = None,
+        recomputed: int = 0,
+        positions: Tensor | None = None,
     ) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]]:
         """ids [B, T] -> layer by layer: h [B, T, C] after it, and the q, k and v inside it.
 
         Lazy: a layer runs when it is asked for, so that two models can advance in lock-step with
         one layer of each alive. recomputed: the first so many layers keep h alone for the backward
-        and compute the rest again in it (activation checkpointing).
+        and compute the rest again in it (activation checkpointing). positions: as for `cos_sin`.
         """
         h = self.embed(ids, dtype)
-        cos_sin = self.cos_sin(ids.shape[1], h)
+        cos_sin = self.cos_sin(ids.shape[1], h, positions)
         for l, layer in enumerate(self.model.layers):
             if l < recomputed:
                 h, qkv = recompute(layer, h, cos_sin, use_reentrant=False)
@@ -314,16 +326,26 @@ class Llama(nn.Module):
             yield h, qkv
 
     def after_layers(
-        self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0
+        self,
+        ids: Tensor,
+        dtype: torch.dtype | None = None,
+        recomputed: int = 0,
+        positions: Tensor | None = None,
     ) -> Tensor:
         """ids [B, T] -> [B, T, C] before the last norm."""
-        for h, _ in self.walk(ids, dtype, recomputed):  # noqa: B007 - the last one is wanted
+        for h, _ in self.walk(ids, dtype, recomputed, positions):  # noqa: B007 - the last is wanted
             pass
         return h
 
-    def hidden(self, ids: Tensor, dtype: torch.dtype | None = None, recomputed: int = 0) -> Tensor:
+    def hidden(
+        self,
+        ids: Tensor,
+        dtype: torch.dtype | None = None,
+        recomputed: int = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """ids [B, T] -> [B, T, C] after the last norm."""
-        return self.model.norm(self.after_layers(ids, dtype, recomputed))
+        return self.model.norm(self.after_layers(ids, dtype, recomputed, positions))
 
     def score_scale(self, T: int) -> float:
         """The scale of the Q/Q and K/K relations over T tokens: D^-1/2 / attention factor^2."""

@@ -26,6 +26,11 @@ teacher can read so long a block, half of each target is the teacher's distribut
 takes less from text that is unlike the teacher's own (--teacher-share). With --native-blocks n,
 stage 1's L is added, over n blocks of stage 1's length beside each long one.
 
+Skips.  Between two tokens of a short block there are only short distances. With --skips2 n (in
+stage 1: --skips1) the blocks of every other step are cut in n places and their parts moved on, for
+the student alone, up to the whole context: the same losses then teach the long distances
+(engine/skips.py).
+
 How it is computed.  The two losses below are the specification, and what runs wherever nothing more
 is needed. Where memory or time ask for more (layers computed again in the backward, logits in
 chunks, models cut over GPUs, CUDA graphs), engine/step.py computes the same loss and gradients
@@ -88,14 +93,24 @@ from relation_kl import relation_kl
 
 
 def relation_loss(
-    teacher: Llama, student: Llama, ids: Tensor, dtype: torch.dtype, kl_weight: float = 1.0
+    teacher: Llama,
+    student: Llama,
+    ids: Tensor,
+    dtype: torch.dtype,
+    kl_weight: float = 1.0,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 1 over ids [B, T]: (loss, its relations [L, 3], its next-token KL), in nats."""
+    """Stage 1 over ids [B, T]: (loss, its relations [L, 3], its next-token KL), in nats.
+
+    positions: where the tokens stand for the student [T]; None: at 0 .. T-1.
+    """
     T, table = ids.shape[1], []
     # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
     qk = student.score_scale(T), teacher.score_scale(T)
     v = (teacher.config.head_dim**-0.5,) * 2
-    lock_step = zip(teacher.walk(ids, dtype), student.walk(ids, dtype), strict=True)
+    lock_step = zip(
+        teacher.walk(ids, dtype), student.walk(ids, dtype, positions=positions), strict=True
+    )
     for (h_teacher, theirs), (h_student, ours) in lock_step:  # noqa: B007 - the last h are used
         kl = [
             relation_kl(x, y, scale=a, teacher_scale=b).mean()
@@ -115,12 +130,17 @@ def next_token_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: 
 
 
 def next_token_loss(
-    teacher: Llama, student: Llama, ids: Tensor, dtype: torch.dtype, share: float = 0.0
+    teacher: Llama,
+    student: Llama,
+    ids: Tensor,
+    dtype: torch.dtype,
+    share: float = 0.0,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor]:
     """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it; `share`
-    of it is the KL from the teacher's distribution instead.
+    of it is the KL from the teacher's distribution instead. positions: as above, of the first T.
     """
-    h = student.after_layers(ids[:, :-1], dtype)
+    h = student.after_layers(ids[:, :-1], dtype, positions=positions)
     loss = (1 - share) * cross_entropy(student, student.model.norm(h), ids[:, 1:])
     if share:
         with torch.no_grad():
@@ -170,8 +190,8 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
 
 # Whole recipes: --preset NAME; "demo" is taken where no --teacher is named, and the plan says so.
 PRESETS = {
-    # Another objective: KL x 3, blocks of stage 1's kind in stage 2, text like the teacher's own;
-    # and many small steps. LOG.md has the search
+    # Another objective: KL x 3, text like the teacher's own, in yarn's stage 2 blocks of stage 1's
+    # kind, in linear's short ones that skip; and many small steps. LOG.md has the search
     "demo": {
         "logit_weight": 3.0,
         "native_blocks": 4,
@@ -181,7 +201,16 @@ PRESETS = {
         "length2": 4096,
         "eval_blocks": 4,  # its steps are few, its blocks short
     },
-    "demo linear": {"tokens1": 380_000, "lr1": 2e-3, "tokens2": 270_000, "lr2": 1.5e-3},
+    "demo linear": {
+        "tokens1": 300_000,
+        "lr1": 2e-3,
+        "tokens2": 270_000,
+        "lr2": 1.5e-3,
+        "length2": 1024,
+        "batch2": 2,
+        "skips2": 4,
+        "native_blocks": 0,
+    },
     "demo yarn": {"tokens1": 115_000, "lr1": 1e-3, "tokens2": 65_600, "lr2": 4e-4},
     # The paper's own: adapters, 144 steps of 4 x 4096 tokens, relations alone
     "authors": {
@@ -201,6 +230,8 @@ PRESETS = {
         "logit_weight": 1.0,  # of the next-token KL
         "native_blocks": 0,  # SmolLM2 lost by them
         "lookups": 0.0,
+        "skips1": 0,
+        "skips2": 0,
         "authors_heads": False,
         "lora_dropout": 0.0,
     },
@@ -249,8 +280,9 @@ def main(argv: list[str] | None = None) -> None:
             with run.training(stage, optimiser, step):
                 for n in run.steps(stage):
                     step.zero()
-                    for part, ids, share, last in run.micro_batches(stage, n):
-                        run.figures.add(part, step.backward(part, ids, share, last), share)
+                    for part, ids, positions, share, last in run.micro_batches(stage, n):
+                        losses = step.backward(part, ids, positions, share, last)
+                        run.figures.add(part, losses, share)
                     norm = step.finish()  # gradients are averaged over all processes
                     run.agree(n, norm)  # that numbers are finite, whether to save, whether to stop
                     step.clip(norm, CLIP)

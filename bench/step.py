@@ -220,7 +220,7 @@ class Timed:
         pieces = self.ids[:, : longest and longest + 1].split(self.fit.micro)
         for i, piece in enumerate(pieces):
             last = i + 1 == len(pieces)
-            self.step.backward(self.stage, piece, len(piece) / len(self.ids), last)
+            self.step.backward(self.stage, piece, None, len(piece) / len(self.ids), last)
         self.update()
 
     def update(self) -> None:

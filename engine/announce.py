@@ -99,6 +99,13 @@ def describe(
                 f"            {stage.teacher_share:.0%} of the target is the teacher's "
                 "distribution, as it can read so long a block"
             )
+        if stage.skips:
+            lines.append(
+                f"            in every other step in {stage.skips + 1} parts, within "
+                f"{student.rope.length:,} positions"
+                if student.rope.length > stage.T
+                else "            no skips, as its blocks are as long as the context"
+            )
         if stage.steps < FEWEST_STEPS:
             n = stage.name[-1]
             lines.append(

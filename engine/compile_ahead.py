@@ -62,7 +62,7 @@ def take_steps(plan: Plan, teacher: Llama, student: Llama) -> None:
         step = Step(teacher, student, {}, **how, graphs=False)
         ids = torch.zeros(fit.micro, T + 1, dtype=torch.long, device=plan.device)
         step.zero()
-        step.backward(replace(stage, T=T, auxiliary=None), ids, 1.0, last=True)
+        step.backward(replace(stage, T=T, auxiliary=None), ids, None, 1.0, last=True)
         step.close()
     # Its first use imports torch's compiler, 2 s
     torch.optim.AdamW(trainable(student).values(), fused=plan.fused)

@@ -58,6 +58,7 @@ class Stage:
     logits: bool = False  # "relation": the next-token distributions are compared too
     relations: str = "qkv"  # "relation": those that count
     teacher_share: float = 0.0  # "next token": of the target that is the teacher's distribution
+    skips: int = 0  # places in which blocks are cut, and their parts moved on, in every other step
     auxiliary: "Stage | None" = None  # blocks of the other objective in the same steps
 
     @property

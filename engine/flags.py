@@ -52,6 +52,12 @@ def _how(add: Callable) -> None:
         add(f"--length{n}", type=count, help=f"tokens per block of stage {n}")
         add(f"--batch{n}", type=count, help=f"blocks per step of stage {n}")
         add(f"--lr{n}", type=positive, help=f"peak learning rate of stage {n}")
+        add(
+            f"--skips{n}",
+            type=whole,
+            help=f"in every other step, cut stage {n}'s blocks in so many places and move the "
+            f"parts on, up to the whole context ({'0; the demo 4' if n == 2 else 0})",
+        )
     add(
         "--logit-weight",
         type=weight,

@@ -5,9 +5,9 @@ What.  A small model on a GPU is bound by launches: Python needs longer to ask f
 than the GPU to do them. A CUDA graph records them once; a replay is one launch.
 
 How.  For every shape of ids: three ordinary calls to warm up (Triton compiles then), a recording,
-and from then on copies of ids into the recorded input and replays. Gradients are zeroed, not
-dropped, so that the recorded backward adds to the same memory each time. All shapes share one pool
-of memory, as they run one after another.
+and from then on copies of ids, and of positions where they skip, into the recorded inputs and
+replays. Gradients are zeroed, not dropped, so that the recorded backward adds to the same memory
+each time. All shapes share one pool of memory, as they run one after another.
 
 When.  On a GPU, where launches would be waited for: warming up and recording take four calls, which
 was 6 s of a 7B run whose kernels take several times as long as their launches. With no layer
@@ -65,28 +65,35 @@ def wanted(
 
 
 class Recorded:
-    """losses(stage, ids) -> tuple of tensors, the first of them the loss, with its backward;
-    recorded per shape.
+    """losses(stage, ids, positions) -> tuple of tensors, the first of them the loss, with its
+    backward; recorded per shape.
     """
 
     def __init__(self, losses, weights: list[Tensor], record: bool):
         self.losses, self.weights, self.record = losses, weights, record
-        self.graphs: dict = {}  # (objective, shape, share) -> (graph, its input, its outputs)
+        self.graphs: dict = {}  # (objective, shape, share) -> (graph, its inputs, its outputs)
         self.pool = torch.cuda.graph_pool_handle() if record else None
 
     def __call__(
-        self, stage: Stage, ids: Tensor, share: float, alone: bool = True
+        self,
+        stage: Stage,
+        ids: Tensor,
+        positions: Tensor | None,
+        share: float,
+        alone: bool = True,
     ) -> tuple[Tensor, ...]:
-        """The values of losses(stage, ids), after share * the gradient of the first is added to the
-        weights'. alone: other processes take no part in it.
+        """The values of losses(stage, ids, positions), after share * the gradient of the first is
+        added to the weights'. alone: other processes take no part in it.
         """
         if not (self.record and alone):
-            return self._run(stage, ids, share)
+            return self._run(stage, ids, positions, share)
         key = stage.objective, tuple(ids.shape), share
         if key not in self.graphs:
-            self.graphs[key] = self._capture(stage, ids, share)
-        graph, held, out = self.graphs[key]
+            self.graphs[key] = self._capture(stage, ids, positions, share)
+        graph, (held, at), out = self.graphs[key]
         held.copy_(ids)
+        if positions is not None:
+            at.copy_(positions)
         graph.replay()
         return out
 
@@ -98,27 +105,29 @@ class Recorded:
             elif w.grad is not None:
                 w.grad.zero_()
 
-    def _run(self, stage: Stage, ids: Tensor, share: float) -> tuple[Tensor, ...]:
-        out = self.losses(stage, ids)
+    def _run(
+        self, stage: Stage, ids: Tensor, positions: Tensor | None, share: float
+    ) -> tuple[Tensor, ...]:
+        out = self.losses(stage, ids, positions)
         (out[0] * share).backward()
         return tuple(value.detach() for value in out)
 
-    def _capture(self, stage: Stage, ids: Tensor, share: float):
+    def _capture(self, stage: Stage, ids: Tensor, positions: Tensor | None, share: float):
         for w in self.weights:
             if w.grad is None:
                 w.grad = torch.zeros_like(w)
         before = [w.grad.clone() for w in self.weights]
-        held = ids.clone()
+        held, at = ids.clone(), None if positions is None else positions.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                self._run(stage, held, share)
+                self._run(stage, held, at, share)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # what NCCL's own threads ask of the GPU meanwhile is no part of this
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            out = self._run(stage, held, share)
+            out = self._run(stage, held, at, share)
         for w, grad in zip(self.weights, before, strict=True):
             w.grad.copy_(grad)  # what the warming up added goes
-        return graph, held, out
+        return graph, (held, at), out

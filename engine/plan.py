@@ -237,7 +237,8 @@ def make_stages(args: argparse.Namespace, config: LlamaConfig, number: dict) -> 
         batch = getattr(args, f"batch{n}") or max(1, number[f"step{n}"] // T)
         steps = max(1, round(number[f"tokens{n}"] / (T * batch)))
         lr = float(f"{number[f'lr{n}']:.2g}")
-        return Stage(f"stage{n}", objective, T, batch, steps, lr, logits, number["relations"])
+        made = Stage(f"stage{n}", objective, T, batch, steps, lr, logits, number["relations"])
+        return replace(made, skips=getattr(args, f"skips{n}"))
 
     first, second = stage(1, "relation", args.logit_weight > 0), stage(2, "next token")
     if args.teacher_share is not None or config.rope.length >= second.T:
@@ -287,6 +288,12 @@ def check(
             "--rope dynamic changes nothing up to the native length: "
             "there is nothing to distil; use --stage 2 --native-blocks 0"
         )
+    for s in stages:
+        if s.skips and student.rope.kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"--skips{s.name[-1]} moves parts of short blocks on, and the frequencies of "
+                f"{student.rope.kind} depend on the blocks' length: leave it out"
+            )
     if args.move_pairs and student.rope.kind != "linear":
         raise ValueError(
             "--move-pairs is for --rope linear, which slows all pairs alike, and here it is "

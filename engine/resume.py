@@ -89,7 +89,7 @@ def matters(args: argparse.Namespace, stages: list, blocks: int | None) -> dict:
     out = {k: blocks if k == "eval_blocks" else getattr(args, k) for k in keys}
     out["relations"] = stages[0].relations
     for s in stages:
-        plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr}
+        plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr, "skips": s.skips}
         if s.objective != "relation":
             plan["native blocks"] = s.auxiliary.batch // s.batch if s.auxiliary else 0
             plan["teacher share"] = s.teacher_share

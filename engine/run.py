@@ -39,6 +39,7 @@ from engine.machine import versions
 from engine.parallel import World, lost
 from engine.plan import Plan
 from engine.sequence import processes_per_block
+from engine.skips import positions
 from engine.states import Job, Saver
 from engine.timing import Times
 from hub import files
@@ -217,13 +218,16 @@ class Run:
             self.figures = watch.Figures(self.plan.native.n_layer, self.plan.device)
             yield n
 
-    def micro_batches(self, stage: Stage, n: int) -> Iterator[tuple[Stage, Tensor, float, bool]]:
+    def micro_batches(
+        self, stage: Stage, n: int
+    ) -> Iterator[tuple[Stage, Tensor, Tensor | None, float, bool]]:
         """This process's blocks of step n, a function of seed and step alone, a few at a time.
 
         Processes that share a block (engine/sequence.py) get all of it.
 
-        Yields (stage or its auxiliary, ids [n, T + 1], their share of this process's blocks of
-        that kind, whether they are the step's last).
+        Yields (stage or its auxiliary, ids [n, T + 1], where they stand for the student [T] if not
+        at 0 .. T-1, their share of this process's blocks of that kind, whether they are the step's
+        last).
         """
         args, world = self.args, self.world
         for part in (stage, stage.auxiliary):
@@ -236,13 +240,15 @@ class Run:
             ids = self.corpus.batch(seed, first, per_rank, part.T)  # [per_rank, T + 1]
             ids = self.lookups.mix(ids, seed, first, args.lookups) if self.lookups else ids
             ids = ids.to(self.plan.device)
+            at = positions(seed, n, part.T, self.plan.longer.rope.length, part.skips)
+            at = None if at is None else at.to(self.plan.device)
             asked = args.micro if part is stage.auxiliary else self.plan.fit(stage).micro
             micro = cost.at_a_time(part, 1 if args.lora_dropout else asked, per_rank)
             for begin in range(0, per_rank, micro):
                 resume.reseed(args.seed, self.at.total, first + begin)  # dropout's noise
                 self.ids = ids[begin : begin + micro]
                 last = part is (stage.auxiliary or stage) and begin + micro >= per_rank
-                yield part, self.ids, len(self.ids) / per_rank, last
+                yield part, self.ids, at, len(self.ids) / per_rank, last
 
     def agree(self, n: int, norm: Tensor) -> None:
         """Means over all processes; whether to stop or save. norm: [], of the whole gradient.

@@ -69,9 +69,9 @@ class Step:
         seconds: float = 0.0,
         tiles: Tiles | None = None,
     ):
-        """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight) -> (loss, relations
-        [L, 3], next-token KL), "next token": f(teacher, student, ids [n, T + 1], dtype,
-        teacher's share) -> (loss,)}.
+        """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight, positions) ->
+        (loss, relations [L, 3], next-token KL), "next token": f(teacher, student, ids [n, T + 1],
+        dtype, teacher's share, positions) -> (loss,)}.
         gathered: units are gathered once a step; graphs: record CUDA graphs wherever that is
         possible and, by `seconds`, worth it (graph.wanted).
         """
@@ -94,10 +94,15 @@ class Step:
         self.gradients = graph.Recorded(self.losses, self.weights, self.recorded)
         self.why = f"CUDA graph {'on' if record else 'off'}, because {why}"
 
-    def losses(self, stage: Stage, ids: Tensor) -> tuple[Tensor, ...]:
-        """The loss of ids [n, T + 1], and what else is logged: plain where that is enough."""
+    def losses(
+        self, stage: Stage, ids: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """The loss of ids [n, T + 1], and what else is logged: plain where that is enough.
+
+        positions: where the first T stand for the student [T]; None: at 0 .. T-1.
+        """
         relation, plain = stage.objective == "relation", self.plain.get(stage.objective)
-        how = {"dtype": self.dtype}
+        how = {"dtype": self.dtype, "positions": positions}
         how |= self.options if relation else {"share": stage.teacher_share}
         P = processes_per_block(stage.batch, self.processes)
         if self.tiles or P > 1:
@@ -111,11 +116,12 @@ class Step:
         how["recomputed"] = self.recomputed
         if not relation:
             if plain and enough:
-                return plain(self.teacher, self.student, ids, self.dtype, stage.teacher_share)
+                share = stage.teacher_share
+                return plain(self.teacher, self.student, ids, self.dtype, share, positions)
             return next_token_loss(self.teacher, self.student, ids, **how)
         ids, usual = ids[:, :-1], self.options == _USUAL
         if plain and enough and usual and self.kl_weight:
-            return plain(self.teacher, self.student, ids, self.dtype, self.kl_weight)
+            return plain(self.teacher, self.student, ids, self.dtype, self.kl_weight, positions)
         how |= {"logit_weight": self.kl_weight, "units": self.units}
         return relation_loss(self.teacher, self.student, ids, **how)
 
@@ -123,7 +129,9 @@ class Step:
         """Gradients are 0 after this."""
         self.gradients.zero()
 
-    def backward(self, stage: Stage, ids: Tensor, share: float, last: bool) -> tuple[Tensor, ...]:
+    def backward(
+        self, stage: Stage, ids: Tensor, positions: Tensor | None, share: float, last: bool
+    ) -> tuple[Tensor, ...]:
         """Adds share * the gradient of the loss of ids [n, T + 1]; the detached values of `losses`.
 
         last: this step's last micro-batch, in whose backward processes exchange gradients.
@@ -133,7 +141,7 @@ class Step:
             share *= self.reducer.share
         alone = processes_per_block(stage.batch, self.processes) == 1
         with parallel.gathered_once(self.units if self.gathered else [], last):
-            return self.gradients(stage, ids, share, alone)
+            return self.gradients(stage, ids, positions, share, alone)
 
     def finish(self) -> Tensor:
         """Gradients, any shape, averaged over processes; the norm of all before clipping."""
@@ -168,18 +176,20 @@ def relation_loss(
     logit_weight: float = 0.0,
     relations: str = "qkv",
     units: list | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(loss, relations [L, 3], next-token KL) of both models over ids [B, T], in nats.
 
-    The last two carry no gradient. Both models advance together, so that the q, k and v of only one
-    layer of each are alive at a time.
+    positions: where the tokens stand for the student [T]. The last two of the result carry no
+    gradient. Both models advance together, so that the q, k and v of only one layer of each are
+    alive at a time.
     """
     B, T = ids.shape
     L = teacher.config.n_layer
     with torch.no_grad():
         h_teacher = teacher.embed(ids, dtype)
     h_student = student.embed(ids, dtype)
-    turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student)
+    turns = teacher.cos_sin(T, h_teacher), student.cos_sin(T, h_student, positions)
     relate = _mean_kl(teacher, student, T, impl)
 
     def advance(l: int, h_teacher: Tensor, h_student: Tensor, kept=(None, None, None)):
@@ -262,17 +272,18 @@ def next_token_loss(
     dtype: torch.dtype,
     recomputed: int = 0,
     share: float = 0.0,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor]:
     """(loss,) in nats of ids [B, T + 1], a mean over B T tokens: 1 - share of the cross-entropy,
-    share of the KL from the teacher's distribution.
+    share of the KL from the teacher's distribution. positions: as in `relation_loss`.
     """
     ids, targets = ids[:, :-1], ids[:, 1:]
     if not share:
-        h = student.hidden(ids, dtype, recomputed)
+        h = student.hidden(ids, dtype, recomputed, positions)
         return (cross_entropy(student, h, targets, HEAD_CHUNK),)
     with torch.no_grad():  # before the student keeps anything
         h_teacher = teacher.after_layers(ids, dtype)
-    h = student.after_layers(ids, dtype, recomputed)
+    h = student.after_layers(ids, dtype, recomputed, positions)
     return (_shared_losses(teacher, student, h_teacher, h, targets, share).mean(),)
 
 
@@ -317,10 +328,11 @@ def long_relation_loss(
     store: Store,
     P: int = 1,
     noisy: bool = False,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """relation_loss of ids [B, T + 1], of which P processes do a share each."""
     B, T = ids.shape[0], ids.shape[1] - 1
-    work, h = _begin(student, ids, dtype, tiles, store, P, noisy, teacher)
+    work, h = _begin(student, ids, dtype, tiles, store, P, noisy, positions, teacher)
     work.relate = _mean_kl(teacher, student, T, impl)
     h_student, h_teacher, table = walk(work, h, student, teacher, not logit_weight)
     loss = _weighted(table, teacher, relations, authors_heads)
@@ -341,13 +353,14 @@ def long_next_token_loss(
     P: int = 1,
     noisy: bool = False,
     share: float = 0.0,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor]:
     """next_token_loss of ids [B, T + 1], of which P processes do a part each."""
     if share:
         with torch.no_grad():
             work, h = begin(ids[:, :-1], dtype, tiles, store, P, teacher)
             h_teacher, _, _ = walk(work, h, teacher)
-    work, h = _begin(student, ids, dtype, tiles, store, P, noisy)
+    work, h = _begin(student, ids, dtype, tiles, store, P, noisy, positions)
     h, _, _ = walk(work, h, student)
     targets = _own(work, ids)[:, 1:]
     if share:
@@ -357,10 +370,12 @@ def long_next_token_loss(
     return (losses.sum() * (P / ids[:, 1:].numel()),)
 
 
-def _begin(student, ids, dtype, tiles, store, P, noisy, teacher=None) -> tuple[Pass, Tensor]:
+def _begin(
+    student, ids, dtype, tiles, store, P, noisy, positions, teacher=None
+) -> tuple[Pass, Tensor]:
     """A pass over ids [B, T + 1], and h [B, T/P, C] of the embeddings of this process's tokens."""
     noise = int(torch.randint(2**40, ())) if noisy else None
-    return begin(ids[:, :-1], dtype, tiles, store, P, student, teacher, noise)
+    return begin(ids[:, :-1], dtype, tiles, store, P, student, teacher, noise, positions)
 
 
 def _own(work: Pass, ids: Tensor) -> Tensor:

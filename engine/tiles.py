@@ -89,13 +89,18 @@ def begin(
     student: Llama,
     teacher: Llama | None = None,
     noise: int | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Pass, Tensor]:
-    """A pass over ids [B, T], and h [B, T/P, C] of the embeddings of this process's tokens."""
+    """A pass over ids [B, T], and h [B, T/P, C] of the embeddings of this process's tokens.
+
+    positions: the student's [T], None: 0 .. T-1.
+    """
     T = ids.shape[1]
     part = cut(P, T)
     a, b = part.span(T)
     h = student.embed(ids[:, a:b], dtype)
-    turns = [m and [x[a:b] for x in m.cos_sin(T, h)] for m in (student, teacher)]
+    both = ((student, positions), (teacher, None))
+    turns = [m and [x[a:b] for x in m.cos_sin(T, h, at)] for m, at in both]
     return Pass(tiles, store, part, turns, noise=noise), h
 
 

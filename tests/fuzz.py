@@ -71,7 +71,7 @@ SETTINGS = {
     "chat_template": ["x", None],
 }  # fmt: skip
 STATED = ["model_max_length", "max_len", "max_length", "max_cache_len"]
-FLAGS = ["tokens1", "length2", "batch1", "lr1", "lr2", "logit-weight", "native-blocks", "lookups", "lora-rank",
+FLAGS = ["tokens1", "length2", "batch1", "lr1", "lr2", "logit-weight", "native-blocks", "lookups", "skips1", "skips2", "lora-rank",
          "lora-alpha", "lora-dropout", "micro", "seed", "eval-blocks", "save-minutes", "peak-tflops", "scale"]  # fmt: skip
 WORDS = [
     "nan",

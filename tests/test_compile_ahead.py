@@ -49,8 +49,8 @@ def test_a_step_of_each_stage_is_taken_and_leaves_nothing(
     plan = replace(plan, fits=[replace(f, **fit) for f in plan.fits])
     taken, backward = [], Step.backward
 
-    def watched(self, stage, ids, share, last):
-        values = backward(self, stage, ids, share, last)
+    def watched(self, stage, ids, positions, share, last):
+        values = backward(self, stage, ids, positions, share, last)
         taken.append((stage.objective, *ids.shape, self.recomputed, bool(self.tiles)))
         assert all(v.isfinite().all() for v in values)
         assert all(w.grad is not None for w in self.weights)
@@ -101,7 +101,7 @@ for stage in plan.stages:
     step = Step(teacher, student, train.PLAIN, **plan.how(stage))
     step.zero()
     ids = torch.zeros(plan.fit(stage).micro, stage.T + 1, dtype=torch.long, device=plan.device)
-    step.backward(stage, ids, 1.0, last=True)
+    step.backward(stage, ids, None, 1.0, last=True)
     step.close()
 print(json.dumps([n, seen]))
 """

@@ -524,7 +524,7 @@ def test_the_plan_counts_as_many_blocks_as_a_run_has_at_a_time(
     run = object.__new__(Run)
     run.args = argparse.Namespace(micro=micro, lora_dropout=dropout, seed=0, lookups=0.0)
     run.world = SimpleNamespace(size=processes, rank=processes - 1)
-    run.plan = SimpleNamespace(device=cpu, fit=lambda stage: settled)
+    run.plan = SimpleNamespace(device=cpu, fit=lambda stage: settled, longer=c)
     run.at, run.lookups = SimpleNamespace(stage=1, total=0), None
     run.corpus = SimpleNamespace(batch=lambda seed, first, n, T: torch.zeros(n, T + 1).long())
     for part, ids, *_ in run.micro_batches(stage, 0):
@@ -658,7 +658,7 @@ def test_a_pass_in_tiles_holds_what_the_plan_says(
     made.store.reserve(cost.host_bytes(c, stage, f32, 1, tiles))
     chunks = made.store.chunks[:]
     with Live([*chunks, *teacher.parameters(), *student.parameters(), ids]) as live:
-        made.backward(stage, ids, 1.0, True)
+        made.backward(stage, ids, None, 1.0, True)
     assert len(made.store.chunks) == len(chunks), "the host holds no more than was said"
     parts = cost.tiled_bytes(c, stage, f32, 1, rank, tiles)
     calls = tiles_file.calls_of_attention(1, c.n_head, c.n_kv_head, T)

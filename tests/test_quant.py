@@ -141,7 +141,7 @@ def test_a_pass_in_tiles_unpacks_one_matrix_at_a_time(bnb, outputs):
         packed = [m.format for m in teacher.modules() if isinstance(m, quant.Packed)]
         known = [*teacher.parameters(), *teacher.buffers(), *student.parameters(), ids]
         with Live([*known, *(x for f in packed for x in (f.absmax, f.code))]) as live:
-            made.backward(stage, ids, 1.0, True)
+            made.backward(stage, ids, None, 1.0, True)
         return live.peak, live.now
 
     sizes = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64}

@@ -14,19 +14,22 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from engine import cost, lora, offload, parallel, sequence, step
 from engine import tiles as tiles_file
+from engine.skips import positions
 from engine.tiles import Tiles, hidden
 from model import TRAINED, make_student, trainable
 from relation_kl import relation_kl
 
 T, VOCAB = 50, 512
 IDS = torch.randint(0, VOCAB, (2, T + 1), generator=torch.Generator().manual_seed(0))
+AT = positions(0, 1, T, 160, 4)  # 4 skips
 
 
-def plain_relation_loss(teacher, student, ids, dtype, kl_weight=1.0):
+def plain_relation_loss(teacher, student, ids, dtype, kl_weight=1.0, positions=None):
     """Stage 1's loss as on a blackboard."""
     T, table = ids.shape[1], []
     qk, v = (student.score_scale(T), teacher.score_scale(T)), (teacher.config.head_dim**-0.5,) * 2
-    both = zip(teacher.walk(ids, dtype), student.walk(ids, dtype), strict=True)
+    ours = student.walk(ids, dtype, positions=positions)
+    both = zip(teacher.walk(ids, dtype), ours, strict=True)
     for (h_teacher, theirs), (h_student, ours) in both:  # noqa: B007 - the last ones are wanted
         three = zip(ours, theirs, (qk, qk, v), strict=True)
         rows = [relation_kl(x, y, scale=a, teacher_scale=b).mean() for x, y, (a, b) in three]
@@ -40,11 +43,14 @@ def plain_relation_loss(teacher, student, ids, dtype, kl_weight=1.0):
     return table.sum(1).mean() + kl_weight * kl, table.detach(), kl.detach()
 
 
-def plain_next_token_loss(teacher, student, ids, dtype, share=0.0):
+def plain_next_token_loss(teacher, student, ids, dtype, share=0.0, positions=None):
     """Stage 2's: the cross-entropy of a target that is the next token and, by share, the teacher's
     distribution, less what no student can go below.
     """
-    logits, theirs = (m.lm_head(m.hidden(ids[:, :-1], dtype)).float() for m in (student, teacher))
+    logits, theirs = (
+        m.lm_head(m.hidden(ids[:, :-1], dtype, positions=at)).float()
+        for m, at in ((student, positions), (teacher, None))
+    )
     r, log_p = theirs.detach().softmax(-1), logits.log_softmax(-1)
     text = -log_p.gather(-1, ids[:, 1:, None]).mean()
     kl = (r * (r.log() - log_p)).sum(-1).mean()
@@ -78,11 +84,15 @@ def models(kind: str, rank: int | None, dtype: torch.dtype, **shape):
     return teacher, student
 
 
-def values_and_gradients(made: step.Step, objective: str, pieces: int = 1) -> list[torch.Tensor]:
+def values_and_gradients(
+    made: step.Step, objective: str, pieces: int = 1, at: torch.Tensor | None = None
+) -> list[torch.Tensor]:
     """The mean of the values, and the gradient of each weight, of IDS in that many pieces."""
     made.zero()
+    stage, device = stage_of(objective), made.student.device
+    at = None if at is None else at.to(device)
     values = [
-        made.backward(stage_of(objective), ids.to(made.student.device), 1 / pieces, i + 1 == pieces)
+        made.backward(stage, ids.to(device), at, 1 / pieces, i + 1 == pieces)
         for i, ids in enumerate(IDS.chunk(pieces))
     ]
     norm = made.finish()
@@ -103,15 +113,16 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor], dtype: torch.dtype) -> N
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
 @pytest.mark.parametrize("objective", PLAIN)
-def test_fast_equals_plain(objective, kind, rank, dtype, monkeypatch):
+@pytest.mark.parametrize("at", [None, AT], ids=["", "skips"])
+def test_fast_equals_plain(at, objective, kind, rank, dtype, monkeypatch):
     teacher, student = models(kind, rank, dtype)
     plain = step.Step(teacher, student, PLAIN, dtype=dtype)
-    expected = values_and_gradients(plain, objective)
+    expected = values_and_gradients(plain, objective, 1, at)
     assert all(g.norm() > 0 for g in expected[-len(plain.weights) :])
     for chunk, recomputed, pieces in ((4096, 0, 1), (4096, 2, 2), (13, 1, 2)):
         monkeypatch.setattr(step, "HEAD_CHUNK", chunk)
         fast = step.Step(teacher, student, {}, dtype=dtype, recomputed=recomputed)
-        equal(values_and_gradients(fast, objective, pieces), expected, dtype)
+        equal(values_and_gradients(fast, objective, pieces, at), expected, dtype)
 
 
 @pytest.mark.parametrize("objective", PLAIN)
@@ -131,12 +142,12 @@ def test_the_plain_loss_runs_where_it_is_enough_and_only_there(objective, monkey
     for options, ran in [(o, 1) for o in enough] + [(o, 0) for o in more]:
         runs.clear()
         made = step.Step(teacher, student, plain, dtype=torch.float32, **options)
-        made.backward(stage_of(objective), IDS, 1.0, True)
+        made.backward(stage_of(objective), IDS, None, 1.0, True)
         assert len(runs) == ran, options
     monkeypatch.setattr(step, "HEAD_CHUNK", 2 * T - 1)
     runs.clear()
     made = step.Step(teacher, student, plain, dtype=torch.float32)
-    made.backward(stage_of(objective), IDS, 1.0, True)
+    made.backward(stage_of(objective), IDS, None, 1.0, True)
     assert not runs, "more tokens than logits may exist at once"
 
 
@@ -144,7 +155,7 @@ def test_a_gradient_is_clipped_by_the_norm_that_finish_returns():
     teacher, student = models("linear", None, torch.float32)
     made = step.Step(teacher, student, PLAIN, dtype=torch.float32)
     made.zero()
-    made.backward(stage_of("next token"), IDS, 1.0, True)
+    made.backward(stage_of("next token"), IDS, None, 1.0, True)
     norm = made.finish()
     made.clip(norm, float(norm) / 4)
     assert float(made.finish()) == pytest.approx(float(norm) / 4, rel=1e-4)
@@ -155,8 +166,9 @@ def test_a_gradient_is_clipped_by_the_norm_that_finish_returns():
 @pytest.mark.parametrize("rank", [None, 4], ids=["full", "adapters"])
 @pytest.mark.parametrize("kind, kl_weight", [("linear", 1.0), ("yarn", 0.0)])
 @pytest.mark.parametrize("objective", PLAIN)
+@pytest.mark.parametrize("at", [None, AT], ids=["", "skips"])
 def test_tiles_give_the_loss_and_the_gradient_of_the_whole(
-    objective, kind, kl_weight, rank, monkeypatch
+    at, objective, kind, kl_weight, rank, monkeypatch
 ):
     """In float64, to rounding: ragged tiles, a host's stack with ragged chunks, with and without
     attention's output kept, with q, k and v kept.
@@ -165,15 +177,16 @@ def test_tiles_give_the_loss_and_the_gradient_of_the_whole(
     monkeypatch.setattr(tiles_file, "ROWS", 200)  # two calls of attention
     teacher, student = models(kind, rank, torch.float64)
     how = {"dtype": torch.float64, "kl_weight": kl_weight}
-    expected = values_and_gradients(step.Step(teacher, student, {}, **how), objective)
+    expected = values_and_gradients(step.Step(teacher, student, {}, **how), objective, 1, at)
     for sizes in ((14, 0, 3), (100, 1, 2), (7, 3, 0), (14, 3, 3, 2)):
         tiles = Tiles(*sizes)
-        found = values_and_gradients(step.Step(teacher, student, {}, tiles=tiles, **how), objective)
+        made = step.Step(teacher, student, {}, tiles=tiles, **how)
+        found = values_and_gradients(made, objective, 1, at)
         for x, y in zip(found, expected, strict=True):
             assert (x - y).norm() <= 1e-12 * y.norm().clamp(min=1e-3)
 
 
-CASES = {  # objective, positions, adapters, blocks, T, sharded, tiles
+CASES = {  # objective, kind of positions, adapters, blocks, T, sharded, tiles; skips, with yarn
     "stage 2": ("next token", "linear", None, 1, T, False, None),
     "stage 1": ("relation", "yarn", None, 1, T, False, None),
     "adapters in tiles": ("next token", "yarn", 4, 1, 49, False, Tiles(7, 1, 2)),
@@ -197,7 +210,8 @@ def share_of(case: tuple, world) -> tuple[list[torch.Tensor], torch.Tensor | Non
     P = sequence.processes_per_block(blocks, world.size)
     mine = IDS[:blocks, : T + 1].chunk(world.size // P)[world.rank // P]
     made.zero()
-    values = [v.clone() for v in made.backward(stage, mine, 1.0, True)]
+    at = AT[:T] if kind == "yarn" else None
+    values = [v.clone() for v in made.backward(stage, mine, at, 1.0, True)]
     norm = made.finish()
     gradients = [parallel.whole(w.grad) for w in made.weights]
     made.close()
@@ -252,7 +266,7 @@ def two_steps(case: tuple, world, gathered: bool = False) -> tuple[list[torch.Te
                 P = sequence.processes_per_block(blocks, world.size)
                 mine = BLOCKS[list(rows)].chunk(world.size // P)[world.rank // P]
                 last = i + 1 == len(micro_batches)
-                made.backward(stage, mine, 1 / len(micro_batches), last)
+                made.backward(stage, mine, None, 1 / len(micro_batches), last)
             found += [made.finish(), *(parallel.whole(w.grad) for w in made.weights)]
             sgd.step()
         gathers.append(len(counted))
@@ -436,7 +450,7 @@ def test_the_noise_of_adapters_is_the_same_in_forward_and_backward():
 
     torch.manual_seed(5)
     made.zero()
-    (value,) = made.backward(stage, IDS, 1.0, True)
+    (value,) = made.backward(stage, IDS, None, 1.0, True)
     slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
     assert value.item() == loss(0.0)
     assert (w.grad * direction).sum().item() == pytest.approx(slope, rel=1e-6)
