@@ -32,9 +32,9 @@ the student alone, up to the whole context: the same losses then teach the long 
 (engine/skips.py).
 
 How it is computed.  The two losses below are the specification, and what runs wherever nothing more
-is needed. Where memory or time ask for more (layers computed again in the backward, logits in
-chunks, models cut over GPUs, CUDA graphs), engine/step.py computes the same loss and gradients
-another way; tests/test_step.py holds it to these.
+is needed. Where memory, time or a flag ask for more (layers computed again in the backward, logits
+in chunks, skips, models cut over GPUs, CUDA graphs), engine/step.py computes the same loss and
+gradients another way; tests/test_step.py holds it to these.
 
 The numbers.  `defaults` has every number that a person tunes, by what it depends on; a flag wins.
 The rate is 6 s / C, at most 2e-3, where s is the root mean square of a weight of q, k or v and C
@@ -93,24 +93,14 @@ from relation_kl import relation_kl
 
 
 def relation_loss(
-    teacher: Llama,
-    student: Llama,
-    ids: Tensor,
-    dtype: torch.dtype,
-    kl_weight: float = 1.0,
-    positions: Tensor | None = None,
+    teacher: Llama, student: Llama, ids: Tensor, dtype: torch.dtype, kl_weight: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stage 1 over ids [B, T]: (loss, its relations [L, 3], its next-token KL), in nats.
-
-    positions: where the tokens stand for the student [T]; None: at 0 .. T-1.
-    """
+    """Stage 1 over ids [B, T]: (loss, its relations [L, 3], its next-token KL), in nats."""
     T, table = ids.shape[1], []
     # YaRN multiplies q and k by its attention factor. Left in, the student would learn to undo it
     qk = student.score_scale(T), teacher.score_scale(T)
     v = (teacher.config.head_dim**-0.5,) * 2
-    lock_step = zip(
-        teacher.walk(ids, dtype), student.walk(ids, dtype, positions=positions), strict=True
-    )
+    lock_step = zip(teacher.walk(ids, dtype), student.walk(ids, dtype), strict=True)
     for (h_teacher, theirs), (h_student, ours) in lock_step:  # noqa: B007 - the last h are used
         kl = [
             relation_kl(x, y, scale=a, teacher_scale=b).mean()
@@ -130,17 +120,12 @@ def next_token_kl(teacher: Llama, student: Llama, h_teacher: Tensor, h_student: 
 
 
 def next_token_loss(
-    teacher: Llama,
-    student: Llama,
-    ids: Tensor,
-    dtype: torch.dtype,
-    share: float = 0.0,
-    positions: Tensor | None = None,
+    teacher: Llama, student: Llama, ids: Tensor, dtype: torch.dtype, share: float = 0.0
 ) -> tuple[Tensor]:
     """Stage 2 over ids [B, T + 1]: the cross-entropy of each token given those before it; `share`
-    of it is the KL from the teacher's distribution instead. positions: as above, of the first T.
+    of it is the KL from the teacher's distribution instead.
     """
-    h = student.after_layers(ids[:, :-1], dtype, positions=positions)
+    h = student.after_layers(ids[:, :-1], dtype)
     loss = (1 - share) * cross_entropy(student, student.model.norm(h), ids[:, 1:])
     if share:
         with torch.no_grad():

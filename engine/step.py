@@ -15,13 +15,14 @@ something is:
                      a step (`gathered`)
     a CUDA graph     one launch per micro-batch instead of thousands (engine/graph.py)
     fused kernels    between products, from inside model.py (kernel_glue.py)
+    skips            parts of a block stand at later positions, for the student (engine/skips.py)
 
 How.  `Step.backward` adds share * the gradient of one micro-batch's loss; `Step.finish` averages
 over processes and gives the norm, `Step.clip` clips by it. What the norm says is checked between
 the two, by the caller.
 
-Limits.  The teacher takes no gradient. Weights of the relations, the authors' head count and an
-`impl` of one's own are options of the fast path alone.
+Limits.  The teacher takes no gradient. Skips, weights of the relations, the authors' head count and
+an `impl` of one's own are options of the fast path alone.
 
 Source.  Equality with the plain losses, in loss and every gradient: tests/test_step.py.
 """
@@ -69,9 +70,9 @@ class Step:
         seconds: float = 0.0,
         tiles: Tiles | None = None,
     ):
-        """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight, positions) ->
-        (loss, relations [L, 3], next-token KL), "next token": f(teacher, student, ids [n, T + 1],
-        dtype, teacher's share, positions) -> (loss,)}.
+        """plain: {"relation": f(teacher, student, ids [n, T], dtype, kl_weight) -> (loss, relations
+        [L, 3], next-token KL), "next token": f(teacher, student, ids [n, T + 1], dtype,
+        teacher's share) -> (loss,)}.
         gathered: units are gathered once a step; graphs: record CUDA graphs wherever that is
         possible and, by `seconds`, worth it (graph.wanted).
         """
@@ -112,16 +113,16 @@ class Step:
             if not relation:
                 return long_next_token_loss(self.teacher, self.student, ids, **how)
             return long_relation_loss(self.teacher, self.student, ids, self.kl_weight, **how)
-        enough = not (self.recomputed or self.units) and len(ids) * stage.T <= HEAD_CHUNK
+        enough = not (self.recomputed or self.units or positions is not None)
+        enough &= len(ids) * stage.T <= HEAD_CHUNK
         how["recomputed"] = self.recomputed
         if not relation:
             if plain and enough:
-                share = stage.teacher_share
-                return plain(self.teacher, self.student, ids, self.dtype, share, positions)
+                return plain(self.teacher, self.student, ids, self.dtype, stage.teacher_share)
             return next_token_loss(self.teacher, self.student, ids, **how)
         ids, usual = ids[:, :-1], self.options == _USUAL
         if plain and enough and usual and self.kl_weight:
-            return plain(self.teacher, self.student, ids, self.dtype, self.kl_weight, positions)
+            return plain(self.teacher, self.student, ids, self.dtype, self.kl_weight)
         how |= {"logit_weight": self.kl_weight, "units": self.units}
         return relation_loss(self.teacher, self.student, ids, **how)
 
