@@ -48,7 +48,7 @@ from hub import checkpoint, rope_json
 from hub import config as config_json
 from hub.checkpoint import set_parameter
 from precision import attention_dtype
-from rope import RopeConfig, frequencies, rotate, rotation
+from rope import RopeConfig, frequencies, rotate, rotation, turns
 
 TRAINED = ("q_proj", "k_proj", "v_proj")  # what learns, in both stages
 
@@ -263,6 +263,12 @@ def _cos_sin(rope: RopeConfig, head_dim: int, T: int, device: torch.device, dtyp
     return rotation(rope, head_dim, torch.arange(T, device=device), T, dtype)
 
 
+@functools.lru_cache(maxsize=8)  # a CUDA graph cannot record the copy to the GPU
+def _frequencies(rope: RopeConfig, head_dim: int, device: torch.device):
+    w, attention_factor = frequencies(rope, head_dim, rope.length)
+    return w.to(device), attention_factor
+
+
 class Llama(nn.Module):
     """The whole network. `model(ids)` gives logits; `hidden` stops before the head, the big one."""
 
@@ -298,10 +304,9 @@ class Llama(nn.Module):
         of `like`.
         """
         rope, D = self.config.rope, self.config.head_dim
-        cos, sin = _cos_sin(
-            rope, D, T if positions is None else rope.length, like.device, like.dtype
-        )
-        return (cos, sin) if positions is None else (cos[positions], sin[positions])
+        if positions is not None:
+            return turns(*_frequencies(rope, D, like.device), positions, like.dtype)
+        return _cos_sin(rope, D, T, like.device, like.dtype)
 
     def walk(
         self,

@@ -192,7 +192,13 @@ def rotation(
 
     seq_len: the longest position plus 1.
     """
-    w, attention_factor = frequencies(rope, head_dim, seq_len)
+    return turns(*frequencies(rope, head_dim, seq_len), positions, dtype)
+
+
+def turns(
+    w: Tensor, attention_factor: float, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [*positions.shape, D] in `dtype` for integer positions; w [D/2]."""
     angles = positions[..., None].float() * w.to(positions.device)
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)

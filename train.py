@@ -175,8 +175,8 @@ def defaults(teacher: LlamaConfig, student: LlamaConfig, s: float, gpu: bool) ->
 
 # Whole recipes: --preset NAME; "demo" is taken where no --teacher is named, and the plan says so.
 PRESETS = {
-    # Another objective: KL x 3, text like the teacher's own, in yarn's stage 2 blocks of stage 1's
-    # kind, in linear's short ones that skip; and many small steps. LOG.md has the search
+    # Another objective: KL x 3, text like the teacher's own, many small steps. Stage 2 has blocks
+    # of stage 1's kind beside its own; linear's are short and skip. LOG.md has the search
     "demo": {
         "logit_weight": 3.0,
         "native_blocks": 4,

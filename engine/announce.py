@@ -99,13 +99,7 @@ def describe(
                 f"            {stage.teacher_share:.0%} of the target is the teacher's "
                 "distribution, as it can read so long a block"
             )
-        if stage.skips:
-            lines.append(
-                f"            in every other step in {stage.skips + 1} parts, within "
-                f"{student.rope.length:,} positions"
-                if student.rope.length > stage.T
-                else "            no skips, as its blocks are as long as the context"
-            )
+        lines += describe_skips(stage, student.rope.length)
         if stage.steps < FEWEST_STEPS:
             n = stage.name[-1]
             lines.append(
@@ -117,6 +111,7 @@ def describe(
             lines.append(
                 f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"
             )
+            lines += describe_skips(b, student.rope.length)
         lines.append("            " + ", ".join(f"{k} {size(v)}" for k, v in need.items() if v))
     return "\n".join(lines)
 
@@ -139,6 +134,16 @@ def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -
     by_rule = biases and chosen == "qv" and args.relations is None and terms != ["next token"]
     without = "; no K/K, as the keys have biases" if by_rule else ""
     return f"loss        {' + '.join(terms)}{without}{lookups}{preset}"
+
+
+def describe_skips(s: Stage, length: int) -> list[str]:
+    """A line on where the parts of its blocks stand, where it has skips."""
+    if not s.skips:
+        return []
+    if length <= s.T:
+        return ["            no skips, as these blocks are at least as long as the context"]
+    parts = min(s.skips, s.T - 1) + 1
+    return [f"            in every other step in {parts:,} parts, within {length:,} positions"]
 
 
 def describe_pairs(pairs: list[int]) -> str:

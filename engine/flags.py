@@ -56,7 +56,7 @@ def _how(add: Callable) -> None:
             f"--skips{n}",
             type=whole,
             help=f"in every other step, cut stage {n}'s blocks in so many places and move the "
-            f"parts on, up to the whole context ({'0; the demo 4' if n == 2 else 0})",
+            f"parts on, up to the whole context ({'0; the linear demo 4' if n == 2 else 0})",
         )
     add(
         "--logit-weight",
@@ -77,7 +77,8 @@ def _how(add: Callable) -> None:
     add(
         "--native-blocks",
         type=whole,
-        help="blocks of stage 1's kind beside each of stage 2's (0: SmolLM2 lost by them; demo 4)",
+        help="blocks of stage 1's kind beside each of stage 2's (0, as SmolLM2 lost by them; the "
+        "yarn demo 4)",
     )
     add(
         "--lookups",

@@ -288,12 +288,11 @@ def check(
             "--rope dynamic changes nothing up to the native length: "
             "there is nothing to distil; use --stage 2 --native-blocks 0"
         )
-    for s in stages:
-        if s.skips and student.rope.kind in ("dynamic", "longrope"):
-            raise ValueError(
-                f"--skips{s.name[-1]} moves parts of short blocks on, and the frequencies of "
-                f"{student.rope.kind} depend on the blocks' length: leave it out"
-            )
+    for s in [s for s in (*stages, *distils) if s.skips and student.rope.kind == "dynamic"]:
+        raise ValueError(
+            "the frequencies of --rope dynamic depend on a block's length, so its parts cannot be "
+            f"moved on: leave --skips{1 if s.objective == 'relation' else 2} out"
+        )
     if args.move_pairs and student.rope.kind != "linear":
         raise ValueError(
             "--move-pairs is for --rope linear, which slows all pairs alike, and here it is "

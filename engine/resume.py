@@ -47,6 +47,7 @@ from engine.folder import Folder
 from engine.states import Progress
 from hub import files
 
+_UNSAVED = ("stage2 native T",)  # by versions that did not save it; what else they did not was off
 _PLACES = ("teacher", "data")  # may be other ones: what lies there is compared by its contents
 TEACHERS_FILES = "teacher's files"
 
@@ -92,6 +93,8 @@ def matters(args: argparse.Namespace, stages: list, blocks: int | None) -> dict:
         plan = {"T": s.T, "batch": s.batch, "steps": s.steps, "lr": s.lr, "skips": s.skips}
         if s.objective != "relation":
             plan["native blocks"] = s.auxiliary.batch // s.batch if s.auxiliary else 0
+            plan["native T"] = s.auxiliary.T if s.auxiliary else 0
+            plan["native skips"] = s.auxiliary.skips if s.auxiliary else 0
             plan["teacher share"] = s.teacher_share
         out |= {f"{s.name} {k}": v for k, v in plan.items()}
     paths = {"teacher": str(args.teacher.resolve()), "data": [str(p.resolve()) for p in args.data]}
@@ -131,8 +134,8 @@ def find(args: argparse.Namespace, depends: dict, stages: list) -> Progress:
 
 def same_run(saved: dict, now: dict) -> None:
     """Raises ValueError naming what has changed since the state was saved, of what matters."""
-    # What the version that saved did not know was off
-    known = [k for k in now if k not in _PLACES and (k in saved or now[k])]
+    known = [k for k in now if k in saved or (now[k] and k not in _UNSAVED)]
+    known = [k for k in known if k not in _PLACES]
     changed = [k for k in known if saved.get(k) != now[k]]
     if changed:
         changes = "; ".join(f"{_flag(k)} was {saved.get(k)!r} and is {now[k]!r}" for k in changed)
@@ -152,6 +155,8 @@ def _tokens(saved: dict, stage: str) -> str:
 def _flag(key: str) -> str:
     """What the command line calls a thing that a run depends on."""
     stage, _, what = key.partition(" ")
+    if what in ("native T", "native skips"):
+        return "--length1" if what == "native T" else "--skips1"
     if stage in ("stage1", "stage2"):
         name = {"T": "length", "steps": "tokens"}.get(what, what).replace(" ", "-")
         flag = f"--{name}" + ("" if "-" in name else stage[-1])

@@ -17,8 +17,8 @@ the same loss asks the student to look past a gap as if it were not there. In th
 nothing skips, so that reading on is kept.
 
 Limits.  To gain from more text before a token, a model must have read that much: blocks of the
-native length teach to look far, longer ones also what is worth looking for. Kinds of positions
-whose frequencies depend on the length (dynamic, longrope) are refused.
+native length teach to look far, longer ones also what is worth looking for. The frequencies of
+dynamic depend on a block's length: it is refused.
 
 Source.  Skips in training on the next token: PoSE, arXiv 2309.10400. Held to predictions without
 them: RoPE-perturbed self-distillation, arXiv 2604.14339, which moves parts of long blocks in any

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import random_model
 
+import train
+from engine import flags, resume
 from engine.cost import Stage
 from engine.data import seed_of
 from engine.run import Run
@@ -89,3 +91,38 @@ def test_the_processes_and_micro_batches_of_a_step_skip_alike():
                     expected = positions(seed_of(5, 1, auxiliary), n, T, 64, skips)
                     assert torch.equal(at, expected) and len(at) == ids.shape[1] - 1
                     assert torch.equal(at, torch.arange(T)) == (n % 2 == 0)
+
+
+def test_the_plan_says_which_blocks_skip(capsys):
+    """Of stage 2 alone, too, whose native blocks are of stage 1's kind."""
+    for more, said in [
+        (["--skips1", "7", "--skips2", "99999"], ["in 8 parts", "in 1,024 parts"]),
+        (["--stage", "2", "--native-blocks", "2", "--skips1", "7"], ["in 5 parts", "in 8 parts"]),
+        (["--scale", "1.5", "--skips2", "2"], ["no skips, as these blocks are at least as long"]),
+        (["--skips2", "0"], []),
+    ]:
+        train.main(["--rope", "linear", "--dry-run", "--device", "cpu", *more])
+        lines = [x for x in capsys.readouterr().out.splitlines() if "parts" in x or "skips" in x]
+        assert len(lines) == len(said) and all(s in x for s, x in zip(said, lines, strict=True))
+
+
+def test_dynamic_is_refused_in_native_blocks_too():
+    args = ["--rope", "dynamic", "--stage", "2", "--native-blocks", "1", "--length1", "1024"]
+    for n, more in ((1, ["--length2", "2048"]), (2, ["--length2", "2048", "--skips1", "0"])):
+        with pytest.raises(ValueError, match=f"leave --skips{n} out"):
+            train.main([*args, f"--skips{n}", "4", *more, "--dry-run", "--device", "cpu"])
+
+
+def test_a_state_knows_how_its_native_blocks_skipped():
+    def depends(skips: int, T: int) -> dict:
+        native = Stage("stage2", "relation", T, 2, 4, 1.0, skips=skips)
+        stages = [Stage("stage2", "next token", 512, 1, 4, 1.0, auxiliary=native)]
+        return resume.matters(flags.parse([], "", train.PRESETS), stages, None)
+
+    resume.same_run(depends(3, 128), depends(3, 128))
+    with pytest.raises(ValueError, match="--skips1 was 0 and is 3"):
+        resume.same_run(depends(0, 128), depends(3, 128))
+    with pytest.raises(ValueError, match="--length1 was 64 and is 128"):
+        resume.same_run(depends(0, 64), depends(0, 128))
+    before = {k: v for k, v in depends(0, 128).items() if "native" not in k or "blocks" in k}
+    resume.same_run(before, depends(0, 128))  # of a version that saved neither

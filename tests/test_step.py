@@ -406,6 +406,31 @@ def test_blocks_and_processes_must_go_into_each_other():
 on_a_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("skips", [0, 4])
+@pytest.mark.parametrize("objective", PLAIN)
+def test_a_recorded_step_follows_its_ids_and_positions(objective, skips):
+    both = []
+    for graphs in (True, False):
+        pair = (m.cuda() for m in models("yarn", None, torch.float32))  # the same numbers in each
+        both.append(step.Step(*pair, {}, dtype=torch.float32, graphs=graphs))
+    assert [made.recorded for made in both] == [True, False]
+    for n in range(4):
+        ids = torch.randint(0, VOCAB, IDS.shape, generator=torch.Generator().manual_seed(n)).cuda()
+        at = positions(0, n, T, 160, skips)
+        at = None if at is None else at.cuda()
+        found = []
+        for made in both:
+            made.zero()
+            values = made.backward(stage_of(objective), ids, at, 1.0, True)
+            gradients = [w.grad for w in made.weights]
+            found.append([t.clone() for t in (*values, *gradients)])
+        equal(*found, torch.float32)
+    for made in both:
+        made.close()
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_a_gpu)])
 @pytest.mark.parametrize("objective", PLAIN)
 def test_tiles_in_bfloat16_are_as_exact_as_the_whole(objective, device):

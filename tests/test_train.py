@@ -295,8 +295,9 @@ def test_resuming_with_another_argument_is_refused_by_name(whole, small, text_di
     assert "--lr1 was 0.01 and is 0.02" in said
     said = refused([*arguments(small, text_dir, copy), "--resume", "--native-blocks", "2"])
     assert "--native-blocks was 0 and is 2" in said
-    said = refused([*arguments(small, text_dir, copy), "--resume", "--skips1", "3"])
-    assert "--skips1 was 0 and is 3" in said
+    for flag in ("--skips1", "--skips2"):
+        said = refused([*arguments(small, text_dir, copy), "--resume", flag, "3"])
+        assert f"{flag} was 0 and is 3" in said
     said = refused([*arguments(small, text_dir, copy), "--resume", "--relations", "q"])
     assert "--relations was 'qkv' and is 'q'" in said
     state = states.latest(copy / "state") / "state.json"
