@@ -14,7 +14,7 @@ FAST := $(wildcard $(patsubst %,tests/test_%.py,card checkpoint config data docs
 
 .PHONY: demo figures test test-fast test-pythons test-gpu test-clients lint bench clean
 
-demo: $(VENV)/runtime  ## both students of the embedded teacher, some 5 minutes on two CPU cores, the first after one and a half; out/demo
+demo: $(VENV)/runtime  ## both students of the embedded teacher, 5 to 6 minutes on two CPU cores, the first after two; out/demo
 	$(RUN) demo/demo.py
 
 figures: $(VENV)/runtime  ## the figures in demo/figures, from the last `make demo`

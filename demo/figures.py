@@ -29,6 +29,7 @@ Limits.  A sentence, a head and twelve blocks: pictures to read with, not measur
 import argparse
 import json
 import math
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -73,8 +74,7 @@ SHOWN = {
 WHICH = {"1": "stage 1 alone", "both": "both stages"}  # of train.py's --stage
 AVERAGE = "average accuracy of five"
 BINS = 16  # of a curve up to 262,144 tokens
-# Flags of rows that are not compared by their rate alone
-OTHERS = ("--teacher-share", "--move-pairs", "--tokens", "--length1", "--repeats")
+RATES = {"--lr1", "--lr2", "--stage", "--relations"}  # flags of rows that go by their rate
 QWEN_ROWS = {
     "teacher": "teacher",
     "linear student": "linear",
@@ -353,7 +353,7 @@ def qwen_values() -> dict:
         if (
             name.endswith("-long")
             or name in ("relations", "pretrain")
-            or any(flag in row["row"] for flag in OTHERS)
+            or set(re.findall(r"--[a-z0-9-]+", row["row"])) - RATES
         ):
             continue
         kept = {k: round(100 * m[AVERAGE] / teacher, 2) for k, m in known.items()}

@@ -89,31 +89,35 @@ def describe(
             "the student over its whole length"
         )
     for stage, need in zip(stages, needs, strict=True):
-        lines.append(
-            f"{stage.name}      {stage.objective}, "
-            f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
-            f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
-        )
-        if stage.teacher_share:
-            lines.append(
-                f"            {stage.teacher_share:.0%} of the target is the teacher's "
-                "distribution, as it can read so long a block"
-            )
-        lines += describe_skips(stage, student.rope.length)
-        if stage.steps < FEWEST_STEPS:
-            n = stage.name[-1]
-            lines.append(
-                f"warning     {stage.name} has {stage.steps} steps, and fewer than some "
-                f"{FEWEST_STEPS} rarely suffice: raise --tokens{n}, or lower --length{n} (now "
-                f"{stage.T:,}) or --batch{n} (now {stage.batch})"
-            )
-        if b := stage.auxiliary:
-            lines.append(
-                f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind"
-            )
-            lines += describe_skips(b, student.rope.length)
-        lines.append("            " + ", ".join(f"{k} {size(v)}" for k, v in need.items() if v))
+        lines += describe_stage(stage, need, student.rope.length)
     return "\n".join(lines)
+
+
+def describe_stage(stage: Stage, need: dict, length: int) -> list[str]:
+    """Its steps, blocks and memory; length: of the student's context."""
+    lines = [
+        f"{stage.name}      {stage.objective}, "
+        f"{stage.steps:,} steps of {stage.batch} x {stage.T:,} tokens ({stage.tokens:,}), "
+        f"learning rate {stage.lr:g}, about {size(sum(need.values()))}:"
+    ]
+    if stage.teacher_share:
+        lines.append(
+            f"            {stage.teacher_share:.0%} of the target is the teacher's "
+            "distribution, as it can read so long a block"
+        )
+    lines += describe_skips(stage, length)
+    if stage.steps < FEWEST_STEPS:
+        n = stage.name[-1]
+        lines.append(
+            f"warning     {stage.name} has {stage.steps} steps, and fewer than some "
+            f"{FEWEST_STEPS} rarely suffice: raise --tokens{n}, or lower --length{n} (now "
+            f"{stage.T:,}) or --batch{n} (now {stage.batch})"
+        )
+    if b := stage.auxiliary:
+        lines.append(f"            and in each step {b.batch} x {b.T:,} tokens of stage 1's kind")
+        lines += describe_skips(b, length)
+    lines.append("            " + ", ".join(f"{k} {size(v)}" for k, v in need.items() if v))
+    return lines
 
 
 def describe_loss(args: argparse.Namespace, stages: list[Stage], biases: bool) -> str:

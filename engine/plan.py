@@ -237,8 +237,8 @@ def make_stages(args: argparse.Namespace, config: LlamaConfig, number: dict) -> 
         batch = getattr(args, f"batch{n}") or max(1, number[f"step{n}"] // T)
         steps = max(1, round(number[f"tokens{n}"] / (T * batch)))
         lr = float(f"{number[f'lr{n}']:.2g}")
-        made = Stage(f"stage{n}", objective, T, batch, steps, lr, logits, number["relations"])
-        return replace(made, skips=getattr(args, f"skips{n}"))
+        more = {"relations": number["relations"], "skips": getattr(args, f"skips{n}")}
+        return Stage(f"stage{n}", objective, T, batch, steps, lr, logits, **more)
 
     first, second = stage(1, "relation", args.logit_weight > 0), stage(2, "next token")
     if args.teacher_share is not None or config.rope.length >= second.T:
@@ -282,17 +282,19 @@ def check(
                 f"{config.rope.length:,} tokens: lower --length2 (now {s.T:,}) to that, or give "
                 "--teacher-share 0"
             )
-    distils = [s for s in stages for s in (s, s.auxiliary) if s and s.objective == "relation"]
+    parts = [s for stage in stages for s in (stage, stage.auxiliary) if s]
+    distils = [s for s in parts if s.objective == "relation"]
     if student.rope.kind == "dynamic" and any(config.rope.length >= s.T for s in distils):
         raise ValueError(
             "--rope dynamic changes nothing up to the native length: "
             "there is nothing to distil; use --stage 2 --native-blocks 0"
         )
-    for s in [s for s in (*stages, *distils) if s.skips and student.rope.kind == "dynamic"]:
-        raise ValueError(
-            "the frequencies of --rope dynamic depend on a block's length, so its parts cannot be "
-            f"moved on: leave --skips{1 if s.objective == 'relation' else 2} out"
-        )
+    for s in parts:
+        if s.skips and student.rope.kind == "dynamic":
+            raise ValueError(
+                "the frequencies of --rope dynamic depend on a block's length, so its parts cannot "
+                f"be moved on: leave --skips{1 if s in distils else 2} out"
+            )
     if args.move_pairs and student.rope.kind != "linear":
         raise ValueError(
             "--move-pairs is for --rope linear, which slows all pairs alike, and here it is "
